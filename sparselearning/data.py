@@ -1,0 +1,32 @@
+"""What the training engine asks of a data set: batches that are pure functions of (epoch, batch index)."""
+
+from collections.abc import Iterator
+from typing import NamedTuple, Protocol
+
+from torch import Tensor
+
+
+class Batch(NamedTuple):
+    """This process's share of one global batch.
+
+    Over the processes of a run, the mean of ``weight`` times the mean loss of a share is the mean loss of the
+    global batch, whose shares need not be equal: ``weight = processes * share / global batch``, in images.
+    """
+
+    images: Tensor  # float, normalised, [n, C, H, W], on the device
+    labels: Tensor  # int64, [n], on the device
+    weight: float = 1.0
+
+
+class BatchSource(Protocol):
+    """Batches of one part of a data set (training, validation or test), epoch after epoch."""
+
+    @property
+    def num_samples(self) -> int:
+        """Samples of the whole part, over all processes."""
+
+    def __len__(self) -> int:
+        """Batches per epoch, the same number on every process."""
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """Yield batches ``start``, ``start + 1``, … of an epoch, the same ones whatever ``start`` is."""

@@ -1,0 +1,172 @@
+"""The one file that knows torch.distributed. In a single process every call here is free and does the obvious."""
+
+import os
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from sparselearning.errors import UsageError
+
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+
+
+def world_size() -> int:
+    """Number of processes in the run."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """Number of this process, 0 to world size - 1."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def is_main() -> bool:
+    """Whether this is the process that writes files and prints."""
+    return rank() == 0
+
+
+def start(use_cuda: bool) -> torch.device:
+    """Join the process group that torchrun describes in the environment, if any, and choose this rank's device.
+
+    NCCL carries GPU tensors and gloo CPU ones.
+
+    Raises:
+        UsageError: if this machine runs more processes than it has GPUs.
+    """
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    local_world = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if use_cuda:
+        if local_world > torch.cuda.device_count():
+            raise UsageError(
+                f"{local_world} processes were started on a machine with {torch.cuda.device_count()} GPU(s): "
+                "start at most one process per GPU (--nproc_per_node), or train on the CPU with --no-cuda"
+            )
+        torch.cuda.set_device(local_rank)
+    device = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if use_cuda else "gloo"
+        dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT, device_id=device if use_cuda else None)
+    return device
+
+
+def stop() -> None:
+    """Leave the process group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def wrap(model: nn.Module, device: torch.device) -> nn.Module:
+    """Make backward passes average gradients over all ranks; one process's model comes back as it is."""
+    if world_size() == 1:
+        return model
+    # BatchNorm statistics stay each rank's own while training (torch's buffers broadcast would overwrite all
+    # ranks' with rank 0's at every forward pass) and are averaged when it counts: see `average_buffers`.
+    return DistributedDataParallel(
+        model,
+        device_ids=[device] if device.type == "cuda" else None,
+        broadcast_buffers=False,
+        gradient_as_bucket_view=True,
+    )
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """Return the user's own module inside data-parallel and compiled wrappers."""
+    while True:
+        if isinstance(model, DistributedDataParallel | nn.DataParallel):
+            model = model.module
+        elif hasattr(model, "_orig_mod"):
+            model = model._orig_mod
+        else:
+            return model
+
+
+def sum_over_ranks(tensor: Tensor) -> Tensor:
+    """Add up ``tensor`` over all ranks, in place."""
+    if world_size() > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def average_buffers(model: nn.Module) -> None:
+    """Replace every floating-point buffer (BatchNorm statistics) by its mean over the ranks."""
+    if world_size() == 1:
+        return
+    for buffer in unwrap(model).buffers():
+        if buffer.is_floating_point():
+            dist.all_reduce(buffer)
+            buffer.div_(world_size())
+
+
+def broadcast(tensors: Sequence[Tensor]) -> None:
+    """Overwrite ``tensors`` by rank 0's, in place."""
+    if world_size() > 1:
+        for tensor in tensors:
+            dist.broadcast(tensor, src=0)
+
+
+def broadcast_object(value: Any) -> Any:
+    """Return rank 0's ``value`` on every rank."""
+    if world_size() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """Return every rank's ``value``, in rank order, on every rank."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def all_equal(value: Tensor) -> bool:
+    """Whether all ranks hold the same integer tensor ``value``."""
+    if world_size() == 1:
+        return True
+    bounds = torch.stack([value, -value])
+    dist.all_reduce(bounds, op=dist.ReduceOp.MAX)
+    return bool((bounds[0] == -bounds[1]).all())
+
+
+def barrier() -> None:
+    """Wait until all ranks are here."""
+    if world_size() > 1:
+        dist.barrier()
+
+
+class AgreedFlag:
+    """A number that any rank may raise and that all ranks see raised at the same step.
+
+    Each :meth:`exchange` starts the exchange of the present value and returns what the previous one found, so that
+    no step waits for the network. Ranks must call it in lockstep.
+    """
+
+    def __init__(self) -> None:
+        self._group: Any = dist.new_group(backend="gloo") if world_size() > 1 else None
+        self._pending: tuple[Any, Tensor] | None = None
+
+    def exchange(self, value: int) -> int:
+        """Offer ``value``; return the largest value that any rank offered at the previous call (0 at first)."""
+        if self._group is None:
+            return value
+        seen = self.collect()
+        tensor = torch.tensor(max(value, seen))
+        self._pending = (dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self._group, async_op=True), tensor)
+        return seen
+
+    def collect(self) -> int:
+        """Wait for the exchange under way, if any, and return its result."""
+        if self._pending is None:
+            return 0
+        work, tensor = self._pending
+        self._pending = None
+        work.wait()
+        return int(tensor)

@@ -1,0 +1,17 @@
+"""The two ways a run ends early for a reason that the user should read.
+
+Both carry one clear sentence. Scripts print it to stderr and leave with ``exit_code``; library users
+catch them as the built-in exceptions they derive from.
+"""
+
+
+class UsageError(ValueError):
+    """The call is wrong: unknown, contradictory or impossible options."""
+
+    exit_code = 2
+
+
+class FaultError(RuntimeError):
+    """The call is right, but the world is not: damaged files, full disks, a loss that turned NaN."""
+
+    exit_code = 1

@@ -1,0 +1,450 @@
+"""The owner of the masks: keeps weights and optimizer state sparse, and moves the topology when it is due."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparselearning import distributed
+from sparselearning.errors import FaultError, UsageError
+from sparselearning.schedules import DECAYS, gradual_density
+from sparselearning.seeding import derive_seed
+from sparselearning.sparse_init import SPARSE_INITS, InitSettings, gradient
+from sparselearning.topology import (
+    GROWTH,
+    PRUNE,
+    REDISTRIBUTION,
+    Layer,
+    active_counts,
+    gradual_prune,
+    magnitude_quantile,
+    prune_and_grow,
+    steer_threshold,
+)
+
+
+@dataclass(frozen=True)
+class Method:
+    """What one training method does at a topology update."""
+
+    gradual: bool = False
+    uniform: bool = False
+    grows: bool = True
+
+
+METHODS = {
+    "DST": Method(),
+    "GraNet": Method(gradual=True),
+    "GraNet_uniform": Method(gradual=True, uniform=True),
+    "GMP": Method(gradual=True, grows=False),
+    "GMP_uniform": Method(gradual=True, uniform=True, grows=False),
+}
+
+MOMENTUM_GROWTH = ("momentum", "momentum_neuron")
+
+
+def maskable_parameters(model: nn.Module, keep_first_dense: bool = False) -> dict[str, nn.Parameter]:
+    """Return every 2-D and 4-D parameter by its name in the user's own model, in model order.
+
+    Names are the same on one GPU, on many, and for a compiled model. ``keep_first_dense`` leaves out the first.
+    """
+    named = distributed.unwrap(model).named_parameters()
+    found = {name.replace("_orig_mod.", ""): p for name, p in named if p.dim() in (2, 4)}
+    return dict(list(found.items())[1:]) if keep_first_dense else found
+
+
+class Masking:
+    """Sparse training around any optimizer of ``torch.optim`` that keeps per-weight state of the weight's shape.
+
+    Call :meth:`step` in place of ``optimizer.step()``. After every step, masked weights and every per-weight
+    optimizer state are exactly zero. All ranks of a data-parallel run hold the same masks.
+
+    Args:
+        optimizer: holds the parameters of the model that :meth:`add_module` gets.
+        method: name in :data:`METHODS`. ``DST`` prunes and grows at constant density (with gradient growth RigL,
+            with random growth SET); ``GraNet`` also prunes gradually to the final density; ``GMP`` only prunes.
+        prune: name in ``PRUNE``, how weights to remove are chosen.
+        growth: name in ``GROWTH``, how weights to grow are chosen.
+        redistribution: name in ``REDISTRIBUTION``, how removed weights are shared out over layers.
+        prune_rate: share of each layer's active weights that an update removes, in [0, 1].
+        decay_schedule: name in ``DECAYS``, how ``prune_rate`` falls over ``total_steps``.
+        update_frequency: optimizer steps from one topology update to the next.
+        init_density: share of active weights at the start, in (0, 1].
+        final_density: share that gradual methods end at, in (0, ``init_density``].
+        prune_start_step: step before which gradual methods change nothing.
+        prune_end_step: step from which gradual methods hold ``final_density``; they need it.
+        total_steps: steps of the whole run; needed by every decay but ``constant``.
+        seed: of the first masks and of random growth. Rank 0's counts.
+
+    Attributes:
+        masks: parameter name to boolean tensor, true where the weight is active.
+        steps: optimizer steps taken.
+        updates_enabled: set to False to freeze the topology.
+
+    Raises:
+        UsageError: a ``ValueError``, if an option is unknown, out of range, or contradicts another.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        *,
+        method: str = "DST",
+        prune: str = "magnitude",
+        growth: str = "gradient",
+        redistribution: str = "none",
+        prune_rate: float = 0.5,
+        decay_schedule: str = "constant",
+        update_frequency: int = 100,
+        init_density: float = 0.05,
+        final_density: float = 0.05,
+        prune_start_step: int = 0,
+        prune_end_step: int | None = None,
+        total_steps: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        _check_choice("method", method, METHODS)
+        _check_choice("prune", prune, PRUNE)
+        _check_choice("growth", growth, GROWTH)
+        _check_choice("redistribution", redistribution, REDISTRIBUTION)
+        _check_choice("decay_schedule", decay_schedule, DECAYS)
+        for name, density in (("init_density", init_density), ("final_density", final_density)):
+            if not 0 < density <= 1:
+                raise UsageError(f"{name} lies in (0, 1], not {density}")
+        if not 0 <= prune_rate <= 1:
+            raise UsageError(f"prune_rate lies in [0, 1], not {prune_rate}")
+        if update_frequency < 1:
+            raise UsageError(f"update_frequency is at least 1 step, not {update_frequency}")
+        if decay_schedule != "constant" and not total_steps:
+            raise UsageError(f"decay_schedule {decay_schedule!r} needs total_steps")
+        if (growth in MOMENTUM_GROWTH or redistribution == "momentum") and not any(
+            _momentum_coefficients(optimizer).values()
+        ):
+            raise UsageError("growth or redistribution by momentum needs an optimizer with momentum above 0")
+        if METHODS[method].gradual:
+            if final_density > init_density:
+                raise UsageError(
+                    f"{method} prunes from init_density to final_density, and {final_density} is above {init_density}"
+                )
+            if prune_end_step is None:
+                raise UsageError(f"{method} needs prune_end_step, the step at which final_density is reached")
+            if prune_end_step < prune_start_step:
+                raise UsageError(
+                    f"pruning cannot end at step {prune_end_step}, before it starts at step {prune_start_step}"
+                )
+        self.optimizer = optimizer
+        self.method = METHODS[method]
+        self.prune = prune
+        self.growth = growth
+        self.redistribution = redistribution
+        self.prune_rate = prune_rate
+        self.decay_schedule = decay_schedule
+        self.update_frequency = update_frequency
+        self.init_density = init_density
+        self.final_density = final_density
+        self.prune_start_step = prune_start_step
+        self.prune_end_step = prune_end_step
+        self.total_steps = total_steps
+        self.seed = seed
+
+        self.masks: dict[str, Tensor] = {}
+        self.steps = 0
+        self.updates_enabled = True
+        self._parameters: dict[str, nn.Parameter] = {}
+        self._explorations = 0  # prune-and-grow rounds so far; each has its own random stream
+        self._overdue = False  # an update that met overflowed gradients waits for the next step
+        self._threshold: float | None = None
+        self._off_mask_momentum: dict[str, dict[str, Tensor]] = {}
+        self._ever_active: dict[str, Tensor] = {}
+
+    # ------------------------------------------------------------------------------------------ the face
+
+    def add_module(
+        self,
+        model: nn.Module,
+        sparse_init: str = "ERK",
+        *,
+        pruning_rate: float = 0.5,
+        keep_first_dense: bool = False,
+    ) -> None:
+        """Draw the first masks for every 2-D and 4-D parameter of ``model`` and apply them.
+
+        Args:
+            model: wrapped for data-parallel training, compiled, or plain.
+            sparse_init: name in ``SPARSE_INITS``. ``snip`` and the ``prune_and_grow_*`` modes read the gradients of
+                one batch: run a backward pass first.
+            pruning_rate: share of the trained weights that the ``prune_*`` modes drop, in [0, 1].
+            keep_first_dense: leave the first layer without a mask.
+
+        Raises:
+            UsageError: if nothing is maskable, gradients are missing, or a model was added before.
+        """
+        _check_choice("sparse_init", sparse_init, SPARSE_INITS)
+        if not 0 <= pruning_rate <= 1:
+            raise UsageError(f"pruning_rate lies in [0, 1], not {pruning_rate}")
+        if self.masks:
+            raise UsageError("this Masking already has a model: make one Masking per model")
+        parameters = maskable_parameters(model, keep_first_dense)
+        if not parameters:
+            raise UsageError("the model has no 2-D or 4-D parameter to mask")
+        self._parameters = parameters
+        self.seed = distributed.broadcast_object(self.seed)
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, "first masks"))
+        with torch.no_grad():
+            drawn = SPARSE_INITS[sparse_init].draw(parameters, InitSettings(self.init_density, pruning_rate, generator))
+            # A mask is laid out in memory as its weight is, so that both can be read as flat views.
+            self.masks = {
+                name: torch.empty_like(weight, dtype=torch.bool).copy_(drawn[name])
+                for name, weight in parameters.items()
+            }
+        distributed.broadcast([_flat(mask, mask) for mask in self.masks.values()])
+        self._ever_active = {name: _flat(mask, mask).cpu().clone() for name, mask in self.masks.items()}
+        self.apply_masks()
+
+    def step(self, scaler: torch.amp.GradScaler | None = None) -> None:
+        """Optimizer step, masks, and the topology update when it is due.
+
+        Args:
+            scaler: scales the gradients in float16 training; steps and updates itself here. A topology update that
+                meets overflowed gradients waits for the next step.
+        """
+        if scaler is None:
+            self.optimizer.step()
+        else:
+            scaler.step(self.optimizer)
+            scaler.update()
+        self._decay_off_mask_momentum()
+        self.apply_masks()
+        self.steps += 1
+        if not self.update_due(self.steps):
+            return
+        self._overdue = scaler is not None and not self._gradients_are_finite()
+        if not self._overdue:
+            self._update_topology()
+
+    def update_due(self, step: int) -> bool:
+        """Whether the topology is updated at the end of optimizer step ``step``, counted from 1."""
+        return self.updates_enabled and (self._overdue or step % self.update_frequency == 0)
+
+    @torch.no_grad()
+    def truncate_weights(self, prune_rate: float | None = None) -> None:
+        """Prune and grow once, now, on the gradients at hand; the density stays as it is.
+
+        Args:
+            prune_rate: share of each layer's active weights to remove, in [0, 1]; by default the scheduled one.
+        """
+        if prune_rate is not None and not 0 <= prune_rate <= 1:
+            raise UsageError(f"prune_rate lies in [0, 1], not {prune_rate}")
+        layers = self._layers()
+        self._explore(layers, prune_rate)
+        self._settle()
+
+    def density(self) -> float:
+        """Active over maskable weights, exactly."""
+        return sum(self.active_counts().values()) / sum(mask.numel() for mask in self.masks.values())
+
+    def active_counts(self) -> dict[str, int]:
+        """Active weights of each masked parameter."""
+        counts = active_counts([Layer(mask, mask) for mask in self.masks.values()])
+        return dict(zip(self.masks, counts, strict=True))
+
+    def explored(self) -> float:
+        """Share of maskable weights that were ever active, R_s of In-Time Over-Parameterization (Liu et al. 2021)."""
+        active = sum(int(torch.count_nonzero(seen)) for seen in self._ever_active.values())
+        return active / sum(seen.numel() for seen in self._ever_active.values())
+
+    def current_prune_rate(self) -> float:
+        """Share of active weights that an update now removes."""
+        progress = min(1.0, self.steps / self.total_steps) if self.total_steps else 0.0
+        return DECAYS[self.decay_schedule](self.prune_rate, progress)
+
+    def scheduled_density(self) -> float:
+        """Density that a gradual method prunes to at this step."""
+        assert self.prune_end_step is not None
+        return gradual_density(
+            self.steps, self.prune_start_step, self.prune_end_step, self.init_density, self.final_density
+        )
+
+    @torch.no_grad()
+    def apply_masks(self) -> None:
+        """Zero every inactive weight and its optimizer state, in place."""
+        for name, weight in self._parameters.items():
+            mask = self.masks[name]
+            inactive = ~mask
+            weight.masked_fill_(inactive, 0)
+            for key, state in self._per_weight_state(weight):
+                if key in self._off_mask_momentum.get(name, {}):
+                    self._off_mask_momentum[name][key].add_(state).masked_fill_(mask, 0)
+                state.masked_fill_(inactive, 0)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that changes during training: masks, counters, threshold, exploration record."""
+        return {
+            "masks": dict(self.masks),
+            "steps": self.steps,
+            "explorations": self._explorations,
+            "overdue": self._overdue,
+            "threshold": self._threshold,
+            "ever_active": dict(self._ever_active),
+            "off_mask_momentum": {name: dict(kept) for name, kept in self._off_mask_momentum.items()},
+            "seed": self.seed,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a :meth:`state_dict`; call it after :meth:`add_module`.
+
+        Raises:
+            UsageError: if the masks are those of another model.
+        """
+        shapes = {name: tuple(mask.shape) for name, mask in state["masks"].items()}
+        if shapes != {name: tuple(mask.shape) for name, mask in self.masks.items()}:
+            raise UsageError("the saved masks belong to another model, or add_module was not called yet")
+        for name, mask in self.masks.items():
+            mask.copy_(state["masks"][name])
+            self._ever_active[name].copy_(state["ever_active"][name])
+        self.steps = state["steps"]
+        self._explorations = state["explorations"]
+        self._overdue = state["overdue"]
+        self._threshold = state["threshold"]
+        self.seed = state["seed"]
+        self._off_mask_momentum = {
+            name: {key: torch.empty_like(self._parameters[name]).copy_(kept) for key, kept in saved.items()}
+            for name, saved in state["off_mask_momentum"].items()
+        }
+
+    # ----------------------------------------------------------------------------------- topology updates
+
+    @torch.no_grad()
+    def _update_topology(self) -> None:
+        if self.method.gradual and self.steps < self.prune_start_step:
+            return
+        layers = self._layers()
+        if self.method.gradual:
+            gradual_prune(layers, self.scheduled_density(), self.method.uniform)
+        if self.method.grows:
+            self._explore(layers)
+        self._settle()
+
+    def _explore(self, layers: list[Layer], prune_rate: float | None = None) -> None:
+        """Prune and grow ``layers``; a ``prune_rate`` of its own leaves the steered threshold alone."""
+        rate = self.current_prune_rate() if prune_rate is None else prune_rate
+        steers = self.prune == "threshold" and prune_rate is None
+        threshold = self._threshold if steers else None
+        if self.prune == "threshold" and threshold is None:
+            threshold = magnitude_quantile(layers, rate)
+        before = sum(active_counts(layers)) if steers else 0
+        generator = torch.Generator(layers[0].mask.device)
+        generator.manual_seed(derive_seed(self.seed, "growth", self._explorations))
+        removed, grown = prune_and_grow(
+            layers, self.prune, self.growth, self.redistribution, rate, threshold or 0.0, generator
+        )
+        self._explorations += 1
+        if steers and threshold is not None and before:
+            share = sum(len(positions) for positions in removed) / before
+            self._threshold = steer_threshold(threshold, share, rate)
+        for name, positions in zip(self.masks, grown, strict=True):
+            self._ever_active[name].index_fill_(0, positions.cpu(), True)
+
+    def _settle(self) -> None:
+        """Apply masks that just changed, and prove that all ranks changed them alike."""
+        self.apply_masks()
+        if distributed.world_size() > 1:
+            prints = torch.stack([_fingerprint(_flat(mask, mask)) for mask in self.masks.values()])
+            if not distributed.all_equal(prints):
+                raise FaultError(f"the ranks' masks differ after the topology update at step {self.steps}")
+
+    def _layers(self) -> list[Layer]:
+        """Flat views of every masked weight with what the chosen modes read."""
+        matrices = [name for name, weight in self._parameters.items() if weight.dim() == 2]
+        needs_gradient = self.growth == "gradient"
+        needs_momentum = self.growth in MOMENTUM_GROWTH or self.redistribution == "momentum"
+        if needs_gradient and all(weight.grad is None for weight in self._parameters.values()):
+            raise UsageError("gradient growth needs gradients: run a backward pass before")
+        layers = []
+        for name, weight in self._parameters.items():
+            if self.masks[name].stride() != weight.stride():  # the model changed its memory format
+                self.masks[name] = torch.empty_like(weight, dtype=torch.bool).copy_(self.masks[name])
+            layer = Layer(
+                weight=_flat(weight.detach(), weight),
+                mask=_flat(self.masks[name], weight),
+                neurons=weight.shape[0],
+                is_classifier=name in matrices[-1:],
+            )
+            if needs_gradient:
+                layer.gradient = (
+                    torch.zeros_like(layer.weight) if weight.grad is None else _flat(gradient(weight), weight)
+                )
+            if needs_momentum:
+                layer.momentum = _flat(self._dense_momentum(name), weight)
+            layers.append(layer)
+        return layers
+
+    def _gradients_are_finite(self) -> bool:
+        gradients = [weight.grad for weight in self._parameters.values() if weight.grad is not None]
+        return bool(nn.utils.get_total_norm(gradients).isfinite())
+
+    # ------------------------------------------------------------------------------------ optimizer state
+
+    def _per_weight_state(self, weight: nn.Parameter) -> Iterator[tuple[str, Tensor]]:
+        for key, value in self.optimizer.state.get(weight, {}).items():
+            if isinstance(value, Tensor) and value.shape == weight.shape:
+                yield key, value
+
+    def _decay_off_mask_momentum(self) -> None:
+        """Age the momentum of inactive weights as the optimizer ages that of active ones.
+
+        The optimizer's own buffers are zero off the mask, which would leave momentum growth nothing to rank. So for
+        these modes the rest of the dense momentum is kept beside them, and :meth:`apply_masks` moves into it what
+        the optimizer just added there. Buffer plus rest is what dense training would hold.
+        """
+        if self.growth not in MOMENTUM_GROWTH:
+            return
+        coefficients = _momentum_coefficients(self.optimizer)
+        for name, weight in self._parameters.items():
+            kept = self._off_mask_momentum.setdefault(name, {})
+            for key, state in self._per_weight_state(weight):
+                if key in coefficients[weight]:
+                    kept.setdefault(key, torch.zeros_like(state)).mul_(coefficients[weight][key])
+
+    def _dense_momentum(self, name: str) -> Tensor:
+        weight = self._parameters[name]
+        state = dict(self._per_weight_state(weight))
+        for key, kept in self._off_mask_momentum.get(name, {}).items():
+            state[key] = state[key] + kept
+        if "momentum_buffer" in state:
+            return state["momentum_buffer"]
+        if "exp_avg" in state:
+            return state["exp_avg"] / (state["exp_avg_sq"].sqrt() + 1e-8)
+        raise UsageError("growth or redistribution by momentum needs a first optimizer step, which makes the momentum")
+
+
+def _flat(tensor: Tensor, reference: Tensor) -> Tensor:
+    """View ``tensor`` as one dimension in the memory order of ``reference``: contiguous, or channels-last."""
+    if reference.dim() == 4 and not reference.is_contiguous():
+        tensor = tensor.permute(0, 2, 3, 1)
+    return tensor.reshape(-1)
+
+
+def _fingerprint(mask: Tensor) -> Tensor:
+    """One integer that tells apart flat masks which differ anywhere, with overwhelming probability."""
+    positions = mask.nonzero().squeeze(1)
+    return (positions * 0x9E3779B97F4A7C1).bitwise_xor(positions >> 7).sum()
+
+
+def _momentum_coefficients(optimizer: torch.optim.Optimizer) -> dict[Tensor, dict[str, float]]:
+    """Per parameter, the momentum-like states that its optimizer keeps and what they shrink by at a step."""
+    coefficients = {}
+    for group in optimizer.param_groups:
+        if "betas" in group:
+            decay = dict(zip(("exp_avg", "exp_avg_sq"), group["betas"], strict=True))
+        else:
+            decay = {"momentum_buffer": group["momentum"]} if group.get("momentum") else {}
+        coefficients.update(dict.fromkeys(group["params"], decay))
+    return coefficients
+
+
+def _check_choice(name: str, value: str, table: Mapping[str, Any]) -> None:
+    if value not in table:
+        raise UsageError(f"{name} is one of {', '.join(table)}, not {value!r}")

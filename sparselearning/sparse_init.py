@@ -1,0 +1,172 @@
+"""How the first masks are drawn.
+
+Each mode is one function from the layers and an :class:`InitSettings` to masks, and one line in
+:data:`SPARSE_INITS`. Masks are boolean, on the weights' device, in the weights' shape.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sparselearning.distributions import DENSITIES, active_count, layer_counts, random_mask
+from sparselearning.errors import UsageError
+from sparselearning.topology import _candidate_magnitude, select_largest
+
+Masks = dict[str, Tensor]
+Draw = Callable[[Mapping[str, Tensor], "InitSettings"], Masks]
+
+
+@dataclass(frozen=True)
+class InitSettings:
+    """What the modes draw from besides the weights."""
+
+    density: float
+    pruning_rate: float
+    generator: torch.Generator
+
+
+@dataclass(frozen=True)
+class SparseInit:
+    """One mode: its function, and what must be there before it can run."""
+
+    draw: Draw
+    needs_trained_weights: bool = False
+    needs_gradients: bool = False
+
+
+def _random(distribution: str) -> Draw:
+    def draw(weights: Mapping[str, Tensor], settings: InitSettings) -> Masks:
+        shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
+        densities = DENSITIES[distribution](shapes, settings.density)
+        counts = layer_counts(shapes, densities, settings.density)
+        return {
+            name: random_mask(shapes[name], counts[name], settings.generator).to(weight.device)
+            for name, weight in weights.items()
+        }
+
+    return draw
+
+
+def _dense(weights: Mapping[str, Tensor], settings: InitSettings) -> Masks:
+    return {name: torch.ones_like(weight, dtype=torch.bool) for name, weight in weights.items()}
+
+
+def _snip(weights: Mapping[str, Tensor], settings: InitSettings) -> Masks:
+    """One-shot saliency |g·w|, global top-k (Lee et al. 2019, eq. 4)."""
+    saliency = {name: (gradient(weight) * weight).abs() for name, weight in weights.items()}
+    return _keep_largest(saliency, settings.density)
+
+
+def _non_zero(weights: Mapping[str, Tensor], settings: InitSettings) -> Masks:
+    return {name: weight != 0 for name, weight in weights.items()}
+
+
+def _prune_uniform(weights: Mapping[str, Tensor], settings: InitSettings) -> Masks:
+    return {name: _keep_active({name: weight}, settings.pruning_rate)[name] for name, weight in weights.items()}
+
+
+def _prune_global(weights: Mapping[str, Tensor], settings: InitSettings) -> Masks:
+    return _keep_active(weights, settings.pruning_rate)
+
+
+def _prune_structured(weights: Mapping[str, Tensor], settings: InitSettings) -> Masks:
+    """Drop whole output neurons of small L2 norm; never a layer's last one, never the classifier's."""
+    masks = _non_zero(weights, settings)
+    for name in _structured_layers(weights):
+        norms = weights[name].flatten(1).norm(dim=1)
+        alive = int(torch.count_nonzero(norms))
+        keep = max(1, active_count(alive, 1 - settings.pruning_rate))
+        if keep < alive:
+            dropped = torch.ones_like(norms, dtype=torch.bool)
+            dropped[select_largest(torch.clone, [(norms,)], keep)[0]] = False
+            masks[name][dropped] = False
+    return masks
+
+
+def _then_grow(prune: Draw) -> Draw:
+    """After pruning, each layer regrows as many weights as it lost, by gradient magnitude."""
+
+    def draw(weights: Mapping[str, Tensor], settings: InitSettings) -> Masks:
+        masks = prune(weights, settings)
+        for name, weight in weights.items():
+            lost = int(torch.count_nonzero(weight)) - int(torch.count_nonzero(masks[name]))
+            flat = masks[name].flatten()
+            flat[select_largest(_candidate_magnitude, [(gradient(weight).flatten(), flat)], lost)[0]] = True
+            masks[name] = flat.view(weight.shape)
+        return masks
+
+    return draw
+
+
+def _prune_and_grow_structured(weights: Mapping[str, Tensor], settings: InitSettings) -> Masks:
+    """Drop output neurons as ``prune_structured`` does, then regrow as many by their gradients' L2 norm."""
+    masks = _prune_structured(weights, settings)
+    for name in _structured_layers(weights):
+        weight = weights[name]
+        alive = weight.flatten(1).any(dim=1)
+        kept = masks[name].flatten(1).any(dim=1)
+        lost = int(torch.count_nonzero(alive)) - int(torch.count_nonzero(kept))
+        norms = gradient(weight).flatten(1).norm(dim=1)
+        masks[name][select_largest(_candidate_magnitude, [(norms, kept)], lost)[0]] = True
+    return masks
+
+
+SPARSE_INITS = {
+    "ERK": SparseInit(_random("ERK")),
+    "uniform": SparseInit(_random("uniform")),
+    "GMP": SparseInit(_dense),
+    "snip": SparseInit(_snip, needs_gradients=True),
+    "resume": SparseInit(_non_zero, needs_trained_weights=True),
+    "prune_uniform": SparseInit(_prune_uniform, needs_trained_weights=True),
+    "prune_global": SparseInit(_prune_global, needs_trained_weights=True),
+    "prune_structured": SparseInit(_prune_structured, needs_trained_weights=True),
+    "prune_and_grow_uniform": SparseInit(_then_grow(_prune_uniform), needs_trained_weights=True, needs_gradients=True),
+    "prune_and_grow_global": SparseInit(_then_grow(_prune_global), needs_trained_weights=True, needs_gradients=True),
+    "prune_and_grow_structured": SparseInit(
+        _prune_and_grow_structured, needs_trained_weights=True, needs_gradients=True
+    ),
+}
+
+
+def gradient(weight: Tensor) -> Tensor:
+    """Return the gradient of the last backward pass at a parameter.
+
+    Raises:
+        UsageError: if there was no backward pass.
+    """
+    if weight.grad is None:
+        raise UsageError("this mode needs gradients: run a backward pass on one batch before it")
+    return weight.grad.detach()
+
+
+def _keep_largest(scores: Mapping[str, Tensor], density: float) -> Masks:
+    """Masks of the ``round(size · density)`` largest scores over all layers together."""
+    total = sum(score.numel() for score in scores.values())
+    return _masks_at(
+        scores,
+        select_largest(torch.clone, [(score.flatten(),) for score in scores.values()], active_count(total, density)),
+    )
+
+
+def _keep_active(weights: Mapping[str, Tensor], pruning_rate: float) -> Masks:
+    """Masks of all but a ``pruning_rate`` share of the non-zero weights, the smallest over all given layers."""
+    active = sum(int(torch.count_nonzero(weight)) for weight in weights.values())
+    keep = active_count(active, 1 - pruning_rate)
+    return _masks_at(weights, select_largest(torch.abs, [(w.flatten(),) for w in weights.values()], keep))
+
+
+def _masks_at(tensors: Mapping[str, Tensor], positions: list[Tensor]) -> Masks:
+    masks = {}
+    for (name, tensor), chosen in zip(tensors.items(), positions, strict=True):
+        mask = torch.zeros(tensor.numel(), dtype=torch.bool, device=tensor.device)
+        mask[chosen] = True
+        masks[name] = mask.view(tensor.shape)
+    return masks
+
+
+def _structured_layers(weights: Mapping[str, Tensor]) -> list[str]:
+    """All layers but the classifier: the last one that is a matrix."""
+    matrices = [name for name, weight in weights.items() if weight.dim() == 2]
+    return [name for name in weights if name not in matrices[-1:]]

@@ -1,0 +1,142 @@
+"""From tickets to one network: average, prune back to the budget, re-estimate BatchNorm (Sup-tickets, sec. 3.3).
+
+Networks travel as state dicts, in memory, on whatever device they are.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from sparselearning import distributed
+from sparselearning.distributions import active_count
+from sparselearning.topology import select_largest
+
+State = dict[str, Tensor]
+
+
+def cima_factor(factor: float) -> Callable[[int], float]:
+    """Cyclical moving average: every ticket enters with the same constant ``factor``."""
+    return lambda n: factor
+
+
+def caa_factor(n: int) -> float:
+    """Cumulative arithmetic average: ticket ``n`` = 1, 2, … enters with 1/(n+1), so that all members weigh the same."""
+    return 1 / (n + 1)
+
+
+AVERAGING: dict[str, Callable[[float], Callable[[int], float]]] = {
+    "CIMA": cima_factor,
+    "CAA": lambda factor: caa_factor,
+}
+"""Name to a function from the user's constant factor to (ticket number → factor of that ticket)."""
+
+
+@torch.no_grad()
+def superpose(previous: Mapping[str, Tensor], ticket: Mapping[str, Tensor], factor: float) -> State:
+    """Average two networks: ``(1 - factor) · previous + factor · ticket``.
+
+    Args:
+        previous: state dict of the superposition so far.
+        ticket: state dict of the new ticket, with the same names and shapes.
+        factor: weight of the ticket, in [0, 1].
+
+    Returns:
+        A new state dict; neither input is changed. Floating-point entries are averaged, others (BatchNorm's batch
+        counter) are the ticket's.
+
+    Raises:
+        ValueError: if the names differ.
+    """
+    if previous.keys() != ticket.keys():
+        differing = sorted(previous.keys() ^ ticket.keys())
+        raise ValueError(f"only networks of the same architecture superpose; these differ in {differing[:3]}")
+    return {
+        name: (1 - factor) * previous[name] + factor * entry if entry.is_floating_point() else entry.clone()
+        for name, entry in ticket.items()
+    }
+
+
+@torch.no_grad()
+def prune_to_density(
+    state: Mapping[str, Tensor], names: Iterable[str], density: float
+) -> tuple[State, dict[str, Tensor]]:
+    """Keep exactly ``round(size · density)`` of the named weights, those of largest magnitude over all of them.
+
+    Args:
+        state: state dict of a network; not changed.
+        names: entries that the budget covers.
+        density: share of their weights to keep, in (0, 1].
+
+    Returns:
+        A new state dict whose other entries are shared with ``state``, and the boolean masks of the named entries.
+
+    Raises:
+        ValueError: if the density lies outside (0, 1].
+    """
+    if not 0 < density <= 1:
+        raise ValueError(f"a density lies in (0, 1], not {density}")
+    names = list(names)
+    flat = [(state[name].flatten(),) for name in names]
+    budget = active_count(sum(weights.numel() for (weights,) in flat), density)
+    pruned, masks = dict(state), {}
+    for name, positions in zip(names, select_largest(torch.abs, flat, budget), strict=True):
+        mask = torch.zeros(state[name].numel(), dtype=torch.bool, device=state[name].device)
+        masks[name] = mask.index_fill_(0, positions, True).view(state[name].shape)
+        pruned[name] = state[name].masked_fill(~masks[name], 0)
+    return pruned, masks
+
+
+@torch.no_grad()
+def update_bn(loader: Iterable, model: nn.Module, device: torch.device | str | None = None) -> None:
+    """Estimate all BatchNorm statistics anew: the mean over the loader's batches, on all ranks together.
+
+    Equals ``torch.optim.swa_utils.update_bn`` in one process. Each rank passes its own share of the batches through
+    its model; every batch of every rank then counts the same.
+
+    Args:
+        loader: yields batches, or tuples that start with one.
+        model: any module; left alone if it has no BatchNorm with running statistics. Its mode, its BatchNorms'
+            momenta, and gradients are as before.
+        device: where to move the batches; None: they are there already.
+    """
+    model = distributed.unwrap(model)
+    norms = [
+        module
+        for module in model.modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats
+    ]
+    if not norms:
+        return
+    modes = {module: module.training for module in model.modules()}
+    momenta = {norm: norm.momentum for norm in norms}
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # PyTorch's sign for a cumulative average
+    model.train()
+    try:
+        for batch in loader:
+            images = batch[0] if isinstance(batch, list | tuple) else batch
+            model(images if device is None else images.to(device, non_blocking=True))
+        for norm in norms:
+            _pool_over_ranks(norm)
+    finally:
+        for norm, momentum in momenta.items():
+            norm.momentum = momentum
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def _pool_over_ranks(norm: nn.modules.batchnorm._BatchNorm) -> None:
+    """Weigh each rank's averages by its number of batches."""
+    if distributed.world_size() == 1:
+        return
+    batches, mean, variance = norm.num_batches_tracked, norm.running_mean, norm.running_var
+    assert batches is not None
+    assert mean is not None
+    assert variance is not None
+    for statistic in (mean, variance):
+        distributed.sum_over_ranks(statistic.mul_(batches))
+    distributed.sum_over_ranks(batches)
+    for statistic in (mean, variance):
+        statistic.div_(batches)

@@ -1,0 +1,363 @@
+"""Which weights to remove and which to grow: pure tensor code without state.
+
+Everything is one question, asked with different scores: *where are the k largest?* Pruning asks it of the active
+weights, growing of the inactive ones, and RigL differs from SET in the score alone. :func:`select_largest`
+answers exactly, to the unit, whatever ties the scores hold.
+
+A layer is seen through flat one-dimensional views (:class:`Layer`), so that nothing here depends on its shape.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from sparselearning.distributions import active_count, apportion
+
+SAMPLE_SIZE = 1 << 15
+"""Scores looked at to bracket the k-th largest; layers of fewer scores are searched whole."""
+
+
+@dataclass
+class Layer:
+    """Flat views of one masked weight while its topology is being updated; all share one element order.
+
+    Output neurons (filters) are contiguous: ``tensor.view(neurons, -1)`` has one row per neuron.
+    """
+
+    weight: Tensor
+    mask: Tensor
+    neurons: int = 1
+    is_classifier: bool = False
+    gradient: Tensor = field(default_factory=lambda: torch.empty(0))
+    momentum: Tensor = field(default_factory=lambda: torch.empty(0))
+
+
+# ---------------------------------------------------------------------------------------------- selection
+
+
+def select_largest(score: Callable[..., Tensor], layers: Sequence[tuple[Tensor, ...]], k: int) -> list[Tensor]:
+    """Find the ``k`` largest scores over all layers together.
+
+    Works like the SELECT of Floyd & Rivest (1975): a sample brackets the k-th largest score, one comparison
+    drops nearly everything below it, and only the survivors are searched exactly. Should the sample mislead, the
+    search is repeated over everything, so the result never depends on luck.
+
+    Args:
+        score: element-wise function of a layer's flat tensors; ``-inf`` marks what may not be chosen.
+        layers: per layer, the flat tensors that ``score`` takes.
+        k: how many to choose, at most the number of scores above ``-inf``.
+
+    Returns:
+        Per layer the chosen positions, ascending int64. Ties go to the earlier layer and position.
+
+    Raises:
+        ValueError: if fewer than ``k`` may be chosen, or scores are NaN.
+    """
+    sizes = [tensors[0].numel() for tensors in layers]
+    device = layers[0][0].device
+    if k == 0:
+        return [torch.empty(0, dtype=torch.int64, device=device) for _ in layers]
+    bracket = _lower_bracket(score, layers, k, sum(sizes))
+    for floor in (bracket, None):
+        positions, values = [], []
+        for tensors in layers:
+            scores = score(*tensors)
+            candidates = (scores > -torch.inf if floor is None else scores >= floor).nonzero().squeeze(1)
+            positions.append(candidates)
+            values.append(scores[candidates])
+        pool = torch.cat(values)
+        if pool.numel() >= k or floor is None:
+            break
+    if pool.numel() < k:
+        raise ValueError(f"{k} weights are to be chosen where only {pool.numel()} may be")
+    chosen = _largest_exactly(pool, k)
+    return [
+        candidates[part] for candidates, part in zip(positions, chosen.split([len(p) for p in positions]), strict=True)
+    ]
+
+
+def _lower_bracket(
+    score: Callable[..., Tensor], layers: Sequence[tuple[Tensor, ...]], k: int, size: int
+) -> Tensor | None:
+    """Score that, judging by a strided sample, slightly more than ``k`` scores reach; None: search everything."""
+    stride = size // SAMPLE_SIZE | 1
+    if stride == 1:
+        return None
+    sample = torch.cat([score(*(tensor[::stride] for tensor in tensors)) for tensors in layers])
+    share = k / size
+    rank = share * sample.numel()
+    rank = math.ceil(rank + 4 * math.sqrt(rank * (1 - share)) + 4)
+    if rank >= sample.numel():
+        return None
+    bracket = sample.kthvalue(sample.numel() - rank + 1).values
+    return bracket if bracket > -torch.inf else None
+
+
+def _largest_exactly(values: Tensor, k: int) -> Tensor:
+    """Boolean mask of the ``k`` largest of one-dimensional ``values``; ties go to the earlier ones."""
+    threshold = values.kthvalue(values.numel() - k + 1).values
+    chosen = values > threshold
+    ties = (values == threshold).nonzero().squeeze(1)
+    missing = k - int(torch.count_nonzero(chosen))
+    if missing > len(ties):
+        raise ValueError("scores are NaN: the gradients or weights that they come from have diverged")
+    chosen[ties[:missing]] = True
+    return chosen
+
+
+def _smallness(weight: Tensor, mask: Tensor) -> Tensor:
+    """Score of active weights by smallness, for pruning."""
+    return weight.abs().neg_().masked_fill_(~mask, -torch.inf)
+
+
+def _candidate(scores: Tensor, mask: Tensor) -> Tensor:
+    """Keep the scores of inactive weights, for growing. Changes ``scores``."""
+    return scores.masked_fill_(mask, -torch.inf)
+
+
+def smallest_active(layers: Sequence[Layer], k: int) -> list[Tensor]:
+    """Positions of the ``k`` active weights of smallest magnitude over all ``layers`` together."""
+    return select_largest(_smallness, [(layer.weight, layer.mask) for layer in layers], k)
+
+
+def active_counts(layers: Sequence[Layer]) -> list[int]:
+    """Active weights of each layer, with one transfer to the host."""
+    return torch.stack([torch.count_nonzero(layer.mask) for layer in layers]).tolist()
+
+
+# ------------------------------------------------------------------------------------------------ pruning
+# Each mode: (layers, prune_rate, threshold) -> removed positions per layer. Only `threshold` reads its threshold.
+
+
+def prune_magnitude(layers: Sequence[Layer], prune_rate: float, threshold: float) -> list[Tensor]:
+    """Remove from every layer the ``ceil(prune_rate · n)`` of its ``n`` active weights with the smallest |w|."""
+    return [
+        smallest_active([layer], math.ceil(prune_rate * n))[0]
+        for layer, n in zip(layers, active_counts(layers), strict=True)
+    ]
+
+
+def prune_set(layers: Sequence[Layer], prune_rate: float, threshold: float) -> list[Tensor]:
+    """Remove half from the smallest positive weights, half from the largest negative ones (SET, alg. 2).
+
+    Of an odd count the positive side gives one more; a side that has too few leaves the rest to the other. Weights
+    that are still zero count as positive.
+    """
+    removed = []
+    for layer, n in zip(layers, active_counts(layers), strict=True):
+        k = math.ceil(prune_rate * n)
+        negatives = int(torch.count_nonzero(layer.weight[layer.mask] < 0))
+        from_negative = max(min(k // 2, negatives), k - (n - negatives))
+        sides = [(k - from_negative, _smallest_positive), (from_negative, _largest_negative)]
+        removed.append(
+            torch.cat([select_largest(score, [(layer.weight, layer.mask)], share)[0] for share, score in sides])
+        )
+    return removed
+
+
+def _smallest_positive(weight: Tensor, mask: Tensor) -> Tensor:
+    return weight.neg().masked_fill_(~mask | (weight < 0), -torch.inf)
+
+
+def _largest_negative(weight: Tensor, mask: Tensor) -> Tensor:
+    return weight.masked_fill(~mask | (weight >= 0), -torch.inf)
+
+
+def prune_threshold(layers: Sequence[Layer], prune_rate: float, threshold: float) -> list[Tensor]:
+    """Remove every active weight with |w| at or below ``threshold``, which :func:`steer_threshold` adapts."""
+    return [(layer.weight.abs().le(threshold).logical_and_(layer.mask)).nonzero().squeeze(1) for layer in layers]
+
+
+def prune_global_magnitude(layers: Sequence[Layer], prune_rate: float, threshold: float) -> list[Tensor]:
+    """Remove the ``ceil(prune_rate · n)`` smallest of all ``n`` active weights, wherever they are."""
+    return smallest_active(layers, math.ceil(prune_rate * sum(active_counts(layers))))
+
+
+PRUNE = {
+    "magnitude": prune_magnitude,
+    "SET": prune_set,
+    "threshold": prune_threshold,
+    "global_magnitude": prune_global_magnitude,
+}
+
+
+def magnitude_quantile(layers: Sequence[Layer], prune_rate: float) -> float:
+    """Magnitude below or at which ``ceil(prune_rate · n)`` of all ``n`` active weights lie; 0 for none."""
+    removed = prune_global_magnitude(layers, prune_rate, 0.0)
+    return max(
+        (float(layer.weight[p].abs().max()) for layer, p in zip(layers, removed, strict=True) if p.numel()),
+        default=0.0,
+    )
+
+
+def steer_threshold(threshold: float, removed_share: float, prune_rate: float) -> float:
+    """Next threshold of ``threshold`` pruning: raised or lowered, at most twofold, by how far the share was off."""
+    if removed_share == 0:
+        return 2 * threshold
+    return threshold * min(2.0, max(0.5, prune_rate / removed_share))
+
+
+# ------------------------------------------------------------------------------------------------- growing
+# Each mode: (layer, k, generator) -> k inactive positions. Removed weights are already inactive.
+
+
+def grow_random(layer: Layer, k: int, generator: torch.Generator) -> Tensor:
+    """Grow uniformly at random, without replacement (SET)."""
+    scores = torch.rand(layer.mask.numel(), generator=generator, device=layer.mask.device)
+    return select_largest(_candidate, [(scores, layer.mask)], k)[0]
+
+
+def grow_gradient(layer: Layer, k: int, generator: torch.Generator) -> Tensor:
+    """Grow where the dense gradient of the batch is largest in magnitude (RigL, alg. 1)."""
+    return select_largest(_candidate_magnitude, [(layer.gradient, layer.mask)], k)[0]
+
+
+def grow_momentum(layer: Layer, k: int, generator: torch.Generator) -> Tensor:
+    """Grow where the momentum is largest in magnitude (sparse momentum, Dettmers & Zettlemoyer 2019)."""
+    return select_largest(_candidate_magnitude, [(layer.momentum, layer.mask)], k)[0]
+
+
+def grow_momentum_neuron(layer: Layer, k: int, generator: torch.Generator) -> Tensor:
+    """Share ``k`` out over the output neurons by their mean |momentum|, then grow by momentum in each."""
+    scores = layer.momentum.abs().view(layer.neurons, -1)
+    inactive = ~layer.mask.view(layer.neurons, -1)
+    quota = apportion(k, scores.mean(dim=1).tolist(), inactive.sum(dim=1).tolist())
+    scores = scores.masked_fill(~inactive, -torch.inf)
+    best = scores.topk(max(quota), dim=1).indices
+    ranks = torch.arange(max(quota), device=best.device)
+    wanted = ranks < torch.tensor(quota, device=best.device).unsqueeze(1)
+    rows = torch.arange(layer.neurons, device=best.device).unsqueeze(1) * scores.shape[1]
+    return (rows + best)[wanted]
+
+
+def _candidate_magnitude(values: Tensor, mask: Tensor) -> Tensor:
+    return _candidate(values.abs(), mask)
+
+
+GROWTH = {
+    "random": grow_random,
+    "gradient": grow_gradient,
+    "momentum": grow_momentum,
+    "momentum_neuron": grow_momentum_neuron,
+}
+
+
+# ------------------------------------------------------------------------------------------ redistribution
+# Each mode: layer -> its claim on the weights that all layers removed together, measured before pruning.
+
+
+def claim_nonzeros(layer: Layer) -> float:
+    """Claim by number of active weights."""
+    return float(torch.count_nonzero(layer.mask))
+
+
+def claim_magnitude(layer: Layer) -> float:
+    """Claim by mean |active weight|."""
+    return _mean_magnitude(layer.weight, layer.mask)
+
+
+def claim_momentum(layer: Layer) -> float:
+    """Claim by mean |momentum at active weights|."""
+    return _mean_magnitude(layer.momentum, layer.mask)
+
+
+def _mean_magnitude(values: Tensor, mask: Tensor) -> float:
+    active = values[mask]
+    return float(active.abs().mean()) if active.numel() else 0.0
+
+
+REDISTRIBUTION: dict[str, Callable[[Layer], float] | None] = {
+    "none": None,
+    "nonzeros": claim_nonzeros,
+    "magnitude": claim_magnitude,
+    "momentum": claim_momentum,
+}
+
+
+# --------------------------------------------------------------------------------------- one whole update
+
+
+def prune_and_grow(
+    layers: Sequence[Layer],
+    prune: str,
+    growth: str,
+    redistribution: str,
+    prune_rate: float,
+    threshold: float,
+    generator: torch.Generator,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Remove active weights and grow as many inactive ones; changes the masks in place, never a weight.
+
+    Args:
+        layers: all masked layers.
+        prune: name in :data:`PRUNE`. Of ``n`` active weights, ``ceil(prune_rate · n)`` go (``threshold``: those
+            with |w| ≤ ``threshold``).
+        growth: name in :data:`GROWTH`; weights just removed may grow back.
+        redistribution: name in :data:`REDISTRIBUTION`. ``none``: a layer regrows what it lost.
+        prune_rate: share of the active weights, in [0, 1].
+        threshold: magnitude that ``threshold`` pruning cuts at.
+        generator: source of random growth, on the layers' device.
+
+    Returns:
+        The removed and the grown positions of each layer. The total number of active weights is the same as before.
+    """
+    claim = REDISTRIBUTION[redistribution]
+    claims = [claim(layer) for layer in layers] if claim else []
+    removed = PRUNE[prune](layers, prune_rate, threshold)
+    for layer, positions in zip(layers, removed, strict=True):
+        layer.mask.index_fill_(0, positions, False)
+    counts = [len(positions) for positions in removed]
+    if claim:
+        room = [layer.mask.numel() - n for layer, n in zip(layers, active_counts(layers), strict=True)]
+        counts = apportion(sum(counts), claims, room)
+    grown = []
+    for layer, k in zip(layers, counts, strict=True):
+        positions = GROWTH[growth](layer, k, generator) if k else removed[0].new_empty(0)
+        layer.mask.index_fill_(0, positions, True)
+        grown.append(positions)
+    return removed, grown
+
+
+def gradual_prune(layers: Sequence[Layer], density: float, uniform: bool) -> None:
+    """Remove the smallest weights until exactly ``round(size · density)`` are active; changes the masks in place.
+
+    Global magnitude over all layers (GraNet, sec. 3.2), or ``uniform``: every layer at the same density, except
+    that below a density of 0.2 the classifier stays at 0.2 and the others take
+    up the difference. A layer that is already sparser than its target keeps what it has. Does nothing where the
+    masks are at the density, or below it.
+    """
+    active = active_counts(layers)
+    target = active_count(sum(layer.mask.numel() for layer in layers), density)
+    if target >= sum(active):
+        return
+    if uniform:
+        keep = _uniform_targets(layers, active, density, target)
+        removed = [smallest_active([layer], n - kept)[0] for layer, n, kept in zip(layers, active, keep, strict=True)]
+    else:
+        removed = smallest_active(layers, sum(active) - target)
+    for layer, positions in zip(layers, removed, strict=True):
+        layer.mask.index_fill_(0, positions, False)
+
+
+CLASSIFIER_DENSITY = 0.2
+
+
+def _uniform_targets(layers: Sequence[Layer], active: list[int], density: float, target: int) -> list[int]:
+    """Active weights that each layer keeps, adding up to ``target``."""
+    sizes = [layer.mask.numel() for layer in layers]
+    shares = [float(size) for size in sizes]
+    capacity = list(active)
+    held = 0
+    if density < CLASSIFIER_DENSITY:
+        for i, layer in enumerate(layers):
+            if layer.is_classifier:
+                held = min(active_count(sizes[i], CLASSIFIER_DENSITY), active[i], target)
+                capacity[i] = 0
+    if target - held > sum(capacity):
+        # The other layers cannot take up the difference: the classifier gives way.
+        return apportion(target, shares, active)
+    keep = apportion(target - held, shares, capacity)
+    return [held if layer.is_classifier and held else kept for layer, kept in zip(layers, keep, strict=True)]
