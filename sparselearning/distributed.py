@@ -74,15 +74,18 @@ def wrap(model: nn.Module, device: torch.device) -> nn.Module:
     )
 
 
+def without_data_parallel(model: nn.Module) -> nn.Module:
+    """Return what a data-parallel wrapper wraps."""
+    while isinstance(model, DistributedDataParallel | nn.DataParallel):
+        model = model.module
+    return model
+
+
 def unwrap(model: nn.Module) -> nn.Module:
     """Return the user's own module inside data-parallel and compiled wrappers."""
-    while True:
-        if isinstance(model, DistributedDataParallel | nn.DataParallel):
-            model = model.module
-        elif hasattr(model, "_orig_mod"):
-            model = model._orig_mod
-        else:
-            return model
+    inner = without_data_parallel(model)
+    compiled = getattr(inner, "_orig_mod", None)
+    return unwrap(compiled) if isinstance(compiled, nn.Module) else inner
 
 
 def sum_over_ranks(tensor: Tensor) -> Tensor:
@@ -90,6 +93,16 @@ def sum_over_ranks(tensor: Tensor) -> Tensor:
     if world_size() > 1:
         dist.all_reduce(tensor)
     return tensor
+
+
+def min_over_ranks(number: int) -> int:
+    """Return the smallest of the ranks' numbers."""
+    return min(gather_objects(number))
+
+
+def max_over_ranks(number: int) -> int:
+    """Return the largest of the ranks' numbers."""
+    return max(gather_objects(number))
 
 
 def average_buffers(model: nn.Module) -> None:

@@ -100,7 +100,7 @@ def update_bn(loader: Iterable, model: nn.Module, device: torch.device | str | N
             momenta, and gradients are as before.
         device: where to move the batches; None: they are there already.
     """
-    model = distributed.unwrap(model)
+    model = distributed.without_data_parallel(model)  # ranks may have different numbers of batches
     norms = [
         module
         for module in model.modules()

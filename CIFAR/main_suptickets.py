@@ -1,0 +1,161 @@
+#!/usr/bin/env python3
+"""Sup-tickets on CIFAR-sized images: pre-train a sparse network, harvest cheap tickets, superpose them into one.
+
+python3 main_suptickets.py --demo
+python3 main_suptickets.py --pre_train --cyclic_train --re_explore --cyc_lr --update_bn --sparse --data cifar100 …
+"""
+
+import argparse
+import copy
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from cifar_data import data_help, load_data
+from cifar_models import build_model, model_names
+
+from sparselearning import distributed, experiment, flags
+from sparselearning.checkpoint import RunFolder, seed_everything
+from sparselearning.engine import Sources
+from sparselearning.schedules import EpochBudget, epoch_budget, milestone_lr
+
+OPTIMIZERS = {
+    "sgd": lambda parameters, args: torch.optim.SGD(
+        parameters, lr=args.lr, momentum=args.momentum, weight_decay=args.l2, fused=True
+    ),
+    "adam": lambda parameters, args: torch.optim.Adam(parameters, lr=args.lr, weight_decay=args.l2, fused=True),
+}
+
+# Presets of --demo for the flags that the user does not give: the whole method in about a minute.
+DEMO = {
+    "indicate_method": "demo",
+    "data": "digits",
+    "model": "cifar_resnet_8",
+    "sparse": True,
+    "pre_train": True,
+    "cyclic_train": True,
+    "re_explore": True,
+    "no_maskupdates": True,
+    "cyc_lr": True,
+    "update_bn": True,
+    "method": "GraNet",
+    "epochs": 30,
+    "cycle": 3,
+    "cycle_rate": 0.3,
+    "init_density": 0.5,
+    "final_density": 0.05,
+    "final_prune_epoch": 12,
+    "update_frequency": 10,
+    "batch_size": 64,
+    "large_death_rate": 0.5,
+    "lr_1": 0.001,
+    "lr_2": 0.01,
+}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run once, or ``--iters`` times with one seed after the other."""
+    args = parse(argv)
+    for i in range(args.iters):
+        one = copy.copy(args)
+        one.seed = args.seed + i
+        if args.save and args.iters > 1:
+            one.save = args.save / f"seed{one.seed}"
+        run(one, argv)
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line; ``--demo`` first puts its presets in the place of the defaults."""
+    parser = flags.Parser(description=__doc__.splitlines()[0])
+    parser.add_argument("--demo", action="store_true", help="presets for a complete small run on digits")
+    recipe = parser.add_argument_group("recipe")
+    recipe.add_argument("--data", default="cifar10", help=data_help())
+    recipe.add_argument("--data-dir", type=Path, default=Path("data"), metavar="DIR", help="where downloads go")
+    recipe.add_argument("--model", default="vgg-like", help=f"one of {model_names()}")
+    recipe.add_argument("--epochs", type=flags.positive, default=160, help="of the whole run, cycles included")
+    recipe.add_argument(
+        "--cycle_rate", type=flags.rate, default=0.2, help="share of the epochs for the cycles, cut to whole cycles"
+    )
+    recipe.add_argument("--batch-size", type=flags.positive, default=128, help="images per step, over all processes")
+    recipe.add_argument("--test-batch-size", type=flags.positive, default=128, help="images per evaluation step")
+    recipe.add_argument("--optimizer", choices=OPTIMIZERS, default="sgd", help="rule that changes the weights")
+    recipe.add_argument("--lr", type=flags.non_negative_float, default=0.1, help="learning rate of pre-training")
+    recipe.add_argument(
+        "--nolrsche", action="store_true", help="constant rate; without: x0.1 at half and three quarters"
+    )
+    recipe.add_argument("--momentum", type=flags.below_one, default=0.9, help="of SGD")
+    recipe.add_argument("--l2", type=flags.non_negative_float, default=5e-4, help="weight decay")
+    recipe.add_argument(
+        "--valid_split", type=flags.below_one, default=0.0, metavar="SHARE",
+        help="hold out the last share of the training set and evaluate on it; the test set is then used once, at the end",
+    )  # fmt: skip
+    recipe.add_argument("--workers", type=flags.non_negative, default=4, help="CPU threads, if fewer than there are")
+    recipe.add_argument("--log-interval", type=flags.positive, default=100, metavar="STEPS", help="steps between looks")
+    recipe.add_argument("--iters", type=flags.positive, default=1, help="runs, with seeds seed, seed + 1, …")
+    recipe.add_argument("--mgpu", action="store_true", help="use all GPUs of this machine")
+    flags.add_sparse_flags(parser)
+    flags.add_ticket_flags(parser)
+    flags.add_run_flags(parser)
+    if "--demo" in (sys.argv[1:] if argv is None else argv):
+        parser.set_defaults(**DEMO)
+    return parser.parse_args(argv)
+
+
+def run(args: argparse.Namespace, argv: Sequence[str] | None) -> None:
+    """Do one run of one seed."""
+    warnings = flags.check(args, momentum_is_zero=args.optimizer == "sgd" and args.momentum == 0)
+    budget = epoch_budget(args.epochs * args.multiplier, args.cycle_rate, args.cycle)
+    warnings += flags.budget_note(args, budget) + flags.pruning_window_warning(args, budget.pretrain_epochs)
+    runtime = flags.runtime(args)
+    device = runtime.start()
+    for warning in warnings if distributed.is_main() else []:
+        print(f"note: {warning}", file=sys.stderr)
+
+    seed_everything(args.seed)
+    data = load_data(
+        args.data,
+        data_dir=args.data_dir,
+        batch_size=args.batch_size,
+        test_batch_size=args.test_batch_size,
+        valid_split=args.valid_split,
+        seed=args.seed,
+        device=device,
+        rank=distributed.rank(),
+        world_size=distributed.world_size(),
+    )
+    model = build_model(args.model, data.num_classes, data.channels, data.image_size).to(device)
+    steps_per_epoch = len(data.train)
+    config = flags.as_config(args, argv)
+    recipe = experiment.Recipe(
+        model=model,
+        optimizer=OPTIMIZERS[args.optimizer](model.parameters(), args),
+        sources=Sources(train=data.train, train_once=data.train, evaluation=data.evaluation),
+        class_balanced_batch=lambda: data.train.class_balanced_batch(args.batch_size, args.seed),
+        test=data.test if args.valid_split else None,
+    )
+    experiment.run(
+        recipe,
+        flags.plan(args, budget, pretrain_lr(args, budget)),
+        flags.sparse_training(args, steps_per_epoch, budget.total_epochs),
+        runtime,
+        experiment.Output(
+            folder=RunFolder(flags.run_path(args, args.model, data.name, budget)),
+            config=config | {"environment": experiment.environment(device)},
+            identity={k: v for k, v in config["flags"].items() if k not in flags.WITHOUT_EFFECT_ON_RESULTS},
+            resume=args.resume,
+            log_interval=args.log_interval,
+            keep_tickets=args.keep_tickets,
+        ),
+    )
+
+
+def pretrain_lr(args: argparse.Namespace, budget: EpochBudget):
+    """Epoch to learning rate in pre-training: ten times smaller at half and at three quarters of it."""
+    epochs = budget.pretrain_epochs
+    milestones = [] if args.nolrsche else [epochs // 2, epochs * 3 // 4]
+    return lambda epoch: milestone_lr(epoch, args.lr, milestones)
+
+
+if __name__ == "__main__":
+    experiment.run_script(main)

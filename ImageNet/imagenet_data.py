@@ -1,0 +1,458 @@
+"""ImageNet, or any data set laid out like it: ``DIR/train/CLASS/*`` and ``DIR/val/CLASS/*``.
+
+Worker processes decode and augment; images travel as uint8 in channels-last memory and are normalised on the
+device. What an image looks like depends on (seed, epoch, its index) alone: neither on the number of workers nor on
+where an epoch is resumed.
+"""
+
+import math
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+from warnings import catch_warnings, simplefilter
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision.datasets import ImageFolder
+from torchvision.datasets.folder import IMG_EXTENSIONS, pil_loader
+from torchvision.transforms import v2
+from tqdm import tqdm
+
+from sparselearning.data import Batch
+from sparselearning.errors import FaultError, UsageError
+from sparselearning.seeding import derive_seed
+
+MEAN = (0.485, 0.456, 0.406)  # of ImageNet's pixels in [0, 1], per channel R, G, B
+STD = (0.229, 0.224, 0.225)
+LAYOUT = "images as DIR/train/CLASS/NAME.JPEG and DIR/val/CLASS/NAME.JPEG"
+
+View = Callable[[Image.Image], Tensor]  # RGB image -> uint8, 3 x H x W
+
+
+def training_view(size: int) -> View:
+    """Return the map from an RGB image to a random crop of it, 3 x size x size uint8, flipped half of the time."""
+    return v2.Compose([v2.RandomResizedCrop(size), v2.RandomHorizontalFlip(), v2.PILToTensor()])
+
+
+def evaluation_view(size: int, resize: int) -> View:
+    """Return the map from an RGB image, its shorter side scaled to ``resize``, to its centre 3 x size x size uint8."""
+    return v2.Compose([v2.Resize(resize), v2.CenterCrop(size), v2.PILToTensor()])
+
+
+class ImageFiles:
+    """The images of one split: their paths and labels, their classes, and which of them turned out damaged.
+
+    Attributes:
+        classes: folder names in sorted order; a label is a position in this list.
+        labels: int64, N.
+        damaged: path -> reason, of the files that could not be read so far.
+
+    Raises:
+        UsageError: ``folder`` is no folder, or holds no class folders.
+        FaultError: ``folder`` cannot be read, or a class folder holds no image.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        if not os.path.isdir(folder):
+            raise UsageError(f"there is no folder {folder}: an ImageNet data set holds {LAYOUT}")
+        try:
+            found = ImageFolder(folder, allow_empty=True)
+        except FileNotFoundError as error:
+            raise UsageError(f"{folder} holds no class folders: an ImageNet data set holds {LAYOUT}") from error
+        except OSError as error:
+            raise FaultError(f"{folder} cannot be read: {error.strerror}") from error
+        self.folder = folder
+        self.classes = found.classes
+        self.labels = np.array(found.targets, dtype=np.int64)
+        # One flat array, which forked workers share: a list of a million strings they would copy, by counting
+        # references to its items.
+        self._paths = np.array([os.fsencode(path) for path, _ in found.samples])
+        self.damaged: dict[str, str] = {}
+
+        counts = np.bincount(self.labels, minlength=len(self.classes))
+        empty = [name for name, count in zip(self.classes, counts, strict=True) if count == 0]
+        if empty:
+            raise FaultError(
+                f"no images in {_listed(empty)} under {folder}: add some ({', '.join(IMG_EXTENSIONS)}) or remove "
+                "the folders from train/ and val/ alike"
+            )
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def path(self, index: int) -> str:
+        """Return the path of image ``index``."""
+        return os.fsdecode(self._paths[index])
+
+
+class Damage(NamedTuple):
+    """Why an image could not be read."""
+
+    path: str
+    reason: str
+
+
+class HostBatch(NamedTuple):
+    """One batch as it leaves a worker."""
+
+    images: Tensor  # uint8, B x 3 x H x W in channels-last memory
+    labels: Tensor  # int64, B
+    damaged: list[Damage]  # what was left out
+
+
+@dataclass(frozen=True)
+class _Views(Dataset):
+    """What the workers see: one epoch's view of every image, or the reason why there is none."""
+
+    files: ImageFiles
+    view: View
+    seed: int
+    epoch: int
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int] | Damage:
+        path = self.files.path(index)
+        try:
+            with catch_warnings():
+                simplefilter("ignore")  # a few ImageNet files have damaged EXIF data around sound pixels
+                image = pil_loader(path)
+        except Exception as error:  # Pillow's decoders raise a dozen kinds
+            return Damage(path, _reason(error))
+        with torch.random.fork_rng(devices=[]):
+            # v2 transforms draw from the CPU's global generator; torch.manual_seed would re-seed the GPUs' too.
+            torch.default_generator.manual_seed(derive_seed(self.seed, "view", self.epoch, index))
+            return self.view(image), int(self.files.labels[index])
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, UnidentifiedImageError):
+        return "not an image of a known format"
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__
+
+
+def _collate(views: list[tuple[Tensor, int] | Damage]) -> HostBatch:
+    sound = [view for view in views if not isinstance(view, Damage)]
+    # Pillow's pixels are stored H x W x 3: stacked like this they are copied as they lie.
+    images = [image.permute(1, 2, 0) for image, _ in sound]
+    return HostBatch(
+        images=(torch.stack(images) if images else torch.empty(0, 0, 0, 3, dtype=torch.uint8)).permute(0, 3, 1, 2),
+        labels=torch.tensor([label for _, label in sound], dtype=torch.int64),
+        damaged=[view for view in views if isinstance(view, Damage)],
+    )
+
+
+def _leave_signals_to(main_process: int, _worker: int) -> None:
+    """Make this worker outlive the signals that are sent to a whole job.
+
+    Ctrl-C, torchrun and Slurm signal every process. The main process answers: it finishes its step, for which it may
+    need one more batch, and ends its workers. So they ignore SIGINT, and obey a SIGTERM of the main process only.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # macOS cannot tell who sent a signal
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_exit_when_told_by, args=(main_process,), daemon=True).start()
+
+
+def _exit_when_told_by(sender: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != sender:
+        pass
+    os._exit(0)
+
+
+def rank_share(order: Tensor, rank: int, world_size: int, padded: bool) -> Tensor:
+    """Return the part of ``order`` that process ``rank`` takes: every ``world_size``-th element from ``rank`` on.
+
+    ``padded`` first repeats elements from the start until all ranks get equally many, as torch's
+    DistributedSampler does; otherwise every element goes to exactly one rank, and some get one less.
+    """
+    if padded:
+        total = math.ceil(len(order) / world_size) * world_size
+        order = order[torch.arange(total) % len(order)]
+    return order[rank::world_size]
+
+
+class FolderLoader:
+    """One process's passes over the images of a split: a :class:`sparselearning.data.BatchSource`.
+
+    Images arrive on ``device`` as B x 3 x H x W float32 in ``memory_format``, normalised by ImageNet's mean and
+    standard deviation; labels as int64, B. A damaged image is named on stderr once, noted in ``damaged`` and left
+    out of its batch; a batch of nothing but damaged images is left out whole, if this is the only process.
+
+    Args:
+        files: the split.
+        view: what is made of each image; all that is random in it must come from torch's CPU generator.
+        batch_size: the most images that this process gets at a time.
+        workers: processes that decode; 0 decodes in this one. They end with the pass, also with an abandoned one.
+        seed: of the order and the augmentation; the same on all ranks.
+        device: where batches arrive.
+        shuffle: whether each epoch has a random order of its own.
+        padded: whether all ranks get equally many full batches, a few images twice (training); or each image comes
+            exactly once over all ranks, in ``len(self)`` batches that are as equal as can be (whatever is measured).
+        rank: number of this process.
+        world_size: number of processes that share the images.
+        strict_data: whether a damaged image is an error.
+        memory_format: of the images on the device.
+    """
+
+    def __init__(
+        self,
+        files: ImageFiles,
+        view: View,
+        *,
+        batch_size: int,
+        workers: int,
+        seed: int,
+        device: torch.device,
+        shuffle: bool,
+        padded: bool,
+        rank: int = 0,
+        world_size: int = 1,
+        strict_data: bool = False,
+        memory_format: torch.memory_format = torch.channels_last,
+    ) -> None:
+        self._files, self._view = files, view
+        self._batch_size, self._workers, self._seed = batch_size, workers, seed
+        self._shuffle, self._padded, self._strict_data = shuffle, padded, strict_data
+        self._rank, self._world_size = rank, world_size
+        self._device, self._memory_format = device, memory_format
+        # pixel * scale + shift = (pixel / 255 - mean) / std, in one fused pass from uint8 to float32
+        mean, std = (torch.tensor(values, device=device).view(3, 1, 1) for values in (MEAN, STD))
+        self._scale, self._shift = 1 / (255 * std), -mean / std
+        self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    @property
+    def num_samples(self) -> int:
+        """Images of the split, over all processes."""
+        return len(self._files)
+
+    @property
+    def damaged(self) -> dict[str, str]:
+        """Path -> reason, of the images that this process has failed to read so far, in any pass over the split."""
+        return self._files.damaged
+
+    def __len__(self) -> int:
+        """Batches per epoch, the same number on every process.
+
+        (An exact pass gives a process one less where no image is left for it: batches of one, or fewer images than
+        processes.)
+        """
+        largest = math.ceil(self.num_samples / self._world_size)
+        own = largest if self._padded else len(range(self._rank, self.num_samples, self._world_size))
+        return min(own, math.ceil(largest / self._batch_size))
+
+    def batches(self, epoch: int) -> list[list[int]]:
+        """Return the images of this process's batches in ``epoch``, as positions in the split."""
+        order = torch.arange(self.num_samples)
+        if self._shuffle:
+            generator = torch.Generator().manual_seed(derive_seed(self._seed, "order", epoch))
+            order = torch.randperm(self.num_samples, generator=generator)
+        share = rank_share(order, self._rank, self._world_size, self._padded)
+        if len(share) == 0:
+            return []
+        chunks = share.split(self._batch_size) if self._padded else share.tensor_split(len(self))
+        return [chunk.tolist() for chunk in chunks]
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """Yield batches ``start``, ``start + 1``, … of an epoch; those before are not decoded.
+
+        Raises:
+            FaultError: an image is damaged and ``strict_data`` is set; not one image could be read; a worker died;
+                or a batch is damaged whole while other processes take theirs.
+        """
+        yielded = 0
+        for images, labels, damaged in self.host_batches(epoch, start):
+            self._note(damaged)
+            if len(labels) > 0:
+                yielded += 1
+                yield self._on_device(images, labels)
+            elif self._world_size > 1:  # whose processes keep step batch by batch
+                raise FaultError(
+                    "a whole batch is damaged, which one process cannot leave out alone: mend or remove "
+                    + _listed([path for path, _ in damaged])
+                )
+        if yielded == 0 and start == 0 and len(self) > 0:
+            raise FaultError(f"not one image could be read from {self._files.folder}: is it still there?")
+
+    def host_batches(self, epoch: int, start: int = 0) -> Iterator[HostBatch]:
+        """Yield the same batches as they come from the workers, in main memory, pinned if they go to a GPU.
+
+        Raises:
+            FaultError: a worker died.
+        """
+        batches = self.batches(epoch)[start:]
+        loader = DataLoader(
+            _Views(self._files, self._view, self._seed, epoch),
+            batch_sampler=batches,
+            num_workers=min(self._workers, len(batches)),
+            collate_fn=_collate,
+            pin_memory=self._device.type == "cuda",
+            worker_init_fn=partial(_leave_signals_to, os.getpid()),
+            generator=torch.Generator(),  # or each pass would draw from the global one
+        )
+        try:
+            yield from loader
+        except RuntimeError as error:
+            if not str(error).startswith("DataLoader worker"):
+                raise
+            raise FaultError(
+                "a process that decodes images died, as a rule because memory or /dev/shm is full: fewer workers need "
+                f"less of both ({error})"
+            ) from error
+
+    def class_balanced_batch(self, size: int, seed: int) -> Batch:
+        """Draw ``size`` images without replacement, the classes in equal numbers as far as they go.
+
+        The classes' counts differ by at most one, but for classes that have no more images to give. All processes
+        draw the same batch, whole, and it is a function of (split, size, seed) alone; damaged images are left out.
+
+        Raises:
+            UsageError: the split has fewer than ``size`` images.
+            FaultError: an image is damaged and ``strict_data`` is set, or all are.
+        """
+        if not 1 <= size <= self.num_samples:
+            raise UsageError(f"cannot draw {size} images from the {self.num_samples} of {self._files.folder}")
+        generator = torch.Generator().manual_seed(derive_seed(seed, "class-balanced"))
+        order = torch.randperm(self.num_samples, generator=generator).numpy()
+        labels = self._files.labels[order]
+        # The classes take turns: turn t brings the t-th image of each class, in the order of the shuffle.
+        turns = np.empty_like(labels)
+        turns[labels.argsort(kind="stable")] = np.concatenate([np.arange(n) for n in np.bincount(labels)])
+        views = _Views(self._files, self._view, seed, epoch=0)
+        chosen = order[turns.argsort(kind="stable")[:size]].tolist()
+        images, labels, damaged = _collate([views[index] for index in chosen])
+        self._note(damaged)
+        if len(labels) == 0:
+            raise FaultError(f"not one of {size} images could be read from {self._files.folder}")
+        return self._on_device(images, labels)
+
+    def _note(self, damaged: list[Damage]) -> None:
+        for path, reason in damaged:
+            if self._strict_data:
+                raise FaultError(f"damaged image {path} ({reason}): mend or remove it, or run without --strict-data")
+            if path not in self.damaged:
+                self.damaged[path] = reason
+                # tqdm's, so that a progress bar stays whole.
+                tqdm.write(f"left out damaged image {path} ({reason}); {len(self.damaged)} so far", sys.stderr)
+
+    def _on_device(self, images: Tensor, labels: Tensor) -> Batch:
+        if self._copies is not None:
+            images, labels = _copied_aside(self._copies, images, labels)
+        else:
+            images, labels = images.to(self._device), labels.to(self._device)
+        images = images.contiguous(memory_format=self._memory_format)
+        return Batch(torch.addcmul(self._shift, images, self._scale), labels)
+
+
+def _copied_aside(stream: torch.cuda.Stream, *tensors: Tensor) -> list[Tensor]:
+    """Copy to the GPU on ``stream``, beside the computation that is still under way for the batch before."""
+    with torch.cuda.stream(stream):
+        copies = [tensor.to(stream.device, non_blocking=True) for tensor in tensors]
+    computation = torch.cuda.current_stream(stream.device)
+    computation.wait_stream(stream)
+    for copy in copies:
+        copy.record_stream(computation)  # its memory is not given away before the computation is done with it
+    return copies
+
+
+@dataclass(frozen=True)
+class ImageNetData:
+    """What a run needs to know of its data. ``train`` and ``train_exact`` hold the same augmented images."""
+
+    train: FolderLoader  # equally many batches on all ranks, a few images twice
+    train_exact: FolderLoader  # each training image exactly once over all ranks: BatchNorm re-estimation
+    evaluation: FolderLoader  # each validation image exactly once over all ranks
+    num_classes: int
+    image_size: int  # pixels per side
+    channels: int = 3
+
+
+def load_imagenet(
+    root: str | os.PathLike[str],
+    *,
+    batch_size: int,
+    workers: int,
+    seed: int,
+    device: torch.device | str,
+    rank: int = 0,
+    world_size: int = 1,
+    strict_data: bool = False,
+    image_size: int = 224,
+    resize: int = 256,
+    memory_format: torch.memory_format = torch.channels_last,
+) -> ImageNetData:
+    """Open the folder ``root``, laid out as ``train/CLASS/*`` and ``val/CLASS/*``.
+
+    Args:
+        root: the folder.
+        batch_size: images per batch and process, in every pass.
+        workers: decoding processes per process and pass; 0 decodes in the process itself.
+        seed: of the order and the augmentation; the same on all ranks.
+        device: where batches arrive.
+        rank: number of this process.
+        world_size: number of processes that share the data.
+        strict_data: whether a damaged image stops the run; else it is named, left out and counted.
+        image_size: height and width of what the model sees, in pixels.
+        resize: shorter side of a validation image before its centre is cut out, at least ``image_size`` pixels.
+        memory_format: of the images on the device.
+
+    Raises:
+        UsageError: a folder is missing or laid out differently, or an argument is out of range.
+        FaultError: a folder cannot be read, a class has no images, or train and val disagree on the classes.
+    """
+    if batch_size < 1 or workers < 0:
+        raise UsageError(f"batch size {batch_size}, {workers} workers: at least 1 and 0 are needed")
+    if not 1 <= image_size <= resize:
+        raise UsageError(f"a centre of {image_size} pixels cannot be cut out of images resized to {resize}")
+    root = Path(root)
+    if not os.path.isdir(root):
+        raise UsageError(f"the data folder {root} does not exist: an ImageNet data set holds {LAYOUT}")
+    train_files, val_files = ImageFiles(root / "train"), ImageFiles(root / "val")
+    _check_classes(train_files, val_files)
+
+    def loader(files: ImageFiles, view: View, shuffle: bool, padded: bool) -> FolderLoader:
+        return FolderLoader(
+            files,
+            view,
+            shuffle=shuffle,
+            padded=padded,
+            batch_size=batch_size,
+            workers=workers,
+            seed=seed,
+            device=torch.device(device),
+            rank=rank,
+            world_size=world_size,
+            strict_data=strict_data,
+            memory_format=memory_format,
+        )
+
+    augmented = training_view(image_size)
+    return ImageNetData(
+        train=loader(train_files, augmented, shuffle=True, padded=True),
+        train_exact=loader(train_files, augmented, shuffle=True, padded=False),
+        evaluation=loader(val_files, evaluation_view(image_size, resize), shuffle=False, padded=False),
+        num_classes=len(train_files.classes),
+        image_size=image_size,
+    )
+
+
+def _check_classes(train: ImageFiles, val: ImageFiles) -> None:
+    differences = [
+        f"{there.folder} has no folder {_listed(missing)} while {here.folder} has"
+        for here, there in ((train, val), (val, train))
+        if (missing := sorted(set(here.classes) - set(there.classes)))
+    ]
+    if differences:
+        raise FaultError(f"both splits must have the same class folders, but {'; '.join(differences)}")
+
+
+def _listed(names: list[str], at_most: int = 5) -> str:
+    rest = len(names) - at_most
+    return ", ".join(names[:at_most]) + (f" and {rest} more" if rest > 0 else "")

@@ -1,0 +1,142 @@
+"""Files that are whole or absent, and everything that an exact resume needs."""
+
+import io
+import json
+import os
+import pickle
+import random
+import zipfile
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import torch
+
+from sparselearning.errors import FaultError, UsageError
+
+
+def write_whole(path: Path, write: Callable[[IO[bytes]], None]) -> None:
+    """Write a file under a temporary name, then rename it, so that no reader ever meets half of it.
+
+    Raises:
+        FaultError: if the disk is full, read-only, or otherwise refuses; what stood at ``path`` is still there.
+    """
+    temporary = path.with_name(path.name + ".partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except (OSError, RuntimeError) as error:  # torch.save reports a failed write as a RuntimeError
+        temporary.unlink(missing_ok=True)
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise FaultError(f"cannot write {path}: {reason}") from error
+
+
+def save_torch(path: Path, content: Mapping[str, Any]) -> None:
+    """Write tensors and plain values for :func:`load_torch`."""
+    write_whole(path, lambda file: torch.save(content, file))
+
+
+def load_torch(path: Path) -> dict[str, Any]:
+    """Read a file of :func:`save_torch` onto the CPU; never runs code from it.
+
+    Raises:
+        UsageError: if there is no such file.
+        FaultError: if it cannot be read, is truncated, or is no PyTorch file of tensors and plain values.
+    """
+    if not path.is_file():
+        raise UsageError(f"{path} does not exist")
+    try:
+        # Through memory: PyTorch words its complaints about a truncated stream better than about a truncated file.
+        content = torch.load(io.BytesIO(path.read_bytes()), map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise FaultError(f"cannot read {path}: {error.strerror or error}") from error
+    except (RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+        raise FaultError(f"{path} is truncated or not a file of tensors that PyTorch saved") from error
+    if not isinstance(content, dict):
+        raise FaultError(f"{path} holds no dictionary of tensors")
+    return content
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write one JSON object, readable by people."""
+    text = json.dumps(content, indent=2) + "\n"
+    write_whole(path, lambda file: _write_text(file, text))
+
+
+def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write one JSON object per line."""
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    write_whole(path, lambda file: _write_text(file, text))
+
+
+def _write_text(file: IO[bytes], text: str) -> None:
+    file.write(text.encode())
+
+
+class RunFolder:
+    """The files that one run leaves behind (README, "What a run leaves behind")."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = path / "config.json"
+        self.metrics = path / "metrics.jsonl"
+        self.tickets = path / "tickets.jsonl"
+        self.summary = path / "summary.json"
+        self.checkpoint = path / "checkpoint.pth"
+        self.current = path / "model_current.pth"
+        self.previous = path / "model_previous.pth"
+
+    def ticket(self, number: int) -> Path:
+        """Where ``--keep-tickets`` puts a ticket; 0 is the pre-trained network."""
+        return self.path / "tickets" / f"ticket_{number}.pth"
+
+    def make_room(self) -> Path | None:
+        """Move an earlier run of the same name aside; return where it went."""
+        if not self.path.exists() or not any(self.path.iterdir()):
+            return None
+        number = 1
+        while (aside := self.path.with_name(f"{self.path.name}.old-{number}")).exists():
+            number += 1
+        try:
+            self.path.rename(aside)
+        except OSError as error:
+            raise FaultError(f"cannot move the earlier run {self.path} aside: {error.strerror}") from error
+        return aside
+
+
+def find_checkpoint(path: Path) -> Path:
+    """Return the file that ``--resume PATH`` means: a ``.pth`` file itself, or the checkpoint in a run's folder."""
+    return RunFolder(path).checkpoint if path.is_dir() else path
+
+
+def rng_state(device: torch.device) -> dict[str, Any]:
+    """State of the random generators of Python, NumPy and PyTorch, as plain values and tensors."""
+    name, keys, *numpy_rest = np.random.get_state(legacy=True)  # noqa: NPY002  the generator that models share
+    return {
+        "python": random.getstate(),
+        "numpy": [str(name), torch.from_numpy(np.asarray(keys).astype(np.int64)), *map(float, numpy_rest)],
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+    }
+
+
+def set_rng_state(state: Mapping[str, Any], device: torch.device) -> None:
+    """Go back to a state of :func:`rng_state`."""
+    random.setstate(state["python"])
+    name, keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), int(position), int(has_gauss), cached))  # noqa: NPY002
+    torch.set_rng_state(state["torch"])
+    if device.type == "cuda" and state["cuda"] is not None:
+        torch.cuda.set_rng_state(state["cuda"], device)
+
+
+def seed_everything(seed: int) -> None:
+    """Seed the random generators of Python, NumPy and PyTorch (all devices)."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002  the generator that models and transforms share
+    torch.manual_seed(seed)

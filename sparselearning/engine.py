@@ -1,0 +1,594 @@
+"""One run of the method: pre-training, cycles that each end in a cheap ticket, and their superposition.
+
+:class:`Trainer` is resumable at every batch. Its position is (epoch, batch); what follows an epoch's last batch
+(evaluation, superposing, the exploration that opens the next cycle) is a transaction that is committed as a whole
+and begun anew if it is interrupted.
+"""
+
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sparselearning import distributed
+from sparselearning.checkpoint import RunFolder, rng_state, save_torch, set_rng_state, write_jsonl
+from sparselearning.data import Batch, BatchSource
+from sparselearning.errors import FaultError
+from sparselearning.masking import Masking, maskable_parameters
+from sparselearning.progress import Progress
+from sparselearning.schedules import EpochBudget, cyclic_lr
+from sparselearning.superpose import State, prune_to_density, superpose, update_bn
+
+SECONDS_BETWEEN_CHECKPOINTS = 60
+
+
+class Stopped(Exception):
+    """SIGINT or SIGTERM arrived, and the checkpoint is written."""
+
+    def __init__(self, signal_number: int, checkpoint: Path) -> None:
+        super().__init__(f"stopped by {signal.Signals(signal_number).name}")
+        self.exit_code = 128 + signal_number
+        self.checkpoint = checkpoint
+
+
+@contextmanager
+def stop_signals() -> Iterator[Callable[[], int]]:
+    """Collect SIGINT and SIGTERM instead of dying of them; yields a function that returns the one received, or 0."""
+    received = 0
+
+    def note(number: int, frame: FrameType | None) -> None:
+        nonlocal received
+        received = number
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """When a run does what.
+
+    Attributes:
+        budget: epochs of pre-training and of cycles.
+        pre_train: do the pre-training part.
+        cyclic_train: do the cycles.
+        pretrain_lr: epoch to learning rate.
+        cycle_lr: ``(lr_1, lr_2)`` of the cyclic learning rate; None: the last rate of pre-training stays.
+        explore_rate: share of every layer's active weights that the exploration at the start of a cycle moves;
+            None: no exploration.
+        updates_in_cycles: whether the periodic topology updates go on in the cycles.
+        averaging: ticket number 1, 2, … to its weight in the superposition.
+        update_bn: re-estimate the superposition's BatchNorm statistics.
+        final_density: budget that a superposition is pruned back to; None: dense training.
+    """
+
+    budget: EpochBudget
+    pretrain_lr: Callable[[int], float]
+    averaging: Callable[[int], float]
+    pre_train: bool = True
+    cyclic_train: bool = True
+    cycle_lr: tuple[float, float] | None = None
+    explore_rate: float | None = None
+    updates_in_cycles: bool = True
+    update_bn: bool = False
+    final_density: float | None = None
+
+    @property
+    def first_epoch(self) -> int:
+        """Epoch that the run starts with; cycles alone start where pre-training would have ended."""
+        return 0 if self.pre_train else self.budget.pretrain_epochs
+
+    @property
+    def end_epoch(self) -> int:
+        """Epoch after the run's last one."""
+        return self.budget.total_epochs if self.cyclic_train else self.budget.pretrain_epochs
+
+    def is_cycle(self, epoch: int) -> bool:
+        """Whether an epoch belongs to a cycle."""
+        return epoch >= self.budget.pretrain_epochs
+
+    def starts_cycle(self, epoch: int) -> bool:
+        """Whether a cycle starts with this epoch."""
+        return self._in_cycle(epoch) == 0 and self.is_cycle(epoch) and epoch < self.end_epoch
+
+    def ends_cycle(self, epoch: int) -> bool:
+        """Whether a ticket is ready at the end of this epoch."""
+        return self.is_cycle(epoch) and self._in_cycle(epoch + 1) == 0
+
+    def ticket(self, epoch: int) -> int | None:
+        """Number, from 1, of the ticket that this epoch works on."""
+        if not self.is_cycle(epoch):
+            return None
+        return (epoch - self.budget.pretrain_epochs) // self.budget.cycle_epochs + 1
+
+    def lr(self, epoch: int, batch: int, batches: int) -> float:
+        """Learning rate of one batch."""
+        if not self.is_cycle(epoch):
+            return self.pretrain_lr(epoch)
+        if self.cycle_lr is None:
+            return self.pretrain_lr(self.budget.pretrain_epochs - 1)
+        return cyclic_lr((self._in_cycle(epoch) + batch / batches) / self.budget.cycle_epochs, *self.cycle_lr)
+
+    def _in_cycle(self, epoch: int) -> int:
+        return (epoch - self.budget.pretrain_epochs) % self.budget.cycle_epochs
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Batches for each purpose.
+
+    Attributes:
+        train: shuffled and augmented.
+        train_once: the same, every sample once over all ranks; for BatchNorm statistics.
+        evaluation: what epochs, tickets and superpositions are measured on.
+    """
+
+    train: BatchSource
+    train_once: BatchSource
+    evaluation: BatchSource
+
+
+@dataclass(frozen=True)
+class Precision:
+    """How the forward and backward passes are computed; weights and statistics are always float32."""
+
+    autocast: torch.dtype | None = None
+    scaler: torch.amp.GradScaler | None = None
+
+    def context(self, device: torch.device) -> AbstractContextManager:
+        """Context of a forward pass."""
+        if self.autocast is None:
+            return nullcontext()
+        return torch.autocast(device.type, dtype=self.autocast)
+
+
+class Trainer:
+    """Carries out a :class:`Plan` on a network and its optimizer, and writes the run's files.
+
+    Args:
+        model: the network, on its device.
+        network: what computes its forward pass in training: the model itself, compiled, or data-parallel.
+        optimizer: over the model's parameters.
+        masking: keeps the model sparse; None: dense training.
+        sources: batches.
+        plan: when to do what.
+        folder: where files go.
+        progress: what to show.
+        precision: number formats of the forward pass.
+        label_smoothing: of the training loss, in [0, 1).
+        log_interval: batches between looks at the running loss.
+        keep_tickets: write every ticket to a file of its own.
+        config: values that a checkpoint must share with the run that resumes it.
+        stop_signal: returns the signal that asks the run to stop, 0 for none.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        network: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        masking: Masking | None,
+        sources: Sources,
+        plan: Plan,
+        folder: RunFolder,
+        progress: Progress,
+        *,
+        precision: Precision | None = None,
+        label_smoothing: float = 0.0,
+        log_interval: int = 100,
+        keep_tickets: bool = False,
+        config: Mapping[str, Any] | None = None,
+        stop_signal: Callable[[], int] = lambda: 0,
+    ) -> None:
+        self.model = model
+        self.network = network
+        self.optimizer = optimizer
+        self.masking = masking
+        self.sources = sources
+        self.plan = plan
+        self.folder = folder
+        self.progress = progress
+        self.precision = precision or Precision()
+        self.label_smoothing = label_smoothing
+        self.log_interval = log_interval
+        self.keep_tickets = keep_tickets
+        self.config = dict(config or {})
+        self.stop_signal = stop_signal
+
+        self.device = next(model.parameters()).device
+        self.maskable = list(masking.masks if masking else maskable_parameters(model))
+        self.epoch = plan.first_epoch
+        self.batch = 0
+        self.trained = False  # the epoch's batches are done, what follows them is not
+        self.superposition: State | None = None
+        self.superposition_masks: dict[str, Tensor] = {}
+        self.pretrain_acc: float | None = None
+        self.metrics: list[dict[str, Any]] = []
+        self.tickets: list[dict[str, Any]] = []
+        self._tally = torch.zeros(3, dtype=torch.float64, device=self.device)  # Σ loss, hits, samples
+        self._bad_batch = torch.full((), -1, device=self.device)  # first batch of the epoch with a loss not finite
+        self._seconds = 0.0
+        self._stop = distributed.AgreedFlag()
+        self._last_checkpoint = float("-inf")
+
+    # ------------------------------------------------------------------------------------------ the run
+
+    def run(self) -> dict[str, Any]:
+        """Train from the present position to the end; return the content of ``summary.json``, not yet written.
+
+        Raises:
+            Stopped: on a stop signal, after writing the checkpoint.
+            FaultError: if the loss is not finite any more, or a file cannot be written.
+        """
+        try:
+            if self.superposition is None and not self.plan.pre_train:
+                self._adopt_pretrained(self.evaluate()[1])
+                self._open_cycle()
+            while self.epoch < self.plan.end_epoch:
+                if not self.trained:
+                    self._train_epoch()
+                self._finish_epoch()
+        except _StopRequested as request:
+            self._check_finite()
+            self.save_checkpoint()
+            raise Stopped(request.number, self.folder.checkpoint) from None
+        finally:
+            self.progress.close()
+        return self._summary()
+
+    def _train_epoch(self) -> None:
+        batches = len(self.sources.train)
+        plan = self.plan
+        self.network.train()
+        if self.masking and plan.is_cycle(self.epoch):
+            self.masking.updates_enabled &= plan.updates_in_cycles
+        began = time.perf_counter()
+        try:
+            for batch in self.sources.train.epoch(self.epoch, self.batch):
+                lr = plan.lr(self.epoch, self.batch, batches)
+                self._train_batch(batch, lr)
+                self.batch += 1
+                self.progress.batch()
+                if self.batch % self.log_interval == 0:
+                    self._show(lr)
+                self._heed_signals()
+        finally:
+            self._seconds += time.perf_counter() - began
+        distributed.average_buffers(self.model)
+        self.trained = True
+
+    def _train_batch(self, batch: Batch, lr: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        logits, loss = self._backward(batch)
+        finite = torch.isfinite(loss.detach())
+        self._bad_batch = torch.where(finite | (self._bad_batch >= 0), self._bad_batch, self.batch)
+        update_due = self.masking is not None and self.masking.update_due(self.masking.steps + 1)
+        if update_due or self.device.type == "cpu":
+            self._check_finite()
+        if self.masking:
+            self.masking.step(self.precision.scaler)
+        elif self.precision.scaler:
+            self.precision.scaler.step(self.optimizer)
+            self.precision.scaler.update()
+        else:
+            self.optimizer.step()
+        self._count(logits.detach(), batch.labels, loss.detach(), self._tally)
+
+    def _backward(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Gradients of one batch, averaged over the ranks; returns its logits and mean loss."""
+        self.optimizer.zero_grad()
+        with self.precision.context(self.device):
+            logits = self.network(batch.images)
+            loss = F.cross_entropy(logits, batch.labels, label_smoothing=self.label_smoothing)
+        weighted = loss if batch.weight == 1 else loss * batch.weight
+        if self.precision.scaler:
+            weighted = self.precision.scaler.scale(weighted)
+        weighted.backward()
+        return logits, loss
+
+    def backward(self, batch: Batch) -> None:
+        """Leave the gradients of one batch at the parameters, for masks that are drawn by them."""
+        self.network.train()
+        self._backward(batch)
+
+    @staticmethod
+    def _count(logits: Tensor, labels: Tensor, mean_loss: Tensor, tally: Tensor) -> None:
+        hits = (logits.argmax(dim=1) == labels).sum()
+        samples = hits.new_full((), len(labels))
+        tally.add_(torch.stack([mean_loss.double() * samples, hits.double(), samples.double()]))
+
+    def _finish_epoch(self) -> None:
+        """Evaluate, superpose at the end of a cycle, and commit; begun anew if it is interrupted."""
+        self._check_finite()
+        epoch, plan = self.epoch, self.plan
+        loss_sum, hits, samples = distributed.sum_over_ranks(self._tally.clone()).tolist()
+        eval_loss, eval_acc = self.evaluate()
+        row = {
+            "phase": "cycle" if plan.is_cycle(epoch) else "pretrain",
+            "epoch": epoch,
+            "ticket": plan.ticket(epoch),
+            "lr": plan.lr(epoch, len(self.sources.train) - 1, len(self.sources.train)),
+            "train_loss": loss_sum / samples,
+            "train_acc": hits / samples,
+            "eval_loss": eval_loss,
+            "eval_acc": eval_acc,
+            "density": self._density(self.model.state_dict()),
+            "seconds": self._seconds,
+            "images_per_second": samples / self._seconds,
+        }
+        ticket_row = self._superpose_ticket(eval_acc) if plan.ends_cycle(epoch) else None
+
+        self.metrics.append(row)
+        self.progress.epoch(row)
+        if epoch + 1 == plan.budget.pretrain_epochs:
+            self._adopt_pretrained(eval_acc)
+        if ticket_row:
+            self.tickets.append(ticket_row)
+            self.progress.ticket(ticket_row)
+        if distributed.is_main():
+            write_jsonl(self.folder.metrics, self.metrics)
+            if ticket_row:
+                write_jsonl(self.folder.tickets, self.tickets)
+                self._write_networks(ticket_row["ticket"])
+        self.epoch, self.batch, self.trained = epoch + 1, 0, False
+        self._tally.zero_()
+        self._seconds = 0.0
+        self._open_cycle()
+        self._maybe_save_checkpoint(bool(ticket_row) or self.epoch == plan.end_epoch)
+
+    # -------------------------------------------------------------------------------- tickets and superposing
+
+    def _adopt_pretrained(self, accuracy: float) -> None:
+        """Let the network as it is be the first superposition."""
+        self.superposition = _clone(self.model.state_dict())
+        self.superposition_masks = {name: mask.clone() for name, mask in self._masks().items()}
+        self.pretrain_acc = accuracy
+        if distributed.is_main():
+            self._write_networks(0)
+
+    def _open_cycle(self) -> None:
+        """Explore connections if a cycle starts here, on the last batch's gradients (or a first batch's, if none)."""
+        if self.plan.explore_rate is None or not self.masking or not self.plan.starts_cycle(self.epoch):
+            return
+        if all(parameter.grad is None for parameter in self.model.parameters()):
+            self.backward(next(iter(self.sources.train.epoch(self.epoch))))
+        self.masking.truncate_weights(self.plan.explore_rate)
+
+    def _superpose_ticket(self, ticket_acc: float) -> dict[str, Any]:
+        """Superpose the network as it is with the superposition so far; the network itself stays as it is."""
+        began = time.perf_counter()
+        assert self.superposition is not None
+        number = self.plan.ticket(self.epoch)
+        assert number is not None
+        factor = self.plan.averaging(number)
+        state = superpose(self.superposition, self.model.state_dict(), factor)
+        union_density = self._density(state)
+        masks: dict[str, Tensor] = {}
+        if self.plan.final_density is not None:
+            state, masks = prune_to_density(state, self.maskable, self.plan.final_density)
+        with self._borrowed(state):
+            if self.plan.update_bn:
+                with self.precision.context(self.device):
+                    update_bn(self._guarded(self.sources.train_once), self.network, None)
+            _, superposed_acc = self.evaluate()
+            state = _clone(self.model.state_dict())
+        self.superposition, self.superposition_masks = state, masks
+        return {
+            "ticket": number,
+            "ticket_acc": ticket_acc,
+            "superposed_acc": superposed_acc,
+            "factor": factor,
+            "union_density": union_density,
+            "density": self._density(state),
+            "seconds": time.perf_counter() - began,
+        }
+
+    @contextmanager
+    def _borrowed(self, state: State) -> Iterator[None]:
+        """Let the network hold other weights for a while. The parameters that the optimizer knows are the same."""
+        own = _clone(self.model.state_dict())
+        self.model.load_state_dict(state)
+        try:
+            yield
+        finally:
+            self.model.load_state_dict(own)
+
+    # -------------------------------------------------------------------------------------------- evaluation
+
+    @torch.no_grad()
+    def evaluate(self, source: BatchSource | None = None) -> tuple[float, float]:
+        """Mean loss and accuracy in [0, 1] of the network as it is, every sample counted once over all ranks."""
+        self.network.eval()
+        tally = torch.zeros_like(self._tally)
+        for batch in self._guarded(source or self.sources.evaluation):
+            with self.precision.context(self.device):
+                logits = self.network_for_evaluation(batch.images)
+                loss = F.cross_entropy(logits, batch.labels)
+            self._count(logits, batch.labels, loss, tally)
+        loss_sum, hits, samples = distributed.sum_over_ranks(tally).tolist()
+        return loss_sum / samples, hits / samples
+
+    @property
+    def network_for_evaluation(self) -> nn.Module:
+        """The network without its data-parallel wrapper, which would wait for ranks that have fewer batches."""
+        return distributed.without_data_parallel(self.network)
+
+    def evaluate_superposition(self, source: BatchSource) -> tuple[float, float]:
+        """Mean loss and accuracy of the superposition so far."""
+        assert self.superposition is not None
+        with self._borrowed(self.superposition):
+            return self.evaluate(source)
+
+    def _density(self, state: Mapping[str, Tensor]) -> float:
+        """Non-zero over maskable weights, exactly."""
+        weights = [state[name] for name in self.maskable]
+        non_zero = torch.stack([torch.count_nonzero(weight) for weight in weights]).sum()
+        return int(non_zero) / sum(weight.numel() for weight in weights)
+
+    # ------------------------------------------------------------------------------------ stopping and faults
+
+    def _guarded(self, source: BatchSource) -> Iterator[Batch]:
+        """Batches of an exact pass, cut short by a stop signal that all ranks have seen."""
+        lockstep = distributed.min_over_ranks(len(source))
+        for number, batch in enumerate(source.epoch(self.epoch)):
+            if number < lockstep:
+                self._heed_signals()
+            yield batch
+
+    def _heed_signals(self) -> None:
+        number = self._stop.exchange(self.stop_signal())
+        if number:
+            self._stop.collect()
+            raise _StopRequested(number)
+
+    def _check_finite(self) -> None:
+        bad = distributed.max_over_ranks(int(self._bad_batch)) if self.trained else int(self._bad_batch)
+        if bad < 0:
+            return
+        last = (
+            f"the last good checkpoint is {self.folder.checkpoint}"
+            if self.folder.checkpoint.exists()
+            else "there is no checkpoint yet"
+        )
+        raise FaultError(
+            f"the loss is not finite any more at epoch {self.epoch}, step {bad} of {len(self.sources.train)}; {last} "
+            "(a smaller learning rate may help)"
+        )
+
+    def _show(self, lr: float) -> None:
+        self._check_finite()
+        loss_sum, hits, samples = self._tally.tolist()
+        phase = "cycle" if self.plan.is_cycle(self.epoch) else "pretrain"
+        figures = {"lr": lr, "loss": loss_sum / samples, "accuracy": hits / samples}
+        if self.masking:
+            figures["density"] = self.masking.density()
+        self.progress.within_epoch(phase, self.epoch, self.batch, len(self.sources.train), figures)
+
+    # ------------------------------------------------------------------------------------------------- files
+
+    def _masks(self) -> dict[str, Tensor]:
+        return self.masking.masks if self.masking else {}
+
+    def _write_networks(self, ticket: int) -> None:
+        assert self.superposition is not None
+        current = {"state_dict": self.model.state_dict(), "masks": self._masks(), "epoch": self.epoch + 1}
+        previous = {"state_dict": self.superposition, "masks": self.superposition_masks, "epoch": self.epoch + 1}
+        save_torch(self.folder.current, current)
+        save_torch(self.folder.previous, previous)
+        if self.keep_tickets:
+            save_torch(self.folder.ticket(ticket), current)
+
+    def _summary(self) -> dict[str, Any]:
+        ticket_acc = [row["ticket_acc"] for row in self.tickets]
+        superposed_acc = [row["superposed_acc"] for row in self.tickets]
+        final_acc = superposed_acc[-1] if superposed_acc else self.pretrain_acc
+        assert final_acc is not None
+        assert self.pretrain_acc is not None
+        assert self.superposition is not None
+        images = sum(row["images_per_second"] * row["seconds"] for row in self.metrics)
+        seconds = sum(row["seconds"] for row in self.metrics)
+        return {
+            "pretrain_acc": self.pretrain_acc,
+            "ticket_acc": ticket_acc,
+            "superposed_acc": superposed_acc,
+            "final_acc": final_acc,
+            "density": self._density(self.superposition),
+            "gain": 100 * (final_acc - self.pretrain_acc),
+            "gain_over_ticket": 100 * (final_acc - ticket_acc[-1]) if ticket_acc else None,
+            "images_per_second": images / seconds if seconds else None,
+        }
+
+    def _maybe_save_checkpoint(self, important: bool) -> None:
+        overdue = time.monotonic() - self._last_checkpoint > SECONDS_BETWEEN_CHECKPOINTS
+        if distributed.broadcast_object(important or overdue):
+            self.save_checkpoint()
+
+    def save_checkpoint(self) -> None:
+        """Write all that :meth:`load_checkpoint` needs to go on bit by bit from here. Called by all ranks."""
+        gradients = None
+        if self.trained and self.plan.explore_rate is not None and self.plan.starts_cycle(self.epoch + 1):
+            gradients = {name: p.grad for name, p in self.model.named_parameters() if p.grad is not None}
+        ranks = distributed.gather_objects(
+            {
+                "rng": rng_state(self.device),
+                "buffers": {name: buffer.cpu() for name, buffer in self.model.named_buffers()},
+                "tally": self._tally.cpu(),
+            }
+        )
+        if distributed.is_main():
+            save_torch(
+                self.folder.checkpoint,
+                {
+                    "config": self.config,
+                    "epoch": self.epoch,
+                    "batch": self.batch,
+                    "trained": self.trained,
+                    "state_dict": self.model.state_dict(),
+                    "masks": self._masks(),
+                    "optimizer": self.optimizer.state_dict(),
+                    "masking": self.masking.state_dict() if self.masking else None,
+                    "scaler": self.precision.scaler.state_dict() if self.precision.scaler else None,
+                    "gradients": gradients,
+                    "superposition": self.superposition,
+                    "superposition_masks": self.superposition_masks,
+                    "pretrain_acc": self.pretrain_acc,
+                    "metrics": self.metrics,
+                    "tickets": self.tickets,
+                    "seconds": self._seconds,
+                    "ranks": ranks,
+                },
+            )
+        self._last_checkpoint = time.monotonic()
+
+    def load_checkpoint(self, saved: Mapping[str, Any]) -> None:
+        """Go back to where :meth:`save_checkpoint` was called."""
+        self.load_training_state(saved)
+        self.epoch, self.batch, self.trained = saved["epoch"], saved["batch"], saved["trained"]
+        for name, parameter in self.model.named_parameters():
+            if saved["gradients"] and name in saved["gradients"]:
+                parameter.grad = torch.empty_like(parameter).copy_(saved["gradients"][name])
+        if saved["superposition"] is not None:
+            self.superposition = {k: v.to(self.device) for k, v in saved["superposition"].items()}
+        self.superposition_masks = {k: v.to(self.device) for k, v in saved["superposition_masks"].items()}
+        self.pretrain_acc = saved["pretrain_acc"]
+        self.metrics, self.tickets = list(saved["metrics"]), list(saved["tickets"])
+        self._seconds = saved["seconds"]
+        if self.precision.scaler and saved["scaler"]:
+            self.precision.scaler.load_state_dict(saved["scaler"])
+        own = saved["ranks"][distributed.rank()]
+        for name, buffer in self.model.named_buffers():
+            buffer.copy_(own["buffers"][name])
+        self._tally.copy_(own["tally"])
+        set_rng_state(own["rng"], self.device)
+
+    def load_training_state(self, saved: Mapping[str, Any]) -> None:
+        """Take over weights, momentum, masks and step counter of a checkpoint, not its position."""
+        self.model.load_state_dict(saved["state_dict"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        if self.masking and saved["masking"]:
+            self.masking.load_state_dict(saved["masking"])
+
+
+class _StopRequested(Exception):
+    """All ranks have seen the same stop signal at the same batch."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+def _clone(state: Mapping[str, Tensor]) -> State:
+    return {name: entry.detach().clone() for name, entry in state.items()}

@@ -1,0 +1,318 @@
+"""The command-line flags that both scripts share, their checks, and what they mean to the library."""
+
+import argparse
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from sparselearning.engine import Plan
+from sparselearning.errors import UsageError
+from sparselearning.experiment import Runtime, SparseTraining
+from sparselearning.masking import METHODS, MOMENTUM_GROWTH
+from sparselearning.schedules import DECAYS, EpochBudget
+from sparselearning.sparse_init import SPARSE_INITS
+from sparselearning.superpose import AVERAGING
+from sparselearning.topology import GROWTH, PRUNE, REDISTRIBUTION
+
+# Flags that change where a run's files lie or what it shows, not what it computes: a resumed run may differ in them.
+WITHOUT_EFFECT_ON_RESULTS = {
+    "resume", "save", "data_dir", "workers", "log_interval", "print_freq", "iters", "keep_tickets", "mgpu",
+    "master_port", "local_rank", "gather_checkpoints", "demo",
+}  # fmt: skip
+
+
+class Parser(argparse.ArgumentParser):
+    """Shows defaults in ``--help``, takes no abbreviations, and says what is wrong in one sentence."""
+
+    def __init__(self, description: str, epilog: str | None = None) -> None:
+        super().__init__(
+            description=description,
+            epilog=epilog,
+            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+            allow_abbrev=False,
+        )
+
+    def error(self, message: str) -> NoReturn:
+        """Leave with one sentence and status 2."""
+        self.exit(2, f"{self.prog}: error: {message} (--help lists all flags)\n")
+
+
+def density(text: str) -> float:
+    """Parse a share of weights, in (0, 1]."""
+    return _number(text, float, lambda value: 0 < value <= 1, "a density lies in (0, 1]")
+
+
+def rate(text: str) -> float:
+    """Parse a share, in [0, 1]."""
+    return _number(text, float, lambda value: 0 <= value <= 1, "it lies in [0, 1]")
+
+
+def below_one(text: str) -> float:
+    """Parse a share, in [0, 1)."""
+    return _number(text, float, lambda value: 0 <= value < 1, "it lies in [0, 1)")
+
+
+def non_negative_float(text: str) -> float:
+    """Parse a finite number, at least 0."""
+    return _number(text, float, lambda value: 0 <= value < float("inf"), "it is a number of at least 0")
+
+
+def non_negative(text: str) -> int:
+    """Parse a whole number, at least 0."""
+    return _number(text, int, lambda value: value >= 0, "it is a whole number of at least 0")
+
+
+def positive(text: str) -> int:
+    """Parse a whole number, at least 1."""
+    return _number(text, int, lambda value: value >= 1, "it is a whole number of at least 1")
+
+
+def _number(text: str, kind: Callable[[str], Any], valid: Callable[[Any], bool], rule: str) -> Any:
+    try:
+        value = kind(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number: {rule}") from None
+    if not valid(value):
+        raise argparse.ArgumentTypeError(f"{rule}, not {text}")
+    return value
+
+
+def add_run_flags(parser: argparse.ArgumentParser) -> None:
+    """Flags about the run as a whole: seed, files, device, number formats."""
+    group = parser.add_argument_group("run")
+    group.add_argument("--indicate_method", default="Results", metavar="NAME", help="first folder of the run's path")
+    group.add_argument("--seed", type=non_negative, default=17, help="of weights, masks, data order and augmentation")
+    group.add_argument("--save", type=Path, metavar="DIR", help="where the run's files go, in place of saved_models/…")
+    group.add_argument(
+        "--resume", type=Path, metavar="PATH",
+        help="go on from a checkpoint.pth or a run's folder; for --cyclic_train alone and for --sparse-init resume "
+        "and prune_*, any saved .pth to start from",
+    )  # fmt: skip
+    group.add_argument("--keep-tickets", action="store_true", help="save every ticket, in tickets/ of the run's folder")
+    group.add_argument(
+        "--multiplier", type=positive, default=1, help="stretch epochs, milestones and pruning window this many times"
+    )
+    group.add_argument("--no-cuda", action="store_true", help="train on the CPU even if there is a GPU")
+    group.add_argument("--fp16", action="store_true", help="float16 forward passes with loss scaling (needs a GPU)")
+
+
+def add_sparse_flags(parser: argparse.ArgumentParser) -> None:
+    """Flags of sparse training: masks, topology updates, densities."""
+    group = parser.add_argument_group("sparse training")
+    group.add_argument("--sparse", action="store_true", help="train with masks; without it training is dense")
+    group.add_argument("--fix", action="store_true", help="freeze the topology: static sparse training")
+    group.add_argument("--sparse-init", choices=SPARSE_INITS, default="ERK", help="how the first masks are drawn")
+    group.add_argument("--method", choices=METHODS, default="GraNet", help="what happens at a topology update")
+    group.add_argument("--prune", choices=PRUNE, default="magnitude", help="which weights an update removes")
+    group.add_argument("--growth", choices=GROWTH, default="gradient", help="which weights an update grows")
+    group.add_argument(
+        "--redistribution", choices=REDISTRIBUTION, default="none",
+        help="how the removed weights are shared out over layers; none: a layer regrows what it lost",
+    )  # fmt: skip
+    group.add_argument(
+        "--prune-rate", type=rate, default=0.5, help="share of a layer's active weights that an update removes"
+    )
+    group.add_argument(
+        "--decay-schedule", choices=DECAYS, default="cosine", help="how the prune rate falls over the whole run"
+    )
+    group.add_argument(
+        "--pruning-rate", type=rate, default=0.5, help="share of the trained weights that --sparse-init prune_* drops"
+    )
+    group.add_argument(
+        "--update-frequency", type=positive, default=100, metavar="STEPS", help="steps from one update to the next"
+    )
+    group.add_argument("--init-density", type=density, default=0.5, help="share of active weights at the start")
+    group.add_argument(
+        "--final-density", type=density, default=0.05,
+        help="share that GraNet and GMP end at, and that every superposition is pruned back to",
+    )  # fmt: skip
+    group.add_argument(
+        "--init-prune-epoch", type=non_negative, default=0, metavar="EPOCH", help="gradual pruning starts here"
+    )
+    group.add_argument(
+        "--final-prune-epoch", type=non_negative, default=110, metavar="EPOCH",
+        help="gradual pruning reaches the final density here",
+    )  # fmt: skip
+    group.add_argument("--rm-first", action="store_true", help="keep the first layer dense, outside the masks")
+
+
+def add_ticket_flags(parser: argparse.ArgumentParser) -> None:
+    """Flags of cheap tickets and their superposition."""
+    group = parser.add_argument_group("tickets and superposing")
+    group.add_argument("--pre_train", action="store_true", help="do the pre-training part of the run")
+    group.add_argument("--cyclic_train", action="store_true", help="do the cycles, each of which ends in a ticket")
+    group.add_argument("--cycle", type=positive, default=8, metavar="EPOCHS", help="length of a cycle")
+    group.add_argument(
+        "--cyc_lr", action="store_true", help="cyclic learning rate in the cycles; without: the last rate"
+    )
+    group.add_argument(
+        "--lr_1", type=non_negative_float, default=0.05,
+        help="learning rate at both ends of a cycle, where the ticket is taken (not the maximum, unless it is larger)",
+    )  # fmt: skip
+    group.add_argument("--lr_2", type=non_negative_float, default=0.0001, help="learning rate in the middle of a cycle")
+    group.add_argument(
+        "--re_explore", action="store_true", help="start each cycle with one large prune-and-grow (--large-death-rate)"
+    )
+    group.add_argument(
+        "--large-death-rate",
+        type=rate,
+        default=0.8,
+        help="share of every layer's active weights that --re_explore moves",
+    )
+    group.add_argument("--no_maskupdates", action="store_true", help="stop the periodic topology updates in the cycles")
+    group.add_argument(
+        "--superposing_method", choices=AVERAGING, default="CIMA",
+        help="CIMA: every ticket enters with --CIMA_factor; CAA: all members weigh the same",
+    )  # fmt: skip
+    group.add_argument("--CIMA_factor", type=rate, default=0.5, help="weight of the new ticket in CIMA")
+    group.add_argument(
+        "--update_bn", "--bn_update", dest="update_bn", action="store_true",
+        help="re-estimate the superposition's BatchNorm statistics on the training data",
+    )  # fmt: skip
+
+
+def check(args: argparse.Namespace, momentum_is_zero: bool) -> list[str]:
+    """Refuse contradictory flags before anything is trained or written; return warnings about doubtful ones.
+
+    Raises:
+        UsageError: one sentence about the first contradiction.
+    """
+    warnings = []
+    if not (args.pre_train or args.cyclic_train):
+        raise UsageError("nothing to do: give --pre_train, --cyclic_train, or both")
+    if args.cyclic_train and not args.pre_train and args.resume is None:
+        raise UsageError("--cyclic_train alone needs trained weights to start from: give --resume PATH or --pre_train")
+    if not args.sparse:
+        for flag in ("re_explore", "no_maskupdates"):
+            if getattr(args, flag):
+                raise UsageError(f"--{flag} is about masks: give --sparse as well")
+        return warnings
+    if args.fix and args.re_explore:
+        raise UsageError("--fix freezes the topology and --re_explore changes it: give one of them")
+    if SPARSE_INITS[args.sparse_init].needs_trained_weights and args.resume is None:
+        raise UsageError(f"--sparse-init {args.sparse_init} starts from trained weights: give --resume PATH")
+    if momentum_is_zero and (args.growth in MOMENTUM_GROWTH or args.redistribution == "momentum"):
+        raise UsageError("--growth and --redistribution by momentum need a --momentum above 0")
+    if args.final_prune_epoch < args.init_prune_epoch:
+        raise UsageError(
+            f"pruning cannot end at epoch {args.final_prune_epoch}, before it starts at epoch {args.init_prune_epoch}"
+        )
+    if METHODS[args.method].gradual:
+        if args.final_density > args.init_density:
+            raise UsageError(
+                f"{args.method} prunes from --init-density {args.init_density} to --final-density "
+                f"{args.final_density}, which is above it"
+            )
+        if args.init_density == args.final_density and METHODS[args.method].grows:
+            warnings.append(
+                f"{args.method} has nothing to prune at --init-density = --final-density = {args.final_density}: "
+                "it trains as DST does; GraNet usually starts at 0.5"
+            )
+        if args.fix and args.init_density != args.final_density:
+            warnings.append(f"--fix stops {args.method}'s gradual pruning: the density stays at --init-density")
+        if args.sparse_init == "GMP" and args.init_density != 1:
+            warnings.append(
+                f"--sparse-init GMP starts dense, but the pruning schedule at --init-density {args.init_density}: "
+                "give --init-density 1 for a schedule from dense"
+            )
+    elif args.init_density != args.final_density:
+        warnings.append(
+            f"DST keeps --init-density {args.init_density}; only the superposition is cut to --final-density "
+            f"{args.final_density}. For gradual pruning give --method GraNet"
+        )
+    return warnings
+
+
+def pruning_window_warning(args: argparse.Namespace, pretrain_epochs: int) -> list[str]:
+    """Warn about gradual pruning that goes on after pre-training."""
+    end = args.final_prune_epoch * args.multiplier
+    if not (args.sparse and METHODS[args.method].gradual and end > pretrain_epochs):
+        return []
+    return [f"gradual pruning ends at epoch {end}, after the {pretrain_epochs} epochs of pre-training"]
+
+
+def budget_note(args: argparse.Namespace, budget: EpochBudget) -> list[str]:
+    """Tell the user when the cycles asked for do not come to one."""
+    if not args.cyclic_train or budget.tickets:
+        return []
+    return [
+        f"the cyclic part is shorter than one cycle of {budget.cycle_epochs} epochs: all epochs pre-train, no tickets"
+    ]
+
+
+def sparse_training(args: argparse.Namespace, steps_per_epoch: int, total_epochs: int) -> SparseTraining | None:
+    """What the sparse flags mean in steps; None for dense training."""
+    if not args.sparse:
+        return None
+    return SparseTraining(
+        masking={
+            "method": args.method,
+            "prune": args.prune,
+            "growth": args.growth,
+            "redistribution": args.redistribution,
+            "prune_rate": args.prune_rate,
+            "decay_schedule": args.decay_schedule,
+            "update_frequency": args.update_frequency,
+            "init_density": args.init_density,
+            "final_density": args.final_density,
+            "prune_start_step": args.init_prune_epoch * args.multiplier * steps_per_epoch,
+            "prune_end_step": args.final_prune_epoch * args.multiplier * steps_per_epoch,
+            "total_steps": total_epochs * steps_per_epoch,
+            "seed": args.seed,
+        },
+        sparse_init=args.sparse_init,
+        pruning_rate=args.pruning_rate,
+        keep_first_dense=args.rm_first,
+        frozen=args.fix,
+    )
+
+
+def plan(args: argparse.Namespace, budget: EpochBudget, pretrain_lr: Callable[[int], float]) -> Plan:
+    """What the ticket flags mean."""
+    return Plan(
+        budget=budget,
+        pretrain_lr=pretrain_lr,
+        averaging=AVERAGING[args.superposing_method](args.CIMA_factor),
+        pre_train=args.pre_train,
+        cyclic_train=args.cyclic_train,
+        cycle_lr=(args.lr_1, args.lr_2) if args.cyc_lr else None,
+        explore_rate=args.large_death_rate if args.re_explore else None,
+        updates_in_cycles=not args.no_maskupdates,
+        update_bn=args.update_bn,
+        final_density=args.final_density if args.sparse else None,
+    )
+
+
+def runtime(args: argparse.Namespace) -> Runtime:
+    """What the flags about devices and number formats mean."""
+    return Runtime(
+        use_cuda=not args.no_cuda,
+        amp="fp16" if args.fp16 else "off",
+    )
+
+
+def run_path(args: argparse.Namespace, model: str, data: str, budget: EpochBudget) -> Path:
+    """Folder of one run."""
+    if args.save:
+        return args.save
+    return Path(
+        "saved_models",
+        args.indicate_method,
+        model,
+        data,
+        f"cycle_num_{args.cycle}",
+        f"pretrain_epoch_{budget.pretrain_epochs}",
+        f"cyclic_epochs_{budget.cyclic_epochs}",
+        f"density_{args.final_density:g}",
+        f"M={budget.tickets}",
+        f"ex_rate={args.large_death_rate:g}",
+        f"seed{args.seed}",
+    )
+
+
+def as_config(args: argparse.Namespace, argv: Sequence[str] | None) -> dict[str, Any]:
+    """Every flag's value, and the command itself, as plain values."""
+    flags = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+    return {"command": shlex.join(["python", sys.argv[0], *(sys.argv[1:] if argv is None else argv)]), "flags": flags}

@@ -1,0 +1,77 @@
+"""What a person sees while a run goes on: a bar on a terminal, plain lines elsewhere, nothing on other ranks."""
+
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from tqdm import tqdm
+
+from sparselearning import distributed
+
+SECONDS_BETWEEN_LINES = 60
+
+
+class Progress:
+    """A bar over the batches of the whole run, and one line per epoch and ticket.
+
+    Off a terminal there is no bar; epochs longer than a minute then give a sign of life every minute.
+
+    Args:
+        total_batches: of the whole run, on this rank.
+        done_batches: of them before this start, in a resumed run.
+    """
+
+    def __init__(self, total_batches: int, done_batches: int = 0) -> None:
+        self._speaks = distributed.is_main()
+        self._bar = tqdm(
+            total=total_batches,
+            initial=done_batches,
+            unit="batch",
+            dynamic_ncols=True,
+            disable=not (self._speaks and sys.stderr.isatty()),
+            bar_format="{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}] {postfix}",
+        )
+        self._last_line = time.monotonic()
+
+    def batch(self) -> None:
+        """Count one training batch."""
+        self._bar.update()
+
+    def within_epoch(self, phase: str, epoch: int, batch: int, batches: int, row: Mapping[str, Any]) -> None:
+        """Show where the epoch stands; called every log interval."""
+        self._bar.set_description_str(f"{phase} {epoch}")
+        figures = "  ".join(f"{key} {value:.4g}" for key, value in row.items())
+        self._bar.set_postfix_str(figures)
+        now = time.monotonic()
+        if self._bar.disable and now - self._last_line > SECONDS_BETWEEN_LINES:
+            self.line(f"  epoch {epoch:>4}  batch {batch}/{batches}  {figures}")
+
+    def epoch(self, row: Mapping[str, Any]) -> None:
+        """Print a finished epoch."""
+        ticket = f" ticket {row['ticket']}" if row["ticket"] else ""
+        self.line(
+            f"{row['phase']:<8} epoch {row['epoch']:>4}{ticket}  lr {row['lr']:<8.4g} "
+            f"train {row['train_loss']:.4f} / {row['train_acc']:7.2%}  eval {row['eval_loss']:.4f} / "
+            f"{row['eval_acc']:7.2%}  density {row['density']:.4f}  {row['images_per_second']:,.0f} images/s"
+        )
+
+    def ticket(self, row: Mapping[str, Any]) -> None:
+        """Print a ticket and the superposition that it went into."""
+        self.line(
+            f"ticket {row['ticket']}: {row['ticket_acc']:.2%}; superposed with factor {row['factor']:.3g}: "
+            f"{row['superposed_acc']:.2%} (density {row['union_density']:.4f} before pruning back, "
+            f"{row['density']:.4f} after)"
+        )
+
+    def line(self, text: str) -> None:
+        """Print one line, above the bar."""
+        if self._speaks:
+            self._bar.clear()
+            print(text, flush=True)
+            self._bar.refresh()
+        self._last_line = time.monotonic()
+
+    def close(self) -> None:
+        """Take the bar off the screen."""
+        self._bar.close()
