@@ -15,7 +15,7 @@ import torch
 from cifar_data import data_help, load_data
 from cifar_models import build_model, model_names
 
-from sparselearning import distributed, experiment, flags
+from sparselearning import distributed, experiment, flags, launch
 from sparselearning.checkpoint import RunFolder, seed_everything
 from sparselearning.engine import Sources
 from sparselearning.schedules import EpochBudget, epoch_budget, milestone_lr
@@ -57,6 +57,9 @@ DEMO = {
 def main(argv: Sequence[str] | None = None) -> None:
     """Run once, or ``--iters`` times with one seed after the other."""
     args = parse(argv)
+    if args.mgpu and not launch.is_launched():
+        launch.launch_on_all_gpus(sys.argv[1:] if argv is None else argv)
+        return
     for i in range(args.iters):
         one = copy.copy(args)
         one.seed = args.seed + i
@@ -88,7 +91,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     recipe.add_argument("--l2", type=flags.non_negative_float, default=5e-4, help="weight decay")
     recipe.add_argument(
         "--valid_split", type=flags.below_one, default=0.0, metavar="SHARE",
-        help="hold out the last share of the training set and evaluate on it; the test set is then used once, at the end",
+        help="hold out the last share of the training set and evaluate on it; the test set is used once, at the end",
     )  # fmt: skip
     recipe.add_argument("--workers", type=flags.non_negative, default=4, help="CPU threads, if fewer than there are")
     recipe.add_argument("--log-interval", type=flags.positive, default=100, metavar="STEPS", help="steps between looks")
@@ -109,22 +112,26 @@ def run(args: argparse.Namespace, argv: Sequence[str] | None) -> None:
     warnings += flags.budget_note(args, budget) + flags.pruning_window_warning(args, budget.pretrain_epochs)
     runtime = flags.runtime(args)
     device = runtime.start()
+    runtime = runtime.resolved(device)
     for warning in warnings if distributed.is_main() else []:
         print(f"note: {warning}", file=sys.stderr)
 
     seed_everything(args.seed)
-    data = load_data(
-        args.data,
-        data_dir=args.data_dir,
-        batch_size=args.batch_size,
-        test_batch_size=args.test_batch_size,
-        valid_split=args.valid_split,
-        seed=args.seed,
-        device=device,
-        rank=distributed.rank(),
-        world_size=distributed.world_size(),
-    )
-    model = build_model(args.model, data.num_classes, data.channels, data.image_size).to(device)
+    with distributed.main_first():
+        data = load_data(
+            args.data,
+            data_dir=args.data_dir,
+            batch_size=args.batch_size,
+            test_batch_size=args.test_batch_size,
+            valid_split=args.valid_split,
+            seed=args.seed,
+            device=device,
+            rank=distributed.rank(),
+            world_size=distributed.world_size(),
+            memory_format=runtime.memory_format,
+        )
+    model = build_model(args.model, data.num_classes, data.channels, data.image_size)
+    model = model.to(device, memory_format=runtime.memory_format)
     steps_per_epoch = len(data.train)
     config = flags.as_config(args, argv)
     recipe = experiment.Recipe(
@@ -142,7 +149,7 @@ def run(args: argparse.Namespace, argv: Sequence[str] | None) -> None:
         experiment.Output(
             folder=RunFolder(flags.run_path(args, args.model, data.name, budget)),
             config=config | {"environment": experiment.environment(device)},
-            identity={k: v for k, v in config["flags"].items() if k not in flags.WITHOUT_EFFECT_ON_RESULTS},
+            identity=flags.identity(config),
             resume=args.resume,
             log_interval=args.log_interval,
             keep_tickets=args.keep_tickets,

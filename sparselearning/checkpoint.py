@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import random
+import shutil
 import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -39,6 +40,12 @@ def write_whole(path: Path, write: Callable[[IO[bytes]], None]) -> None:
 def save_torch(path: Path, content: Mapping[str, Any]) -> None:
     """Write tensors and plain values for :func:`load_torch`."""
     write_whole(path, lambda file: torch.save(content, file))
+
+
+def copy_whole(source: Path, path: Path) -> None:
+    """Copy a file, whole or not at all."""
+    with source.open("rb") as original:
+        write_whole(path, lambda file: shutil.copyfileobj(original, file))
 
 
 def load_torch(path: Path) -> dict[str, Any]:
@@ -94,6 +101,10 @@ class RunFolder:
     def ticket(self, number: int) -> Path:
         """Where ``--keep-tickets`` puts a ticket; 0 is the pre-trained network."""
         return self.path / "tickets" / f"ticket_{number}.pth"
+
+    def epoch_checkpoint(self, epoch: int) -> Path:
+        """Where ``--gather-checkpoints`` keeps the state after so many epochs."""
+        return self.path / "checkpoints" / f"epoch_{epoch}.pth"
 
     def make_room(self) -> Path | None:
         """Move an earlier run of the same name aside; return where it went."""

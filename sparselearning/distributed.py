@@ -1,7 +1,9 @@
 """The one file that knows torch.distributed. In a single process every call here is free and does the obvious."""
 
+import inspect
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -41,17 +43,42 @@ def start(use_cuda: bool) -> torch.device:
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     local_world = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if use_cuda:
-        if local_world > torch.cuda.device_count():
-            raise UsageError(
-                f"{local_world} processes were started on a machine with {torch.cuda.device_count()} GPU(s): "
-                "start at most one process per GPU (--nproc_per_node), or train on the CPU with --no-cuda"
-            )
+        check_gpus(local_world)
         torch.cuda.set_device(local_rank)
     device = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if use_cuda else "gloo"
         dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT, device_id=device if use_cuda else None)
     return device
+
+
+def check_gpus(processes: int) -> None:
+    """Refuse more processes on this machine than it has GPUs.
+
+    Raises:
+        UsageError: if there are more.
+    """
+    if processes > torch.cuda.device_count():
+        raise UsageError(
+            f"{processes} processes were asked for on a machine with {torch.cuda.device_count()} GPU(s): "
+            "start at most one process per GPU (--nproc_per_node), or train on the CPU with --no-cuda"
+        )
+
+
+@contextmanager
+def main_first() -> Iterator[None]:
+    """Let one process of each machine go through the block before its others, to download what they then read."""
+    first = int(os.environ.get("LOCAL_RANK", 0)) == 0
+    if not first:
+        barrier()
+    yield
+    if first:
+        barrier()
+
+
+def is_lost_contact(error: RuntimeError) -> bool:
+    """Whether an error says that another rank has gone away."""
+    return dist.is_initialized() and (isinstance(error, dist.DistError) or "gloo" in str(error).lower())
 
 
 def stop() -> None:
@@ -66,11 +93,13 @@ def wrap(model: nn.Module, device: torch.device) -> nn.Module:
         return model
     # BatchNorm statistics stay each rank's own while training (torch's buffers broadcast would overwrite all
     # ranks' with rank 0's at every forward pass) and are averaged when it counts: see `average_buffers`.
+    known = inspect.signature(DistributedDataParallel).parameters
+    without_sync = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
     return DistributedDataParallel(
         model,
         device_ids=[device] if device.type == "cuda" else None,
-        broadcast_buffers=False,
         gradient_as_bucket_view=True,
+        **{without_sync: False},
     )
 
 

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparselearning import distributed
-from sparselearning.checkpoint import RunFolder, rng_state, save_torch, set_rng_state, write_jsonl
+from sparselearning.checkpoint import RunFolder, copy_whole, rng_state, save_torch, set_rng_state, write_jsonl
 from sparselearning.data import Batch, BatchSource
 from sparselearning.errors import FaultError
 from sparselearning.masking import Masking, maskable_parameters
@@ -170,6 +170,7 @@ class Trainer:
         label_smoothing: of the training loss, in [0, 1).
         log_interval: batches between looks at the running loss.
         keep_tickets: write every ticket to a file of its own.
+        keep_checkpoints: write a checkpoint after every epoch, and keep them all.
         config: values that a checkpoint must share with the run that resumes it.
         stop_signal: returns the signal that asks the run to stop, 0 for none.
     """
@@ -189,6 +190,7 @@ class Trainer:
         label_smoothing: float = 0.0,
         log_interval: int = 100,
         keep_tickets: bool = False,
+        keep_checkpoints: bool = False,
         config: Mapping[str, Any] | None = None,
         stop_signal: Callable[[], int] = lambda: 0,
     ) -> None:
@@ -204,6 +206,7 @@ class Trainer:
         self.label_smoothing = label_smoothing
         self.log_interval = log_interval
         self.keep_tickets = keep_tickets
+        self.keep_checkpoints = keep_checkpoints
         self.config = dict(config or {})
         self.stop_signal = stop_signal
 
@@ -222,6 +225,8 @@ class Trainer:
         self._seconds = 0.0
         self._stop = distributed.AgreedFlag()
         self._last_checkpoint = float("-inf")
+        self._earlier_seconds = 0.0  # of this run, before it was resumed
+        self._resumed_at = time.perf_counter()
 
     # ------------------------------------------------------------------------------------------ the run
 
@@ -232,6 +237,10 @@ class Trainer:
             Stopped: on a stop signal, after writing the checkpoint.
             FaultError: if the loss is not finite any more, or a file cannot be written.
         """
+        batches = len(self.sources.train)
+        done = (self.epoch - self.plan.first_epoch) * batches + self.batch
+        self.progress.start(done, (self.plan.end_epoch - self.plan.first_epoch) * batches)
+        self._resumed_at = time.perf_counter()
         try:
             if self.superposition is None and not self.plan.pre_train:
                 self._adopt_pretrained(self.evaluate()[1])
@@ -258,7 +267,9 @@ class Trainer:
         try:
             for batch in self.sources.train.epoch(self.epoch, self.batch):
                 lr = plan.lr(self.epoch, self.batch, batches)
-                self._train_batch(batch, lr)
+                for group in self.optimizer.param_groups:
+                    group["lr"] = lr
+                self.train_batch(batch)
                 self.batch += 1
                 self.progress.batch()
                 if self.batch % self.log_interval == 0:
@@ -269,9 +280,8 @@ class Trainer:
         distributed.average_buffers(self.model)
         self.trained = True
 
-    def _train_batch(self, batch: Batch, lr: float) -> None:
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+    def train_batch(self, batch: Batch) -> None:
+        """One step: backward pass, optimizer, masks, topology update when due."""
         logits, loss = self._backward(batch)
         finite = torch.isfinite(loss.detach())
         self._bad_batch = torch.where(finite | (self._bad_batch >= 0), self._bad_batch, self.batch)
@@ -414,17 +424,18 @@ class Trainer:
         self.network.eval()
         tally = torch.zeros_like(self._tally)
         for batch in self._guarded(source or self.sources.evaluation):
-            with self.precision.context(self.device):
-                logits = self.network_for_evaluation(batch.images)
-                loss = F.cross_entropy(logits, batch.labels)
-            self._count(logits, batch.labels, loss, tally)
+            logits = self.predict(batch)
+            self._count(logits, batch.labels, F.cross_entropy(logits, batch.labels), tally)
         loss_sum, hits, samples = distributed.sum_over_ranks(tally).tolist()
         return loss_sum / samples, hits / samples
 
-    @property
-    def network_for_evaluation(self) -> nn.Module:
-        """The network without its data-parallel wrapper, which would wait for ranks that have fewer batches."""
-        return distributed.without_data_parallel(self.network)
+    @torch.no_grad()
+    def predict(self, batch: Batch) -> Tensor:
+        """Logits [n, classes] of a batch, float32, in whatever mode the network is."""
+        # Without the data-parallel wrapper, which would wait for ranks that have fewer batches.
+        network = distributed.without_data_parallel(self.network)
+        with self.precision.context(self.device):
+            return network(batch.images).float()
 
     def evaluate_superposition(self, source: BatchSource) -> tuple[float, float]:
         """Mean loss and accuracy of the superposition so far."""
@@ -509,12 +520,18 @@ class Trainer:
             "gain": 100 * (final_acc - self.pretrain_acc),
             "gain_over_ticket": 100 * (final_acc - ticket_acc[-1]) if ticket_acc else None,
             "images_per_second": images / seconds if seconds else None,
+            "total_seconds": self._total_seconds(),
         }
+
+    def _total_seconds(self) -> float:
+        return self._earlier_seconds + time.perf_counter() - self._resumed_at
 
     def _maybe_save_checkpoint(self, important: bool) -> None:
         overdue = time.monotonic() - self._last_checkpoint > SECONDS_BETWEEN_CHECKPOINTS
-        if distributed.broadcast_object(important or overdue):
+        if distributed.broadcast_object(important or overdue or self.keep_checkpoints):
             self.save_checkpoint()
+            if self.keep_checkpoints and distributed.is_main():
+                copy_whole(self.folder.checkpoint, self.folder.epoch_checkpoint(self.epoch))
 
     def save_checkpoint(self) -> None:
         """Write all that :meth:`load_checkpoint` needs to go on bit by bit from here. Called by all ranks."""
@@ -548,6 +565,7 @@ class Trainer:
                     "metrics": self.metrics,
                     "tickets": self.tickets,
                     "seconds": self._seconds,
+                    "total_seconds": self._total_seconds(),
                     "ranks": ranks,
                 },
             )
@@ -566,6 +584,7 @@ class Trainer:
         self.pretrain_acc = saved["pretrain_acc"]
         self.metrics, self.tickets = list(saved["metrics"]), list(saved["tickets"])
         self._seconds = saved["seconds"]
+        self._earlier_seconds = saved["total_seconds"]
         if self.precision.scaler and saved["scaler"]:
             self.precision.scaler.load_state_dict(saved["scaler"])
         own = saved["ranks"][distributed.rank()]

@@ -1,10 +1,10 @@
 """The part of a script that is no recipe: device, masks, resuming, the run itself, and how it ends."""
 
+import os
 import platform
 import sys
-import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,30 +24,78 @@ from sparselearning.report import run_table
 from sparselearning.sparse_init import SPARSE_INITS
 
 AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""Name to number format of forward passes."""
 
 
 @dataclass(frozen=True)
 class Runtime:
-    """Where and in which number formats a run computes."""
+    """Where and in which number formats a run computes.
+
+    Attributes:
+        use_cuda: use a GPU if there is one.
+        amp: number format of forward passes, a name in :data:`AMP`; ``auto``: bf16 on a GPU that has it, else off.
+        channels_last: memory format of images and convolutions; None: on a GPU.
+        compile: compile the network's forward and backward pass.
+        tf32: let float32 products on a GPU round their inputs to TensorFloat-32.
+        deterministic: only algorithms whose result repeats bit by bit on a GPU.
+        static_loss_scale: fixed loss scale of fp16; None: adapted to the gradients.
+    """
 
     use_cuda: bool = True
-    amp: str = "off"
+    amp: str = "auto"
+    channels_last: bool | None = None
+    compile: bool = False
+    tf32: bool = True
+    deterministic: bool = False
+    static_loss_scale: float | None = None
 
     def start(self) -> torch.device:
-        """Join the other ranks, if any, and choose the device.
+        """Join the other ranks, if any, choose the device and set it up.
 
         Raises:
             UsageError: if the device cannot do what is asked.
         """
         device = distributed.start(self.use_cuda and torch.cuda.is_available())
         if self.amp == "fp16" and device.type != "cuda":
-            raise UsageError("--fp16 needs a GPU, and none is in use here")
+            raise UsageError("float16 training needs a GPU, and none is in use here: try --amp bf16")
+        torch.set_float32_matmul_precision("high" if self.tf32 else "highest")
+        torch.backends.cudnn.allow_tf32 = self.tf32
+        torch.backends.cudnn.benchmark = not self.deterministic
+        if self.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            torch.use_deterministic_algorithms(True)
         return device
 
-    def precision(self, device: torch.device) -> Precision:
+    def resolved(self, device: torch.device) -> "Runtime":
+        """The same with ``auto`` and None replaced by what suits the device."""
+        on_gpu = device.type == "cuda"
+        amp = ("bf16" if on_gpu and torch.cuda.is_bf16_supported() else "off") if self.amp == "auto" else self.amp
+        channels_last = on_gpu if self.channels_last is None else self.channels_last
+        return replace(self, amp=amp, channels_last=channels_last)
+
+    @property
+    def memory_format(self) -> torch.memory_format:
+        """Memory format of images and convolutions."""
+        return torch.channels_last if self.channels_last else torch.contiguous_format
+
+    def precision(self) -> Precision:
         """Number formats of the forward pass."""
-        scaler = torch.amp.GradScaler(device.type) if self.amp == "fp16" else None
+        scaler = None
+        if self.amp == "fp16":
+            scaler = StaticScaler(self.static_loss_scale) if self.static_loss_scale else torch.amp.GradScaler()
         return Precision(AMP[self.amp], scaler)
+
+
+class StaticScaler(torch.amp.GradScaler):
+    """Loss scaling with one fixed scale; steps whose gradients overflow are still skipped."""
+
+    def __init__(self, scale: float) -> None:
+        super().__init__(init_scale=scale)
+        self._fixed = scale
+
+    def update(self, new_scale: float | Tensor | None = None) -> None:
+        """Stay at the fixed scale."""
+        super().update(self._fixed)
 
 
 @dataclass(frozen=True)
@@ -99,17 +147,23 @@ class Output:
     resume: Path | None = None
     log_interval: int = 100
     keep_tickets: bool = False
+    keep_checkpoints: bool = False
 
 
-def run(recipe: Recipe, plan: Plan, sparse: SparseTraining | None, runtime: Runtime, output: Output) -> dict[str, Any]:
-    """Do one run from its start, or from where it was stopped, to its table; return ``summary.json``'s content.
+def prepare(
+    recipe: Recipe,
+    plan: Plan,
+    sparse: SparseTraining | None,
+    runtime: Runtime,
+    output: Output,
+    stop_signal: Callable[[], int] = lambda: 0,
+) -> Trainer:
+    """Draw the masks, or take them and all else from what ``output.resume`` names; nothing is written yet.
 
     Raises:
         UsageError: if what ``resume`` names does not fit.
-        FaultError: if training or the disk fails.
-        Stopped: on SIGINT or SIGTERM, after writing the checkpoint.
+        FaultError: if it cannot be read.
     """
-    began = time.perf_counter()
     device = next(recipe.model.parameters()).device
     saved = load_torch(find_checkpoint(output.resume)) if output.resume else None
     continues = saved is not None and _continues(saved, plan, sparse, output)
@@ -123,38 +177,46 @@ def run(recipe: Recipe, plan: Plan, sparse: SparseTraining | None, runtime: Runt
         elif not plan.pre_train and not SPARSE_INITS[init].needs_trained_weights:
             init = "resume"  # cycles alone start from trained weights, which random masks would destroy
         masking = _mask(recipe, sparse, init)
-    network = distributed.wrap(recipe.model, device)
-    batches = len(recipe.sources.train)
+    network: Any = torch.compile(recipe.model) if runtime.compile else recipe.model
+    trainer = Trainer(
+        recipe.model,
+        distributed.wrap(network, device),
+        recipe.optimizer,
+        masking,
+        recipe.sources,
+        plan,
+        output.folder,
+        Progress(),
+        precision=runtime.precision(),
+        label_smoothing=recipe.label_smoothing,
+        log_interval=output.log_interval,
+        keep_tickets=output.keep_tickets,
+        keep_checkpoints=output.keep_checkpoints,
+        config=output.identity,
+        stop_signal=stop_signal,
+    )
+    if saved is not None:
+        if continues:
+            trainer.load_checkpoint(saved)
+        elif not plan.pre_train and "optimizer" in saved:
+            trainer.load_training_state(saved)
+    return trainer
+
+
+def run(recipe: Recipe, plan: Plan, sparse: SparseTraining | None, runtime: Runtime, output: Output) -> dict[str, Any]:
+    """Do one run from its start, or from where it was stopped, to its table; return ``summary.json``'s content.
+
+    Raises:
+        UsageError: if what ``resume`` names does not fit.
+        FaultError: if training or the disk fails.
+        Stopped: on SIGINT or SIGTERM, after writing the checkpoint.
+    """
     with stop_signals() as stop_signal:
-        trainer = Trainer(
-            recipe.model,
-            network,
-            recipe.optimizer,
-            masking,
-            recipe.sources,
-            plan,
-            output.folder,
-            Progress(
-                (plan.end_epoch - plan.first_epoch) * batches,
-                (saved["epoch"] - plan.first_epoch) * batches + saved["batch"] if continues and saved else 0,
-            ),
-            precision=runtime.precision(device),
-            label_smoothing=recipe.label_smoothing,
-            log_interval=output.log_interval,
-            keep_tickets=output.keep_tickets,
-            config=output.identity,
-            stop_signal=stop_signal,
-        )
-        if saved is not None:
-            if continues:
-                trainer.load_checkpoint(saved)
-            elif not plan.pre_train and "optimizer" in saved:
-                trainer.load_training_state(saved)
-        _open_folder(output, keep=continues)
+        trainer = prepare(recipe, plan, sparse, runtime, output, stop_signal)
+        _open_folder(output)
         summary = trainer.run()
     if recipe.test is not None:
         summary["test_acc"] = trainer.evaluate_superposition(recipe.test)[1]
-    summary["total_seconds"] = time.perf_counter() - began
     if distributed.is_main():
         write_json(output.folder.summary, summary)
         print(run_table(summary, output.folder.path))
@@ -174,9 +236,13 @@ def run_script(main: Callable[[], None]) -> None:
         message, code = f"error: {error}", error.exit_code
     except torch.OutOfMemoryError as error:
         message, code = f"error: the GPU's memory is full ({error.args[0].splitlines()[0]}): try a smaller batch", 1
+    except RuntimeError as error:
+        if not distributed.is_lost_contact(error):
+            raise
+        message, code = "error: another process of this run has gone away", 1
     except KeyboardInterrupt:
         message, code = "stopped before training began: nothing was written", 130
-    if distributed.is_main():
+    if distributed.is_main() or code == UsageError.exit_code:
         print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr, flush=True)
     distributed.stop()
     sys.exit(code)
@@ -243,15 +309,13 @@ def load_weights(model: nn.Module, saved: Mapping[str, Any], source: Path | None
     model.load_state_dict(state)
 
 
-def _open_folder(output: Output, keep: bool) -> None:
-    """Make the run's folder and write ``config.json``; an earlier run of the same name moves aside."""
+def _open_folder(output: Output) -> None:
+    """Make the run's folder and write ``config.json``; another run of the same name moves aside."""
     if distributed.is_main():
         folder = output.folder
-        goes_on_here = (
-            keep and output.resume and find_checkpoint(output.resume).parent.resolve() == folder.path.resolve()
-        )
-        if not goes_on_here and (aside := folder.make_room()):
-            print(f"an earlier run stood in {folder.path}: moved to {aside}", file=sys.stderr)
+        resumed = output.resume and find_checkpoint(output.resume).resolve().parent
+        if resumed != folder.path.resolve() and (aside := folder.make_room()):
+            print(f"note: an earlier run stood in {folder.path}: moved to {aside}", file=sys.stderr)
         write_json(folder.config, output.config)
     distributed.barrier()
 

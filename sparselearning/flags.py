@@ -3,13 +3,13 @@
 import argparse
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from sparselearning.engine import Plan
 from sparselearning.errors import UsageError
-from sparselearning.experiment import Runtime, SparseTraining
+from sparselearning.experiment import AMP, Runtime, SparseTraining
 from sparselearning.masking import METHODS, MOMENTUM_GROWTH
 from sparselearning.schedules import DECAYS, EpochBudget
 from sparselearning.sparse_init import SPARSE_INITS
@@ -19,7 +19,7 @@ from sparselearning.topology import GROWTH, PRUNE, REDISTRIBUTION
 # Flags that change where a run's files lie or what it shows, not what it computes: a resumed run may differ in them.
 WITHOUT_EFFECT_ON_RESULTS = {
     "resume", "save", "data_dir", "workers", "log_interval", "print_freq", "iters", "keep_tickets", "mgpu",
-    "master_port", "local_rank", "gather_checkpoints", "demo",
+    "master_port", "local_rank", "gather_checkpoints", "demo", "indicate_method",
 }  # fmt: skip
 
 
@@ -59,6 +59,11 @@ def non_negative_float(text: str) -> float:
     return _number(text, float, lambda value: 0 <= value < float("inf"), "it is a number of at least 0")
 
 
+def positive_float(text: str) -> float:
+    """Parse a finite number above 0."""
+    return _number(text, float, lambda value: 0 < value < float("inf"), "it is a number above 0")
+
+
 def non_negative(text: str) -> int:
     """Parse a whole number, at least 0."""
     return _number(text, int, lambda value: value >= 0, "it is a whole number of at least 0")
@@ -95,7 +100,28 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
         "--multiplier", type=positive, default=1, help="stretch epochs, milestones and pruning window this many times"
     )
     group.add_argument("--no-cuda", action="store_true", help="train on the CPU even if there is a GPU")
-    group.add_argument("--fp16", action="store_true", help="float16 forward passes with loss scaling (needs a GPU)")
+    group = parser.add_argument_group("speed")
+    group.add_argument(
+        "--amp", choices=["auto", *AMP],
+        help="number format of forward passes; auto: bf16 on a GPU that has it, else off (float32) (default: auto)",
+    )  # fmt: skip
+    group.add_argument(
+        "--fp16", action="store_true", help="the same as --amp fp16: float16 with loss scaling, on a GPU"
+    )
+    group.add_argument(
+        "--channels-last", action=argparse.BooleanOptionalAction,
+        help="memory format of images and convolutions (default: on a GPU)",
+    )  # fmt: skip
+    group.add_argument(
+        "--compile", action="store_true", help="compile the network's passes: slower start, faster steps"
+    )
+    group.add_argument(
+        "--tf32", action=argparse.BooleanOptionalAction, default=True,
+        help="let a GPU round the inputs of float32 products to TensorFloat-32",
+    )  # fmt: skip
+    group.add_argument(
+        "--deterministic", action="store_true", help="on a GPU too, only algorithms that repeat bit by bit (slower)"
+    )
 
 
 def add_sparse_flags(parser: argparse.ArgumentParser) -> None:
@@ -179,7 +205,9 @@ def check(args: argparse.Namespace, momentum_is_zero: bool) -> list[str]:
     Raises:
         UsageError: one sentence about the first contradiction.
     """
-    warnings = []
+    warnings: list[str] = []
+    if args.fp16 and args.amp not in (None, "fp16"):
+        raise UsageError(f"--fp16 means --amp fp16, which contradicts --amp {args.amp}")
     if not (args.pre_train or args.cyclic_train):
         raise UsageError("nothing to do: give --pre_train, --cyclic_train, or both")
     if args.cyclic_train and not args.pre_train and args.resume is None:
@@ -289,7 +317,12 @@ def runtime(args: argparse.Namespace) -> Runtime:
     """What the flags about devices and number formats mean."""
     return Runtime(
         use_cuda=not args.no_cuda,
-        amp="fp16" if args.fp16 else "off",
+        amp="fp16" if args.fp16 else args.amp or "auto",
+        channels_last=args.channels_last,
+        compile=args.compile,
+        tf32=args.tf32,
+        deterministic=args.deterministic,
+        static_loss_scale=getattr(args, "static_loss_scale", None),
     )
 
 
@@ -310,6 +343,11 @@ def run_path(args: argparse.Namespace, model: str, data: str, budget: EpochBudge
         f"ex_rate={args.large_death_rate:g}",
         f"seed{args.seed}",
     )
+
+
+def identity(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The flags of a configuration that a resumed run must share."""
+    return {name: value for name, value in config["flags"].items() if name not in WITHOUT_EFFECT_ON_RESULTS}
 
 
 def as_config(args: argparse.Namespace, argv: Sequence[str] | None) -> dict[str, Any]:

@@ -16,23 +16,22 @@ class Progress:
     """A bar over the batches of the whole run, and one line per epoch and ticket.
 
     Off a terminal there is no bar; epochs longer than a minute then give a sign of life every minute.
-
-    Args:
-        total_batches: of the whole run, on this rank.
-        done_batches: of them before this start, in a resumed run.
     """
 
-    def __init__(self, total_batches: int, done_batches: int = 0) -> None:
+    def __init__(self) -> None:
         self._speaks = distributed.is_main()
         self._bar = tqdm(
-            total=total_batches,
-            initial=done_batches,
             unit="batch",
             dynamic_ncols=True,
             disable=not (self._speaks and sys.stderr.isatty()),
             bar_format="{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}] {postfix}",
         )
         self._last_line = time.monotonic()
+
+    def start(self, done_batches: int, total_batches: int) -> None:
+        """Set the bar to where a run of ``total_batches`` starts or goes on."""
+        self._bar.reset(total=total_batches)
+        self._bar.initial = self._bar.n = done_batches
 
     def batch(self) -> None:
         """Count one training batch."""

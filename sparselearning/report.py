@@ -1,8 +1,19 @@
-"""Reads the files of runs and shows what is in them: tables and pictures."""
+"""Tables and pictures of runs, from the files that they left: nothing is trained again.
 
-from collections.abc import Mapping
+python -m sparselearning.report RUN [RUN …] [--out DIR]
+
+RUN is a run's folder, or a folder under which runs lie. The same files give the same bytes.
+"""
+
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
+
+from sparselearning.checkpoint import write_whole
+from sparselearning.errors import UsageError
+from sparselearning.runs import find_runs, group_runs, read_run
+from sparselearning.tables import csv_of_runs, csv_table, latex_table, markdown_report
 
 
 def run_table(summary: Mapping[str, Any], folder: Path) -> str:
@@ -19,5 +30,82 @@ def run_table(summary: Mapping[str, Any], folder: Path) -> str:
     lines.append(f"density {summary['density']:.4f}   gain over pre-training {summary['gain']:+.2f} points")
     if summary["gain_over_ticket"] is not None:
         lines[-1] += f", over the last ticket {summary['gain_over_ticket']:+.2f} points"
+    if "training_flops_of_dense" in summary:
+        costs = ", ".join(
+            f"{summary[f'{name}_of_dense']:.3f} of the {name.replace('_', ' ').replace('flops', 'FLOPs')}"
+            for name in ("parameters", "inference_flops", "training_flops")
+        )
+        lines.append(f"of the dense network: {costs}")
     lines.append(f"{summary['total_seconds']:.0f} s; files in {folder}")
     return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Read runs, print their table, write tables and pictures.
+
+    Raises:
+        UsageError: if a path is no run, or matplotlib is missing.
+        FaultError: if a file is damaged or cannot be written.
+    """
+    from sparselearning.flags import Parser  # here: flags imports experiment, which prints run_table
+
+    parser = Parser(__doc__.splitlines()[0])
+    parser.add_argument(
+        "runs", nargs="+", type=Path, metavar="RUN", help="a run's folder, or a folder under which runs lie"
+    )
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="where tables and pictures go, in place of RUN/report or ./report"
+    )
+    parser.add_argument("--no-plots", action="store_true", help="tables only; needs no matplotlib")
+    args = parser.parse_args(argv)
+    plots = None if args.no_plots else _plots()
+    runs = [read_run(path) for path in find_runs(args.runs)]
+    single = runs[0] if len(runs) == 1 else None
+    out = args.out or (single.folder.path / "report" if single else Path("report"))
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"--out {out} is a file: name a folder")
+
+    groups, left_out = group_runs(runs)
+    if not groups and not single:
+        raise UsageError(f"none of these {len(runs)} runs is finished: there is nothing to compare yet")
+    tables = {}
+    if groups:
+        tables = {
+            "results.md": markdown_report(groups, left_out),
+            "results.csv": csv_table(groups),
+            "results.tex": latex_table(groups),
+            "runs.csv": csv_of_runs(groups),
+        }
+    for name, text in tables.items():
+        write_whole(out / name, lambda file, text=text: file.write(text.encode()))
+    if plots:
+        figures = plots.run_figures(single) if single else {"comparison": plots.comparison(groups)}
+        for name, figure in figures.items():
+            plots.save(figure, out / name)
+
+    if single and single.summary:
+        print(run_table(single.summary, single.folder.path))
+    else:
+        print(tables.get("results.md") or f"{left_out[0]}: pictures, but no tables yet")
+    print(f"tables and pictures in {out}")
+
+
+def _plots() -> ModuleType:
+    """The module that draws.
+
+    Raises:
+        UsageError: without matplotlib.
+    """
+    try:
+        from sparselearning import plots
+    except ModuleNotFoundError as error:
+        raise UsageError(
+            f"pictures need {error.name}: pip install 'sparselearning[plots]', or give --no-plots for tables alone"
+        ) from error
+    return plots
+
+
+if __name__ == "__main__":
+    from sparselearning.experiment import run_script
+
+    run_script(main)

@@ -1,0 +1,225 @@
+#!/usr/bin/env python3
+"""Sup-tickets on ImageNet: pre-train a sparse ResNet, harvest cheap tickets, superpose them into one.
+
+python main.py --sparse --pre_train --cyclic_train --cyc_lr --bn_update … DIR            one GPU or CPU
+python multiproc.py --nproc_per_node 8 main.py … DIR                                     one machine with many
+"""
+
+import argparse
+import dataclasses
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from imagenet_data import load_imagenet
+from imagenet_resnet import ARCHS, INITS, build_model
+from torch import nn
+
+from sparselearning import distributed, experiment, flags, profiling
+from sparselearning.checkpoint import RunFolder, load_torch, seed_everything
+from sparselearning.engine import Plan, Sources
+from sparselearning.errors import UsageError
+from sparselearning.schedules import EpochBudget, milestone_lr
+
+FINAL_DENSITY = 0.1
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Train, or evaluate, or measure speed."""
+    args = parse(argv)
+    budget = epoch_budget(args)
+    warnings = check(args, budget)
+    if args.local_rank is not None:
+        os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
+    runtime = flags.runtime(args)
+    device = runtime.start()
+    runtime = runtime.resolved(device)
+    for warning in warnings if distributed.is_main() else []:
+        print(f"note: {warning}", file=sys.stderr)
+
+    seed_everything(args.seed)
+    data = load_imagenet(
+        args.data,
+        batch_size=args.batch_size,
+        workers=args.workers,
+        seed=args.seed,
+        device=device,
+        rank=distributed.rank(),
+        world_size=distributed.world_size(),
+        strict_data=args.strict_data,
+        memory_format=runtime.memory_format,
+    )
+    model = build_model(args.arch, data.num_classes, args.model_config)
+    model = model.to(device, memory_format=runtime.memory_format)
+    if args.pretrained_weights:
+        experiment.load_weights(model, load_torch(args.pretrained_weights), args.pretrained_weights)
+    config = flags.as_config(args, argv)
+    recipe = experiment.Recipe(
+        model=model,
+        optimizer=make_optimizer(model, args),
+        sources=Sources(train=data.train, train_once=data.train_exact, evaluation=data.evaluation),
+        class_balanced_batch=lambda: data.train.class_balanced_batch(args.batch_size, args.seed),
+        label_smoothing=args.label_smoothing,
+    )
+    plan = flags.plan(args, budget, lambda epoch: pretrain_lr(args, epoch))
+    sparse = flags.sparse_training(args, len(data.train), budget.total_epochs)
+    output = experiment.Output(
+        folder=RunFolder(flags.run_path(args, args.arch, Path(args.data).resolve().name, budget)),
+        config=config | {"environment": experiment.environment(device)},
+        identity=flags.identity(config),
+        resume=args.resume,
+        log_interval=args.print_freq,
+        keep_tickets=args.keep_tickets,
+        keep_checkpoints=args.gather_checkpoints,
+    )
+    if args.evaluate:
+        evaluate(recipe, plan, runtime, output)
+    elif measures_only(args):
+        trainer = experiment.prepare(recipe, plan, sparse, runtime, output)
+        profiling.measure(
+            trainer, training=args.benchmark_training, inference=args.benchmark_inference, profile=args.prof
+        )
+    else:
+        experiment.run(recipe, plan, sparse, runtime, output)
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = flags.Parser(description=__doc__.splitlines()[0])
+    parser.add_argument("data", type=Path, metavar="DIR", help="folder with train/CLASS/* and val/CLASS/*")
+    recipe = parser.add_argument_group("recipe")
+    recipe.add_argument("--arch", choices=ARCHS, default="resnet50", help="network")
+    recipe.add_argument(
+        "-c", "--model-config", choices=INITS, default="classic", help="Kaiming normal by fan_out (classic) or fan_in"
+    )
+    recipe.add_argument("-b", "--batch-size", type=flags.positive, default=64, help="images per step and process")
+    recipe.add_argument("--lr", type=flags.non_negative_float, default=0.1, help="learning rate of pre-training")
+    recipe.add_argument("--warmup", type=flags.non_negative, default=0, metavar="EPOCHS", help="linear warm-up")
+    recipe.add_argument("--first_m", type=flags.non_negative, default=30, metavar="EPOCH", help="rate x0.1 from here")
+    recipe.add_argument("--second_m", type=flags.non_negative, default=60, metavar="EPOCH", help="x0.1 again")
+    recipe.add_argument("--third_m", type=flags.non_negative, default=80, metavar="EPOCH", help="x0.1 again")
+    recipe.add_argument("--momentum", type=flags.below_one, default=0.9, help="of SGD")
+    recipe.add_argument("--wd", "--weight-decay", dest="wd", type=flags.non_negative_float, default=1e-4,
+                        help="weight decay")  # fmt: skip
+    recipe.add_argument("--bn-weight-decay", action="store_true", help="decay BatchNorm's weights and biases too")
+    recipe.add_argument("--label-smoothing", type=flags.below_one, default=0.0, help="of the training loss")
+    recipe.add_argument("--pretrain_epoch", type=flags.non_negative, default=88, metavar="EPOCHS", help="pre-training")
+    recipe.add_argument("--cyclic_epochs", type=flags.non_negative, default=12, metavar="EPOCHS", help="all cycles")
+    recipe.add_argument(
+        "--epochs", type=flags.positive, help="the whole run; must be the sum of both parts (default: that sum)"
+    )
+    recipe.add_argument("--density", type=flags.density, help="budget: another name of --final-density (default: that)")
+    recipe.add_argument("--pretrained-weights", type=Path, metavar="PATH", help="first weights, from a saved .pth")
+    files = parser.add_argument_group("data and files")
+    files.add_argument("-j", "--workers", type=flags.non_negative, default=5, help="decoding processes per process")
+    files.add_argument("--strict-data", action="store_true", help="stop at a damaged image; without: skip and count it")
+    files.add_argument(
+        "-p", "--print-freq", type=flags.positive, default=10, metavar="STEPS", help="steps between looks"
+    )
+    files.add_argument("--gather-checkpoints", action="store_true", help="keep the checkpoint of every epoch")
+    launch = parser.add_argument_group("processes")
+    launch.add_argument("--master_port", type=flags.positive, help="read by multiproc.py, which starts the processes")
+    launch.add_argument("--local_rank", type=flags.non_negative, help="number on this machine, from old launchers")
+    other = parser.add_argument_group("instead of training")
+    other.add_argument("--evaluate", action="store_true", help="evaluate --resume or --pretrained-weights and stop")
+    other.add_argument("--prof", action="store_true", help="profile a few training steps and stop")
+    other.add_argument("--benchmark-training", action="store_true", help="time training steps and stop")
+    other.add_argument("--benchmark-inference", action="store_true", help="time evaluation steps and stop")
+    flags.add_sparse_flags(parser)
+    flags.add_ticket_flags(parser)
+    flags.add_run_flags(parser)
+    scaling = parser.add_argument_group("float16 loss scaling")
+    scaling.add_argument("--static-loss-scale", type=flags.positive_float, help="fixed scale (default: adapted)")
+    scaling.add_argument(
+        "--dynamic-loss-scale", action="store_true", help="scale adapted to the gradients: the default"
+    )
+    parser.set_defaults(cycle=4, final_density=None)
+    return parser.parse_args(argv)
+
+
+def epoch_budget(args: argparse.Namespace) -> EpochBudget:
+    """Both parts of the run, as named on the command line.
+
+    Raises:
+        UsageError: if they contradict ``--epochs`` or ``--cycle``.
+    """
+    total = args.pretrain_epoch + args.cyclic_epochs
+    if args.epochs not in (None, total):
+        raise UsageError(
+            f"--epochs {args.epochs} is not --pretrain_epoch {args.pretrain_epoch} + --cyclic_epochs "
+            f"{args.cyclic_epochs} = {total}: change them together"
+        )
+    if args.cyclic_epochs % args.cycle:
+        raise UsageError(f"--cyclic_epochs {args.cyclic_epochs} is no whole number of --cycle {args.cycle} epochs")
+    return EpochBudget(
+        args.pretrain_epoch * args.multiplier, args.cycle, args.cyclic_epochs * args.multiplier // args.cycle
+    )
+
+
+def check(args: argparse.Namespace, budget: EpochBudget) -> list[str]:
+    """Refuse contradictions, settle the budget's density, and return warnings.
+
+    Raises:
+        UsageError: one sentence about the first contradiction.
+    """
+    args.final_density = resolve_density(args.density, args.final_density)
+    if args.fp16 is False and args.amp != "fp16" and (args.static_loss_scale or args.dynamic_loss_scale):
+        raise UsageError("loss scaling is for float16: give --fp16 as well")
+    if args.static_loss_scale and args.dynamic_loss_scale:
+        raise UsageError("give one of --static-loss-scale and --dynamic-loss-scale")
+    if args.evaluate and not (args.resume or args.pretrained_weights):
+        raise UsageError("--evaluate needs weights: give --resume PATH or --pretrained-weights PATH")
+    if args.evaluate or measures_only(args):
+        args.pre_train = args.pre_train or not args.cyclic_train
+    warnings = flags.check(args, momentum_is_zero=args.momentum == 0)
+    return warnings + flags.budget_note(args, budget) + flags.pruning_window_warning(args, budget.pretrain_epochs)
+
+
+def resolve_density(density: float | None, final_density: float | None) -> float:
+    """Settle ``--density`` and ``--final-density``, two names of one budget.
+
+    Raises:
+        UsageError: if they differ.
+    """
+    if None not in (density, final_density) and density != final_density:
+        raise UsageError(f"--density {density} contradicts --final-density {final_density}: they name the same budget")
+    return density or final_density or FINAL_DENSITY
+
+
+def measures_only(args: argparse.Namespace) -> bool:
+    """Whether the command measures speed in place of training."""
+    return args.prof or args.benchmark_training or args.benchmark_inference
+
+
+def make_optimizer(model: nn.Module, args: argparse.Namespace) -> torch.optim.Optimizer:
+    """SGD whose weight decay leaves BatchNorm alone unless ``--bn-weight-decay`` is given."""
+    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    undecayed = [] if args.bn_weight_decay else [p for norm in norms for p in norm.parameters()]
+    exempt = set(undecayed)
+    groups = [{"params": [p for p in model.parameters() if p not in exempt], "weight_decay": args.wd}]
+    if undecayed:
+        groups.append({"params": undecayed, "weight_decay": 0.0})
+    return torch.optim.SGD(groups, lr=args.lr, momentum=args.momentum, fused=True)
+
+
+def pretrain_lr(args: argparse.Namespace, epoch: int) -> float:
+    """Learning rate of a pre-training epoch."""
+    milestones = [args.multiplier * epoch for epoch in (args.first_m, args.second_m, args.third_m)]
+    return milestone_lr(epoch, args.lr, milestones, args.warmup)
+
+
+def evaluate(recipe: experiment.Recipe, plan: Plan, runtime: experiment.Runtime, output: experiment.Output) -> None:
+    """Print loss and accuracy of saved weights; of a run's folder, those of its superposition."""
+    if output.resume:
+        path = RunFolder(output.resume).previous if output.resume.is_dir() else output.resume
+        experiment.load_weights(recipe.model, load_torch(path), path)
+    trainer = experiment.prepare(recipe, plan, None, runtime, dataclasses.replace(output, resume=None))
+    loss, accuracy = trainer.evaluate()
+    if distributed.is_main():
+        print(f"evaluation loss {loss:.4f}, accuracy {accuracy:.2%}")
+
+
+if __name__ == "__main__":
+    experiment.run_script(main)

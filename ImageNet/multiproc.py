@@ -1,0 +1,16 @@
+#!/usr/bin/env python3
+"""Start a script in several processes: torchrun with the published launcher's manners.
+
+python multiproc.py --nproc_per_node 2 main.py …
+python multiproc.py --nnodes 2 --node_rank 0 --nproc_per_node 8 --master_addr HOST --master_port 29500 main.py …
+
+All flags of ``torchrun --help`` stand before the script; a ``--master_port`` among the script's arguments counts too.
+"""
+
+import sys
+
+from sparselearning.experiment import run_script
+from sparselearning.launch import launch
+
+if __name__ == "__main__":
+    run_script(lambda: launch(sys.argv[1:]))

@@ -1,0 +1,361 @@
+"""Files to deploy a trained run with: its non-zero weights, packed, and the network as ONNX.
+
+python -m sparselearning.export RUN OUT.safetensors
+python -m sparselearning.export RUN OUT.safetensors --fold-bn --onnx OUT.onnx
+
+The packed file, version 1, is a safetensors file. Each entry of the state dict that takes fewer bytes so is stored
+as two tensors: ``NAME.values``, its non-zero values in row-major order, and ``NAME.positions`` (uint8), one bit per
+weight in the same order, lowest bit first, set where a value is stored. All others are stored as they are. The
+metadata are texts in JSON: ``format_version``, ``shapes`` (every entry's, in the order of the state dict),
+``densities`` (of the packed entries), and what is known of ``model``, ``data``, ``network`` and ``folded_batchnorms``.
+
+ONNX has no sparse weights that its runtimes compute with: the ONNX file is as large and as fast as a dense network's.
+"""
+
+import copy
+import importlib
+import json
+import math
+import sys
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from sparselearning.checkpoint import RunFolder, load_torch, write_whole
+from sparselearning.errors import FaultError, UsageError
+from sparselearning.experiment import load_weights, run_script
+from sparselearning.flags import Parser
+
+FORMAT_VERSION = 1
+TOLERANCE = 1e-4  # of logits, where the largest logit is 1 or less; else of logits over the largest one
+
+# ------------------------------------------------------------------------------------------------- packed files
+
+
+def save_sparse(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
+    """Write a state dict, with only the non-zero values of whatever becomes smaller so.
+
+    Args:
+        path: written whole or not at all.
+        state: tensors of any type and device; not changed.
+        metadata: anything that JSON holds, to come back from :func:`load_sparse`.
+
+    Raises:
+        UsageError: if safetensors is not installed.
+        FaultError: if the disk refuses.
+    """
+    (safetensors,) = _optional("a packed file", "safetensors.torch")
+    tensors: dict[str, Tensor] = {}
+    densities = {}
+    for name, entry in state.items():
+        dense = entry.detach().cpu().clone(memory_format=torch.contiguous_format)
+        values, positions = _pack(dense.view(-1))
+        if values.nbytes + positions.nbytes < dense.nbytes:
+            tensors[f"{name}.values"], tensors[f"{name}.positions"] = values, positions
+            densities[name] = values.numel() / dense.numel()
+        else:
+            tensors[name] = dense
+    shapes = {name: list(entry.shape) for name, entry in state.items()}
+    everything = {**metadata, "format_version": FORMAT_VERSION, "shapes": shapes, "densities": densities}
+    content = safetensors.save(tensors, {key: json.dumps(value) for key, value in everything.items()})
+    write_whole(path, lambda file: file.write(content))
+
+
+def load_sparse(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read a file of :func:`save_sparse`: the state dict, dense and equal to the bit, and the metadata.
+
+    Raises:
+        UsageError: if there is no such file, or safetensors is not installed.
+        FaultError: if it is damaged, or was not written by :func:`save_sparse`.
+    """
+    (safetensors,) = _optional("a packed file", "safetensors")
+    if not path.is_file():
+        raise UsageError(f"{path} does not exist")
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            texts = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a dictionary
+    except (OSError, safetensors.SafetensorError) as error:
+        raise FaultError(f"{path} is truncated or not a safetensors file") from error
+    if texts.get("format_version") != str(FORMAT_VERSION):
+        raise FaultError(
+            f"{path} is no packed file of format version {FORMAT_VERSION}: write it with sparselearning.export"
+        )
+    try:
+        metadata = {key: json.loads(text) for key, text in texts.items()}
+        state = {}
+        for name, shape in metadata["shapes"].items():
+            if name in metadata["densities"]:
+                values, positions = tensors[f"{name}.values"], tensors[f"{name}.positions"]
+                state[name] = _unpack(values, positions, math.prod(shape)).view(shape)
+            else:
+                state[name] = tensors[name].view(shape)
+    except (ValueError, KeyError, RuntimeError) as error:
+        raise FaultError(f"{path} is damaged: its tensors do not fit its metadata") from error
+    return state, metadata
+
+
+def _pack(flat: Tensor) -> tuple[Tensor, Tensor]:
+    """Split a tensor [n] into its non-zero values [k] and a bitmap of where they are, uint8 [ceil(n / 8)].
+
+    Zero means that all bits are: a negative zero is kept as a value, so that nothing is lost.
+    """
+    stored = flat.view(torch.uint8).view(flat.numel(), flat.element_size()).any(dim=1)
+    return flat[stored], torch.from_numpy(np.packbits(stored.numpy(), bitorder="little"))
+
+
+def _unpack(values: Tensor, positions: Tensor, size: int) -> Tensor:
+    """Undo :func:`_pack`; return a tensor [size]. Raises ValueError if the bitmap has another size or count."""
+    if positions.numel() != math.ceil(size / 8):
+        raise ValueError(f"a bitmap of {positions.numel()} bytes for {size} weights")
+    stored = torch.from_numpy(np.unpackbits(positions.numpy(), count=size, bitorder="little")).bool()
+    if stored.sum() != values.numel():
+        raise ValueError(f"{values.numel()} values for {stored.sum()} positions")
+    return torch.zeros(size, dtype=values.dtype).masked_scatter_(stored, values)
+
+
+# ------------------------------------------------------------------------------------------------- networks
+
+
+def build_network(record: Mapping[str, Any], state: Mapping[str, Tensor], source: Path) -> nn.Module:
+    """Build a run's network again, in evaluation mode, from what its script wrote into ``config.json``.
+
+    Args:
+        record: the entry ``network`` of ``config.json``: ``builder`` is ``"module:function"``, ``folder`` where that
+            module lies (other folders of Python's path serve as well), and ``arguments`` the function's, by keyword.
+        state: the weights to load.
+        source: where they are from, for error messages.
+
+    Raises:
+        UsageError: if the function cannot be found or called, or the weights are of another network.
+    """
+    try:
+        module, function = record["builder"].split(":")
+        folder, arguments = record["folder"], record["arguments"]
+        sys.path.insert(0, folder)  # as Python does for the script that trained it
+        try:
+            network = getattr(importlib.import_module(module), function)(**arguments)
+        finally:
+            sys.path.remove(folder)
+    except (KeyError, ImportError, AttributeError, TypeError, ValueError) as error:
+        raise UsageError(
+            f"the network of {source} cannot be built by {record.get('builder')} as its config.json says ({error}): "
+            "put the folder of the code that trained it on PYTHONPATH"
+        ) from error
+    load_weights(network, state, source)
+    return network.eval()
+
+
+def fold_batchnorms(network: nn.Module) -> fx.GraphModule:
+    """Return the network in evaluation mode with every BatchNorm2d folded into the convolution that feeds it alone.
+
+    A BatchNorm after anything else, or after a convolution whose output or weights serve twice, stays. Zero weights
+    stay zero. The result depends on the architecture alone in its structure and names: to use a packed file with
+    folded BatchNorms, load it into ``fold_batchnorms`` of a newly built network.
+
+    Args:
+        network: not changed. Traceable by ``torch.fx``: no branches that depend on the data.
+
+    Raises:
+        UsageError: if the network cannot be traced.
+    """
+    try:
+        traced = fx.symbolic_trace(copy.deepcopy(network).eval())
+    except Exception as error:  # tracing runs the network's own code, which may raise anything
+        raise UsageError(f"BatchNorm cannot be folded: torch.fx does not follow this network ({error})") from error
+    calls = Counter(node.target for node in traced.graph.nodes if node.op == "call_module")
+    for node in traced.graph.nodes:
+        norm = _module(traced, node)
+        if type(norm) is not nn.BatchNorm2d or norm.running_mean is None or not node.args:
+            continue
+        feeder = node.args[0]
+        conv = _module(traced, feeder)
+        if type(conv) is not nn.Conv2d or len(feeder.users) > 1 or calls[feeder.target] > 1:
+            continue
+        folded = fuse_conv_bn_eval(conv, norm)
+        with torch.no_grad():
+            folded.weight.add_(0.0)  # a negative scale made -0.0 of zeros; adding 0.0 makes them 0.0 again
+        traced.set_submodule(feeder.target, folded)
+        node.replace_all_uses_with(feeder)
+        traced.graph.erase_node(node)
+    traced.recompile()
+    traced.delete_all_unused_submodules()
+    return traced
+
+
+def _module(traced: fx.GraphModule, node: Any) -> nn.Module | None:
+    """The module that a node of the graph calls, if it calls one."""
+    return traced.get_submodule(str(node.target)) if isinstance(node, fx.Node) and node.op == "call_module" else None
+
+
+@torch.no_grad()
+def check_folded(folded: nn.Module, network: nn.Module, input_shape: Sequence[int]) -> None:
+    """Compare a folded network with the original on a random batch, both in evaluation mode.
+
+    Raises:
+        FaultError: if their outputs differ by more than ``TOLERANCE``.
+    """
+    images = _random_images(2, input_shape)
+    _check_equal("the network with folded BatchNorms", folded(images), network(images))
+
+
+@torch.no_grad()
+def to_onnx(network: nn.Module, input_shape: Sequence[int]) -> bytes:
+    """Convert a network to ONNX, for batches of any size, and compare the two on a random batch with onnxruntime.
+
+    Args:
+        network: in evaluation mode, on the CPU.
+        input_shape: of one input, without the batch: C, H, W.
+
+    Returns:
+        The content of an ONNX file with input ``images`` and output ``logits``.
+
+    Raises:
+        UsageError: if onnx, onnxscript or onnxruntime is not installed.
+        FaultError: if the conversion fails, or outputs differ by more than ``TOLERANCE``.
+    """
+    *_, onnxruntime = _optional("ONNX", "onnx", "onnxscript", "onnxruntime")
+    images = _random_images(3, input_shape)
+    try:
+        program = torch.onnx.export(
+            network,
+            (images[:2],),
+            dynamo=True,
+            dynamic_shapes=({0: torch.export.Dim("batch")},),
+            input_names=["images"],
+            output_names=["logits"],
+            verbose=False,
+        )
+        assert program is not None  # only the old exporter returns nothing
+        content = program.model_proto.SerializeToString()
+        session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+        logits = torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+    except Exception as error:  # PyTorch, onnxscript and onnxruntime raise errors of many kinds
+        raise FaultError(f"the network cannot be converted to ONNX: {error}") from error
+    _check_equal("the ONNX file, run by onnxruntime,", logits, network(images))
+    return content
+
+
+def _random_images(count: int, shape: Sequence[int]) -> Tensor:
+    return torch.randn(count, *shape, generator=torch.Generator().manual_seed(0))
+
+
+def _check_equal(what: str, found: Tensor, expected: Tensor) -> None:
+    difference = (found - expected).abs().max().item()
+    allowed = TOLERANCE * max(1.0, expected.abs().max().item())
+    if not difference <= allowed:  # so that NaN fails, too
+        raise FaultError(f"{what} differs from PyTorch's network by {difference:.1e}, where {allowed:.1e} is allowed")
+
+
+# ------------------------------------------------------------------------------------------------- command
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Export one run or one saved network."""
+    parser = Parser(description="Write a trained network's non-zero weights to a packed file, and the network as ONNX.")
+    parser.add_argument(
+        "run", type=Path, metavar="RUN", help="a run's folder, for its last superposition, or any .pth file in it"
+    )
+    parser.add_argument("output", type=Path, metavar="OUT.safetensors", help="packed file to write")
+    parser.add_argument("--fold-bn", action="store_true", help="fold BatchNorms into the convolutions before them")
+    parser.add_argument(
+        "--onnx", type=Path, metavar="OUT.onnx", help="also write the network, dense, for ONNX runtimes"
+    )
+    args = parser.parse_args(argv)
+    for path, suffix in ((args.output, ".safetensors"), (args.onnx, ".onnx")):
+        if path and path.suffix != suffix:
+            raise UsageError(f"{path} is to be a {suffix[1:]} file: give it a name that ends in {suffix}")
+
+    source = RunFolder(args.run).previous if args.run.is_dir() else args.run
+    state, config = _read_state(source), _read_config(source)
+    record = config.get("network", {})
+    metadata = _describe(config)
+    onnx = None
+    if args.fold_bn or args.onnx:
+        if not record:
+            raise UsageError(
+                f"no config.json beside {source} says how to build its network, which --fold-bn and --onnx need: "
+                "export a run of this version, or call fold_batchnorms and to_onnx with your own network"
+            )
+        network = build_network(record, state, source)
+        if args.fold_bn:
+            folded = fold_batchnorms(network)
+            check_folded(folded, network, record["input_shape"])
+            metadata["folded_batchnorms"] = _count_batchnorms(network) - _count_batchnorms(folded)
+            network, state = folded, folded.state_dict()
+        onnx = to_onnx(network, record["input_shape"]) if args.onnx else None
+
+    save_sparse(args.output, state, metadata)
+    dense = sum(entry.nbytes for entry in state.values())
+    print(f"{args.output}: {_megabytes(args.output.stat().st_size)}, dense {_megabytes(dense)}")
+    if args.fold_bn:
+        print(f"folded BatchNorms: {metadata['folded_batchnorms']}, left: {_count_batchnorms(network)}")
+    if onnx:
+        write_whole(args.onnx, lambda file: file.write(onnx))
+        print(f"{args.onnx}: {_megabytes(len(onnx))}, agrees with PyTorch within {TOLERANCE:g}")
+
+
+def _read_state(source: Path) -> dict[str, Tensor]:
+    """State dict of any saved ``.pth``: a run's file, or a bare state dict, data-parallel or not."""
+    if source.name == "model_previous.pth" and not source.exists() and source.parent.is_dir():
+        raise UsageError(f"{source.parent} has no model_previous.pth, which a run writes when its pre-training ends")
+    saved = load_torch(source)
+    state = saved.get("state_dict", saved)
+    for name, entry in state.items():
+        if not isinstance(entry, Tensor):
+            raise UsageError(f"{source} is no saved network: its entry {name} is no tensor")
+    return {name.removeprefix("module."): entry for name, entry in state.items()}
+
+
+def _read_config(source: Path) -> dict[str, Any]:
+    """``config.json`` of the run that a network belongs to; empty if there is none."""
+    for folder in source.parents[:2]:  # a ticket lies in a folder of the run's
+        path = RunFolder(folder).config
+        if path.is_file():
+            try:
+                return json.loads(path.read_text())
+            except (OSError, ValueError) as error:
+                raise FaultError(f"{path} cannot be read or is no JSON file") from error
+    return {}
+
+
+def _describe(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a packed file says about its network; no folders of this machine."""
+    flags, record = config.get("flags", {}), config.get("network", {})
+    known = {
+        "model": flags.get("model", flags.get("arch")),
+        "data": Path(flags["data"]).stem if "data" in flags else None,
+        "network": {key: value for key, value in record.items() if key != "folder"},
+    }
+    return {key: value for key, value in known.items() if value}
+
+
+def _count_batchnorms(network: nn.Module) -> int:
+    return sum(isinstance(module, nn.BatchNorm2d) for module in network.modules())
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:.2f} MB"
+
+
+def _optional(what: str, *modules: str) -> list[Any]:
+    """Import modules that not every user has.
+
+    Raises:
+        UsageError: if one is missing, with the command that brings it.
+    """
+    try:
+        return [importlib.import_module(module) for module in modules]
+    except ImportError as error:
+        packages = " ".join(module.split(".")[0] for module in modules)
+        raise UsageError(f"{what} needs packages that are not installed: pip install {packages}") from error
+
+
+if __name__ == "__main__":
+    run_script(main)

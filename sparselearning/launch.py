@@ -1,0 +1,66 @@
+"""Start one process per GPU (or several on a CPU) through ``torch.distributed.run``."""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+import torch
+from torch.distributed import run as torchrun
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+from sparselearning import distributed
+from sparselearning.errors import FaultError, UsageError
+
+
+def launch(argv: Sequence[str]) -> None:
+    """Run a script in several processes: torchrun's own flags, then the script, then its arguments.
+
+    A ``--master_port`` among the script's arguments takes effect unless the launcher has one of its own.
+
+    Raises:
+        UsageError: if a machine has fewer GPUs than processes.
+        FaultError: if a process fails; the others are stopped.
+        SystemExit: 128 plus the signal that stopped the launcher.
+    """
+    args = torchrun.get_args_parser().parse_args(argv)
+    if args.master_port is None:
+        args.master_port = _port_of_script(args.training_script_args)
+    if torch.cuda.is_available() and "--no-cuda" not in args.training_script_args and args.nproc_per_node.isdigit():
+        distributed.check_gpus(int(args.nproc_per_node))
+    if "OMP_NUM_THREADS" not in os.environ and args.nproc_per_node.isdigit():
+        os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // int(args.nproc_per_node)))
+    try:
+        torchrun.run(args)
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        raise FaultError(
+            f"process {rank} of {args.training_script} failed with exit code {failure.exitcode} and took the job down; "
+            "its messages stand above"
+        ) from error
+    except SignalException as stop:
+        sys.exit(128 + stop.sigval)
+
+
+def launch_on_all_gpus(argv: Sequence[str]) -> None:
+    """Start this very script once per GPU of the machine.
+
+    Raises:
+        UsageError: if there is no GPU.
+    """
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if not gpus:
+        raise UsageError("--mgpu uses all GPUs of this machine, and there is none")
+    launch([f"--nproc_per_node={gpus}", sys.argv[0], *argv])
+
+
+def is_launched() -> bool:
+    """Whether a launcher started this process."""
+    return "LOCAL_RANK" in os.environ
+
+
+def _port_of_script(script_args: Sequence[str]) -> int | None:
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--master_port", "--master-port", type=int)
+    return parser.parse_known_args(list(script_args))[0].master_port

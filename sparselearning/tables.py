@@ -1,0 +1,232 @@
+"""Figures of groups of runs as tables: mean ± sample standard deviation, in Markdown, LaTeX and CSV."""
+
+import csv
+import io
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import fmean, stdev
+from typing import Any
+
+from sparselearning.runs import Group, Run, differing_flags
+
+Figure = Callable[[Group, Run], float | None]
+"""From one run of a group to a number; None if it has none."""
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Mean and sample standard deviation (n - 1) of one figure over a group's runs; no deviation, no ``std``."""
+
+    mean: float
+    std: float | None
+
+
+@dataclass(frozen=True)
+class Column:
+    """One figure of every run.
+
+    Attributes:
+        name: in CSV files, unit included.
+        title: in tables for people.
+        value: the figure of one run of a group; None if it has none.
+        digits: after the point.
+        signed: show the sign of positive figures too.
+        has_std: whether a standard deviation says something about the group's runs.
+    """
+
+    name: str
+    title: str
+    value: Figure
+    digits: int = 2
+    signed: bool = False
+    has_std: Callable[[Group], bool] = lambda group: True
+
+    def spread(self, group: Group) -> Spread | None:
+        """Mean ± deviation over the group; None unless every run has the figure."""
+        values = [self.value(group, run) for run in group.runs]
+        known = [value for value in values if value is not None]
+        if len(known) < len(values):
+            return None
+        return Spread(fmean(known), stdev(known) if len(known) > 1 and self.has_std(group) else None)
+
+    def text(self, spread: Spread | None, plus_minus: str, nothing: str) -> str:
+        """Show a spread with the column's digits."""
+        if spread is None:
+            return nothing
+        mean = round(spread.mean, self.digits) + 0.0  # + 0.0 turns -0.0 into 0.0
+        std = "" if spread.std is None else f"{plus_minus}{spread.std:.{self.digits}f}"
+        return f"{mean:{'+' if self.signed else ''}.{self.digits}f}{std}"
+
+
+def _summary(key: str, scale: float = 1.0) -> Figure:
+    """Entry of ``summary.json``."""
+
+    def value(group: Group, run: Run) -> float | None:
+        entry = run.summary and run.summary.get(key)
+        return None if entry is None else scale * entry
+
+    return value
+
+
+def _of_tickets(value: Figure) -> Figure:
+    """What says something of runs with tickets only."""
+    return lambda group, run: None if run.is_plain else value(group, run)
+
+
+def _last_ticket(group: Group, run: Run) -> float:
+    return 100 * run.tickets[-1]["ticket_acc"]
+
+
+def final_accuracy(run: Run) -> float:
+    """Accuracy in percent of the network that a run ends with: on the test set, if that was kept for the end."""
+    assert run.summary is not None
+    return 100 * run.summary.get("test_acc", run.summary["final_acc"])
+
+
+def _pairs_with_control(group: Group) -> bool:
+    return group.control is not None and sorted(group.seeds) == sorted(group.control.seeds)
+
+
+def _gain_over_plain(group: Group, run: Run) -> float | None:
+    """Over the plain run of the same seed; where the seeds differ, over the mean plain run."""
+    if group.control is None:
+        return None
+    plain = {other.seed: final_accuracy(other) for other in group.control.runs}
+    return final_accuracy(run) - (plain[run.seed] if _pairs_with_control(group) else fmean(plain.values()))
+
+
+COLUMNS = (
+    Column("density", "density", _summary("density"), digits=4, has_std=lambda group: False),
+    Column("pretrain_acc_percent", "pre-trained [%]", _of_tickets(_summary("pretrain_acc", 100))),
+    Column("last_ticket_acc_percent", "last ticket [%]", _of_tickets(_last_ticket)),
+    Column("final_acc_percent", "final [%]", _summary("final_acc", 100)),
+    Column("test_acc_percent", "final on test set [%]", _summary("test_acc", 100)),
+    Column("gain_points", "gain over pre-training [points]", _of_tickets(_summary("gain")), signed=True),
+    Column("gain_over_ticket_points", "over last ticket [points]", _summary("gain_over_ticket"), signed=True),
+    Column(
+        "gain_over_plain_points", "over plain training [points]", _gain_over_plain,
+        signed=True, has_std=_pairs_with_control,
+    ),
+    Column("parameters_of_dense", "parameters [of dense]", _summary("parameters_of_dense"), digits=3),
+    Column("inference_flops_of_dense", "inference FLOPs [of dense]", _summary("inference_flops_of_dense"), digits=3),
+    Column("training_flops_of_dense", "training FLOPs [of dense]", _summary("training_flops_of_dense"), digits=3),
+    Column("total_minutes", "time [min]", _summary("total_seconds", 1 / 60), digits=1),
+)  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------------- tables
+
+
+def _columns(groups: Sequence[Group]) -> list[Column]:
+    """Columns that some group fills."""
+    return [column for column in COLUMNS if any(column.spread(group) for group in groups)]
+
+
+def _cells(groups: Sequence[Group], plus_minus: str, nothing: str) -> list[list[str]]:
+    """Header and one row per group."""
+    columns = _columns(groups)
+    rows = [
+        [group.label, str(len(group.runs)), *(c.text(c.spread(group), plus_minus, nothing) for c in columns)]
+        for group in groups
+    ]
+    return [["method", "n", *(column.title for column in columns)], *rows]
+
+
+def markdown_table(groups: Sequence[Group]) -> str:
+    """Mean ± sample standard deviation of each group, to be read as it is or rendered."""
+    rows = [[cell.replace("|", r"\|") for cell in row] for row in _cells(groups, " ± ", "-")]
+    widths = [max(3, *map(len, column)) for column in zip(*rows, strict=True)]
+
+    def line(cells: Sequence[str]) -> str:
+        aligned = [cells[0].ljust(widths[0])]
+        aligned += [cell.rjust(width) for cell, width in zip(cells[1:], widths[1:], strict=True)]
+        return f"| {' | '.join(aligned)} |\n"
+
+    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+    return "".join(map(line, [rows[0], rule, *rows[1:]]))
+
+
+LATEX_ESCAPES = str.maketrans(
+    {c: f"\\{c}" for c in "&%$#_{}"}
+    | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+)
+
+
+def latex_table(groups: Sequence[Group]) -> str:
+    """The same table for a paper; needs the package booktabs."""
+    header, *rows = _cells(groups, r" \pm ", "")
+    lines = [r"% \usepackage{booktabs}", rf"\begin{{tabular}}{{l{'r' * (len(header) - 1)}}}", r"\toprule"]
+    lines += [" & ".join(title.translate(LATEX_ESCAPES) for title in header) + r" \\", r"\midrule"]
+    for label, *figures in rows:
+        cells = [label.translate(LATEX_ESCAPES), *(f"${figure}$" if figure else "--" for figure in figures)]
+        lines.append(" & ".join(cells) + r" \\")
+    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}"]) + "\n"
+
+
+def csv_table(groups: Sequence[Group]) -> str:
+    """The same table for programs: mean and deviation apart, six significant digits, nothing where nothing is known."""
+    columns = _columns(groups)
+    names = [f"{column.name}_{part}" for column in columns for part in ("mean", "std")]
+    rows = []
+    for group in groups:
+        spreads = [column.spread(group) for column in columns]
+        figures = [figure for s in spreads for figure in ((s.mean, s.std) if s else (None, None))]
+        rows.append([group.label, len(group.runs), *map(_number, figures)])
+    return _csv(["method", "n", *names], rows)
+
+
+def csv_of_runs(groups: Sequence[Group]) -> str:
+    """One row per run: its figures, where it ran, and where its files are."""
+    columns = _columns(groups)
+    rows = [
+        [
+            group.label, run.seed, *(_number(column.value(group, run)) for column in columns),
+            run.environment.get("device"), run.environment.get("torch"), run.folder.path,
+        ]
+        for group in groups
+        for run in group.runs
+    ]  # fmt: skip
+    return _csv(["method", "seed", *(column.name for column in columns), "device", "torch", "folder"], rows)
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.6g}"
+
+
+def _csv(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([header, *rows])
+    return text.getvalue()
+
+
+def markdown_report(groups: Sequence[Group], left_out: Sequence[str] = ()) -> str:
+    """The table, and what one must know to read it."""
+    runs = [run for group in groups for run in group.runs]
+    notes = ["mean ± sample standard deviation over n seeds; one run has no deviation"]
+    if any(group.control for group in groups):
+        notes.append(
+            "plain training has the same flags and epochs, and no tickets; groups of the same seeds are compared "
+            "seed by seed, others by their means, without a deviation"
+        )
+    if any("test_acc" in (run.summary or {}) for run in runs):
+        notes.append("gains over plain training are those on the test set, the other gains those on the held-out set")
+    notes += [note for note in (_missing_control(group, groups) for group in groups) if note]
+    notes += [f"left out: {sentence}" for sentence in left_out]
+    notes.append("ran on: " + "; ".join(sorted({_machine(run) for run in runs})))
+    return markdown_table(groups) + "\n" + "".join(f"- {note}\n" for note in notes)
+
+
+def _missing_control(group: Group, groups: Sequence[Group]) -> str | None:
+    """Why a group with tickets is compared with no plain training although there is some of its method."""
+    plain = [other for other in groups if not other.ticket_flags and other.method == group.method]
+    if group.control or not group.ticket_flags or not plain:
+        return None
+    differences = [differing_flags([other, group]) for other in plain]
+    nearest = min(range(len(plain)), key=lambda i: len(differences[i]))
+    listed = ", ".join(f"{name} ({there} there, {here} here)" for name, (there, here) in differences[nearest].items())
+    return f"{group.label} has no plain training to compare with: {plain[nearest].label} differs in {listed}"
+
+
+def _machine(run: Run) -> str:
+    known = run.environment
+    return f"{known.get('device', 'an unknown device')} with PyTorch {known.get('torch', 'of unknown version')}"

@@ -1,0 +1,251 @@
+"""Averaging tickets, pruning back to the budget, and BatchNorm statistics."""
+
+import copy
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from sparselearning import caa_factor, prune_to_density, superpose, update_bn
+from sparselearning.superpose import AVERAGING
+
+# ----------------------------------------------------------------------------------------------- averaging
+
+PREVIOUS = [8.0, -4.0, 0.0, 2.0, 0.0, 1.0, -1.0, 16.0]
+TICKET = [0.0, -8.0, 4.0, 2.0, 0.0, -1.0, -3.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("factor", "expected"),
+    [
+        (0.5, [4.0, -6.0, 2.0, 2.0, 0.0, 0.0, -2.0, 8.0]),
+        (0.25, [6.0, -5.0, 1.0, 2.0, 0.0, 0.5, -1.5, 12.0]),
+        (0.0, PREVIOUS),
+        (1.0, TICKET),
+    ],
+)
+def test_superposing_by_hand(factor, expected):
+    result = superpose({"w": torch.tensor(PREVIOUS)}, {"w": torch.tensor(TICKET)}, factor)
+    assert result["w"].tolist() == expected
+
+
+def test_factors_by_hand():
+    assert [caa_factor(n) for n in (1, 2, 3, 9)] == pytest.approx([1 / 2, 1 / 3, 1 / 4, 1 / 10])
+    assert [AVERAGING["CIMA"](0.3)(n) for n in (1, 2, 9)] == [0.3] * 3
+    assert [AVERAGING["CAA"](0.3)(n) for n in (1, 2)] == pytest.approx([1 / 2, 1 / 3])
+    assert set(AVERAGING) == {"CIMA", "CAA"}
+
+
+def network(seed):
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(64, 3))
+    model(torch.randn(5, 2, 6, 6))
+    for _ in range(seed):  # batch counters that differ
+        model(torch.randn(2, 2, 6, 6))
+    return model.state_dict()
+
+
+@pytest.mark.parametrize("factor", [0.5, 0.3])
+def test_one_superposition_is_the_weighted_mean_of_all_floating_entries(factor):
+    previous, ticket = network(1), network(4)
+    kept = copy.deepcopy((previous, ticket))
+    result = superpose(previous, ticket, factor)
+    assert result.keys() == previous.keys()
+    for name, value in result.items():
+        if value.is_floating_point():  # running statistics included
+            expected = (1 - factor) * previous[name].double() + factor * ticket[name].double()
+            assert torch.allclose(value.double(), expected, rtol=1e-6, atol=1e-7)
+        else:
+            assert torch.equal(value, ticket[name])
+            assert not torch.equal(value, previous[name])
+        assert value.dtype == ticket[name].dtype
+        value.zero_()
+    for before, now in zip(kept, (previous, ticket), strict=True):
+        assert all(torch.equal(before[name], now[name]) for name in before), "inputs are not changed, nor shared"
+
+
+def test_caa_of_many_tickets_is_their_plain_mean():
+    states = [network(seed) for seed in range(5)]
+    result = states[0]
+    for n, ticket in enumerate(states[1:], start=1):
+        result = superpose(result, ticket, caa_factor(n))
+    for name in ("0.weight", "1.running_var", "3.bias"):
+        assert torch.allclose(result[name], torch.stack([s[name] for s in states]).mean(0), atol=1e-6)
+
+
+def test_cima_of_many_tickets_forgets_geometrically():
+    # 1 -> 1/8 after three tickets at 0.5; the tickets weigh 1/8, 1/4, 1/2.
+    result = {"w": torch.tensor([80.0])}
+    for n, value in enumerate((8.0, 40.0, 20.0), start=1):
+        result = superpose(result, {"w": torch.tensor([value])}, AVERAGING["CIMA"](0.5)(n))
+    assert result["w"].item() == 80 / 8 + 8 / 8 + 40 / 4 + 20 / 2
+
+
+def test_networks_of_other_names_do_not_superpose():
+    with pytest.raises(ValueError, match="extra"):
+        superpose({"w": torch.ones(2)}, {"w": torch.ones(2), "extra": torch.ones(1)}, 0.5)
+
+
+# ---------------------------------------------------------------------------------------- prune to density
+
+# |a| 1 4 2 5 3 6 0 0, |b| 10 20 30 40 2.5 0 0 0
+A = [[1.0, -4.0, 2.0, -5.0], [3.0, -6.0, 0.0, 0.0]]
+B = [[10.0, -20.0], [30.0, -40.0], [2.5, 0.0], [0.0, 0.0]]
+
+
+@pytest.mark.parametrize(
+    ("density", "kept_a", "kept_b"),
+    [
+        (0.25, [], [0, 1, 2, 3]),
+        (0.5, [1, 3, 4, 5], [0, 1, 2, 3]),
+        (0.5625, [1, 3, 4, 5], [0, 1, 2, 3, 4]),
+        (0.01, [], []),  # round(0.16) = 0
+    ],
+)
+def test_pruning_to_a_density_by_hand(density, kept_a, kept_b):
+    state = {"a": torch.tensor(A), "bias": torch.tensor([0.001]), "b": torch.tensor(B)}
+    before = copy.deepcopy(state)
+    pruned, masks = prune_to_density(state, ["a", "b"], density)
+    for name, kept in (("a", kept_a), ("b", kept_b)):
+        assert masks[name].flatten().nonzero().squeeze(1).tolist() == kept
+        assert torch.equal(pruned[name], state[name] * masks[name])
+    assert list(pruned) == list(state)
+    assert torch.equal(pruned["bias"], state["bias"])
+    assert set(masks) == {"a", "b"}
+    assert all(torch.equal(state[name], before[name]) for name in state), "the input is not changed"
+
+
+def test_density_1_keeps_all():
+    _, masks = prune_to_density({"a": torch.tensor(A)}, ["a"], 1.0)
+    assert masks["a"].all()
+
+
+@given(
+    sizes=st.lists(st.integers(1, 50), min_size=1, max_size=5),
+    density=st.floats(0.001, 1),
+    levels=st.integers(0, 4),
+    seed=st.integers(0, 2**32),
+)
+def test_ties_never_change_the_count(sizes, density, levels, seed):
+    source = torch.Generator().manual_seed(seed)
+    state = {f"{i}": torch.randint(-levels, levels + 1, (n, 1), generator=source).float() for i, n in enumerate(sizes)}
+    pruned, masks = prune_to_density(state, state.keys(), density)
+    budget = round(sum(sizes) * density)
+    assert sum(int(mask.sum()) for mask in masks.values()) == budget
+    everything = torch.cat([w.flatten() for w in state.values()]).abs().sort(descending=True).values
+    kept = torch.cat([state[name][mask] for name, mask in masks.items()]).abs().sort(descending=True).values
+    assert torch.equal(kept, everything[:budget])
+    nonzero = sum(int((w != 0).sum()) for w in pruned.values())
+    assert nonzero == min(budget, int((everything != 0).sum()))
+
+
+@pytest.mark.parametrize("density", [0, -1, 1.01, math.nan])
+def test_budgets_outside_0_to_1_are_refused(density):
+    with pytest.raises(ValueError, match="density"):
+        prune_to_density({"a": torch.tensor(A)}, ["a"], density)
+
+
+# -------------------------------------------------------------------------------------------- BatchNorm
+
+
+class Net(nn.Module):
+    """Every kind of BatchNorm user: affine and not, 1-D and 2-D, frozen statistics, a custom momentum, dropout."""
+
+    def __init__(self):
+        super().__init__()
+        self.features = nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4, momentum=0.3), nn.ReLU(), nn.Dropout(0.2))
+        self.flat = nn.BatchNorm1d(64, affine=False)
+        self.untracked = nn.BatchNorm1d(64, track_running_stats=False)
+        self.head = nn.Sequential(nn.Linear(64, 3), nn.BatchNorm1d(3, momentum=None))
+
+    def forward(self, x):
+        return self.head(self.untracked(self.flat(self.features(x).flatten(1))))
+
+
+def bn_state(model):
+    return {name: value for name, value in model.state_dict().items() if "running" in name or "batches" in name}
+
+
+def batches(kind):
+    generator = torch.Generator().manual_seed(5)
+    images = [3 + 2 * torch.randn(n, 2, 6, 6, generator=generator) for n in (8, 8, 3)]  # a smaller last batch
+    if kind == "tensors":
+        return images
+    return [(x, torch.zeros(len(x))) for x in images] if kind == "tuples" else [[x, torch.zeros(1)] for x in images]
+
+
+@pytest.mark.parametrize("kind", ["tensors", "tuples", "lists"])
+@pytest.mark.parametrize("device", [None, "cpu", torch.device("cpu")])
+def test_update_bn_equals_pytorchs(kind, device):
+    torch.manual_seed(0)
+    ours = Net()
+    ours(torch.randn(16, 2, 6, 6))  # statistics to forget
+    theirs = copy.deepcopy(ours)
+    torch.manual_seed(1)  # for the dropout
+    update_bn(batches(kind), ours, device)
+    torch.manual_seed(1)
+    torch.optim.swa_utils.update_bn(batches(kind), theirs, "cpu")
+    found, expected = bn_state(ours), bn_state(theirs)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in found)
+    assert found["features.1.num_batches_tracked"] == 3
+
+
+def test_update_bn_by_hand():
+    # Two batches of one channel: means 1 and 5, unbiased variances 2 and 18. Their plain means: 3 and 10.
+    model = nn.BatchNorm1d(1)
+    model(torch.randn(64, 1) * 100)
+    update_bn([torch.tensor([[0.0], [2.0]]), torch.tensor([[2.0], [8.0]])], model)
+    assert model.running_mean.item() == pytest.approx(3)
+    assert model.running_var.item() == pytest.approx(10)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_update_bn_leaves_the_rest_of_the_model_as_it_was(training):
+    model = Net().train(training)
+    model.features.eval()
+    nn.init.ones_(model.head[0].weight)
+    modes = [module.training for module in model.modules()]
+    parameters = copy.deepcopy(dict(model.named_parameters()))
+    for p in model.parameters():
+        p.grad = torch.full_like(p, 7.0)
+    update_bn(batches("tensors"), model)
+    assert [module.training for module in model.modules()] == modes
+    assert (model.features[1].momentum, model.flat.momentum, model.head[1].momentum) == (0.3, 0.1, None)
+    assert all(torch.equal(p, parameters[name]) for name, p in model.named_parameters())
+    assert all((p.grad == 7).all() for p in model.parameters())
+    assert torch.is_grad_enabled()
+
+
+def test_update_bn_restores_the_model_when_the_loader_fails():
+    def failing():
+        yield torch.randn(4, 2, 6, 6)
+        raise OSError("disk gone")
+
+    model = Net().eval()
+    with pytest.raises(OSError, match="disk gone"):
+        update_bn(failing(), model)
+    assert not any(module.training for module in model.modules())
+    assert model.features[1].momentum == 0.3
+
+
+def test_update_bn_of_a_model_without_batchnorm_reads_nothing():
+    def untouched():
+        raise AssertionError("the loader was read")
+        yield
+
+    update_bn(untouched(), nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("wrap", [nn.DataParallel, lambda m: torch.compile(m, backend="eager")])
+def test_update_bn_reaches_through_wrappers(wrap):
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4))
+    wrapped = copy.deepcopy(plain)
+    update_bn(batches("tensors"), plain)
+    update_bn(batches("tensors"), wrap(wrapped))
+    assert torch.allclose(plain[1].running_var, wrapped[1].running_var)
+    assert plain[1].num_batches_tracked == wrapped[1].num_batches_tracked == 3
