@@ -1,19 +1,18 @@
 #!/usr/bin/env python3
-"""Ask a finished run about its tickets: are they one network or several, and would another average have been better?
+"""Ask a run about its tickets: do they lie in one basin, and would another average have been better?
 
 python3 analyze_tickets.py RUN
 python3 analyze_tickets.py RUN --superposing_method CAA --tickets 1 2 3 --final-density 0.1 --no-update_bn
 python3 analyze_tickets.py RUN --grid
 
-RUN is the folder of a run made with --keep-tickets. Nothing is trained. Tables are printed; the same figures and their
-pictures go to RUN/analysis/.
+RUN is the folder of a run made with --keep-tickets. Nothing is trained. The tables that are printed, and pictures of
+them, also go to RUN/analysis/.
 """
 
 import argparse
 import itertools
-import json
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,198 +25,186 @@ from cifar_models import build_model
 from torch import Tensor, nn
 
 from sparselearning import experiment, flags
-from sparselearning.checkpoint import RunFolder, load_torch, save_torch, seed_everything, write_json
+from sparselearning.checkpoint import RunFolder, load_torch, save_torch, write_json
 from sparselearning.engine import Precision
 from sparselearning.errors import FaultError, UsageError
 from sparselearning.masking import maskable_parameters
+from sparselearning.runs import find_runs, read_run
 from sparselearning.superpose import AVERAGING, State, prune_to_density, superpose, update_bn
 
-Matrix = list[list[float]]
-ONE_BASIN = 0.02  # accuracy that a line may lose between networks of one basin (Frankle et al. 2020, sec. 3)
+ONE_BASIN = 0.02
+"""Accuracy that may be lost on the way between two networks of one basin: the margin of Frankle et al. 2020, sec. 3."""
+TEST_SET, HELD_OUT = "test set", "held-out part of the training set"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Analyse one run."""
     given = parse(argv)
-    folder = RunFolder(given.run)
-    args = run_flags(folder, given)
+    folder, args = rebuilt_flags(given)
     bench = Bench.of(args)
     numbers = given.tickets or kept_tickets(folder)
-    members = [bench.load_ticket(folder.ticket(number), f"ticket {number}", args.rm_first) for number in numbers]
+    members = [bench.load_ticket(folder, number, keep_first_dense=args.rm_first) for number in numbers]
     if len(members) < 2:
-        raise UsageError(f"superposing takes two tickets at least; {folder.path} has, or --tickets names, only one")
-    density = args.final_density if args.sparse or "final_density" in given else None
+        raise UsageError(f"superposing takes at least two tickets, and there is one: ticket {numbers[0]}")
     names = list(members[0].masks)
-
-    weights = superpositions(members, AVERAGING[args.superposing_method](args.CIMA_factor), names, density)
+    budget = args.final_density if args.sparse or "final_density" in given else None
+    superposed = superpose_again(members, AVERAGING[args.superposing_method](args.CIMA_factor), names, budget)
     if args.update_bn:
-        weights = [bench.fresh_statistics(*each) for each in zip(weights, (m.epoch for m in members[1:]), strict=True)]
-    final = Member("superposition", weights[-1], nonzero_masks(weights[-1], names), members[-1].epoch)
+        superposed = [bench.with_fresh_bn(network) for network in superposed]
+    if given.save_network:
+        final = superposed[-1]
+        save_torch(given.save_network, {"state_dict": final.state, "masks": final.masks, "epoch": final.epoch + 1})
+
     results: dict[str, Any] = {
         "run": str(folder.path),
-        "evaluated_on": {"set": "held-out" if args.valid_split else "test", "images": len(bench.labels)},
+        "evaluated_on": {"part": HELD_OUT if args.valid_split else TEST_SET, "images": len(bench.labels)},
         "settings": {
             "tickets": numbers,
             "superposing_method": args.superposing_method,
             "CIMA_factor": args.CIMA_factor if args.superposing_method == "CIMA" else None,
-            "final_density": density,
+            "final_density": budget,
             "update_bn": args.update_bn,
+            "line_bn": given.line_bn,
         },
-        "same_as_run": same_state(final.state, load_torch(folder.previous)["state_dict"]),
+        "same_as_run": is_saved_network(superposed[-1], folder.previous),
     }
-
-    member_logits = [bench.logits(member.state) for member in members]
-    superposed_logits = [bench.logits(state) for state in weights]
-    rows = [
-        bench.row(member.name, logits, [member.state], names)
-        for member, logits in zip(members, member_logits, strict=True)
-    ]
-    rows += [
-        bench.row(f"superposition {n}", logits, [state], names)
-        for n, (state, logits) in enumerate(zip(weights, superposed_logits, strict=True), start=1)
-    ]
-    ensemble = torch.stack(member_logits).mean(0)
-    rows.append(bench.row("logit ensemble", ensemble, [member.state for member in members], names))
-    results["networks"] = rows
+    predictions = {network.name: bench.logits(network.state) for network in [*members, *superposed]}
+    results["networks"] = [bench.row([network], predictions, names) for network in [*members, *superposed]]
+    results["networks"].append(bench.row(members, predictions, names))
     print(networks_table(results))
 
-    everyone, logits = [*members, final], [*member_logits, superposed_logits[-1]]
-    results["pairs"] = {
-        "names": [member.name for member in everyone],
-        "overlap": pairwise(lambda a, b: jaccard(a.values(), b.values()), [member.masks for member in everyone]),
-        "disagreement": pairwise(disagreement, logits),
-        "kl": pairwise(kl_divergence, logits),
-    }
-    results["layers"] = [layer_overlap(name, [member.masks[name] for member in members]) for name in names]
+    ends = [*members, superposed[-1]]
+    results["pairs"] = compare([network.masks for network in ends], [predictions[network.name] for network in ends])
+    results["pairs"]["names"] = [network.name for network in ends]
+    results["layers"] = [compare_layer(name, [member.masks[name] for member in members]) for name in names]
     print(pairs_tables(results["pairs"]), layers_table(results["layers"]), sep="\n")
 
+    routes = itertools.combinations(ends, 2) if given.all_pairs else neighbours(ends)
     bn_epoch = members[-1].epoch if given.line_bn else None
-    ends = itertools.combinations(everyone, 2) if given.all_pairs else neighbours(members, final)
-    results["settings"] |= {"line_points": given.points, "line_bn": given.line_bn}
-    results["lines"] = [bench.line(a, b, given.points, bn_epoch) for a, b in ends]
+    results["lines"] = [bench.line(a, b, given.points, bn_epoch) for a, b in routes]
     print(lines_table(results["lines"]))
 
     if given.grid:
-        results["grid"] = grid(bench, members, names, density, given.factors)
-        print(grid_table(results["grid"], results["evaluated_on"]["set"]))
+        results["grid"] = grid(bench, members, names, budget, given.factors)
+        print(grid_table(results["grid"], results["evaluated_on"]["part"]))
 
-    if given.save_network:
-        saved = {"state_dict": final.state, "masks": final.masks, "epoch": final.epoch + 1}
-        save_torch(given.save_network, saved)
     out = folder.path / "analysis"
     write_json(out / "analysis.json", results)
-    print(f"figures in {out / 'analysis.json'}; {draw(results, out)}")
+    draw(results, out)
+    print(f"all figures in {out}")
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Read the command line; flags of the run itself are only there if they were given."""
+    """Read the command line. What replaces a flag of the run is there only if it was given."""
     parser = flags.Parser(description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path, metavar="RUN", help="folder of a run made with --keep-tickets")
     again = parser.add_argument_group("superposing again", "what is not given is as it was in the run")
-    parser.set_defaults(**dict.fromkeys(["tickets", "save_network"]))
     again.add_argument(
-        "--tickets", type=flags.non_negative, nargs="+", metavar="N", default=argparse.SUPPRESS,
+        "--tickets", type=flags.non_negative, nargs="+", metavar="N",
         help="superpose these, starting from the first; 0 is the pre-trained network; without: all",
     )  # fmt: skip
     again.add_argument("--superposing_method", choices=AVERAGING, default=argparse.SUPPRESS, help="the average")
     again.add_argument("--CIMA_factor", type=flags.rate, default=argparse.SUPPRESS, help="weight of a ticket in CIMA")
     again.add_argument(
-        "--final-density", type=flags.density, default=argparse.SUPPRESS, help="budget to prune every superposition to"
+        "--final-density", type=flags.density, default=argparse.SUPPRESS, help="prune every superposition to this"
     )
     again.add_argument(
         "--update_bn", action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS,
-        help="re-estimate BatchNorm statistics of the superpositions on the training data",
+        help="re-estimate the superpositions' BatchNorm statistics on the training data",
     )  # fmt: skip
-    again.add_argument(
-        "--save-network", type=Path, metavar="FILE", default=argparse.SUPPRESS,
-        help="write the last superposition, laid out as model_previous.pth",
-    )  # fmt: skip
+    again.add_argument("--save-network", type=Path, metavar="FILE", help="write the last superposition there")
+    many = parser.add_argument_group("many averages at once")
+    many.add_argument(
+        "--grid", action="store_true", help="also measure CAA, and CIMA with each of --factors, with and without BN"
+    )
+    many.add_argument("--factors", type=flags.rate, nargs="+", metavar="F", default=[0.1, 0.25, 0.5, 0.75, 0.9])
     lines = parser.add_argument_group("straight lines between networks")
-    lines.add_argument("--points", type=at_least_two, default=11, help="networks per line, its two ends included")
+    lines.add_argument("--points", type=two_or_more, default=11, help="networks per line, both ends included")
     lines.add_argument(
         "--line-bn", action="store_true",
-        help="re-estimate BatchNorm at every point; without: running statistics are interpolated as the weights are",
+        help="re-estimate BatchNorm at every point; without: its statistics are interpolated, as the weights are",
     )  # fmt: skip
     lines.add_argument(
         "--all-pairs", action="store_true",
-        help="between all networks; without: from ticket to next ticket, and from each to the superposition",
+        help="draw them between all networks; without: from ticket to next ticket, and from each to the superposition",
     )  # fmt: skip
-    many = parser.add_argument_group("many averages at once")
-    many.add_argument("--grid", action="store_true", help="CAA and CIMA with every factor, with and without BN")
-    many.add_argument(
-        "--factors", type=flags.rate, nargs="+", metavar="F", default=[0.1, 0.25, 0.5, 0.75, 0.9], help="CIMA's"
-    )
     place = parser.add_argument_group("place", "what is not given is as it was in the run")
-    place.add_argument("--data", default=argparse.SUPPRESS, help="the run's data set, if its .npz file has moved")
+    place.add_argument("--data", default=argparse.SUPPRESS, help="the run's data set, if its file has moved")
     place.add_argument("--data-dir", type=Path, default=argparse.SUPPRESS, metavar="DIR", help="where downloads are")
-    place.add_argument("--no-cuda", action="store_true", default=argparse.SUPPRESS, help="stay on the CPU")
+    place.add_argument("--no-cuda", action="store_true", default=argparse.SUPPRESS, help="compute on the CPU")
     return parser.parse_args(argv)
 
 
-def at_least_two(text: str) -> int:
-    """Parse a number of points."""
+def two_or_more(text: str) -> int:
+    """Parse the number of points of a line."""
     if (value := flags.positive(text)) < 2:
-        raise argparse.ArgumentTypeError("a line has two ends: give at least 2")
+        raise argparse.ArgumentTypeError("a line has two ends: it is a whole number of at least 2")
     return value
 
 
-# ------------------------------------------------------------------------------------------- the run, rebuilt
+# ---------------------------------------------------------------------------------------- the run, rebuilt
 
 
-def run_flags(folder: RunFolder, given: argparse.Namespace) -> argparse.Namespace:
-    """Flags of the run, with those that the user gives anew in their place.
+def rebuilt_flags(given: argparse.Namespace) -> tuple[RunFolder, argparse.Namespace]:
+    """Find the run, and return its flags, those that the user gives anew in their place.
 
     Raises:
-        UsageError: if the folder is no run's.
-        FaultError: if its config.json is damaged.
+        UsageError: if there is no run, or more than one.
+        FaultError: if the run's files are damaged.
     """
-    if not folder.config.is_file():
-        raise UsageError(f"{folder.path} is no folder of a run: it has no {folder.config.name}")
-    try:
-        recorded = json.loads(folder.config.read_text())["flags"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise FaultError(f"{folder.config} is damaged: it is no JSON object with the run's flags") from error
+    found = find_runs([given.run])
+    if len(found) > 1:
+        raise UsageError(f"{given.run} holds {len(found)} runs: name one, such as {found[0]}")
+    run = read_run(found[0])
     known = vars(main_suptickets.parse([]))
-    return argparse.Namespace(**known | recorded | {k: v for k, v in vars(given).items() if k in known})
+    anew = {name: value for name, value in vars(given).items() if name in known}
+    return run.folder, argparse.Namespace(**{**known, **run.flags, **anew})
 
 
 def kept_tickets(folder: RunFolder) -> list[int]:
-    """Numbers of the tickets that the run kept, 0 (the pre-trained network) among them.
+    """Numbers of the tickets that a run kept, from 0, the pre-trained network.
 
     Raises:
         UsageError: if it kept none.
     """
     numbers = list(itertools.takewhile(lambda number: folder.ticket(number).is_file(), itertools.count()))
     if not numbers:
-        raise UsageError(f"{folder.ticket(0)} does not exist: tickets are kept by runs with --keep-tickets")
+        raise UsageError(f"{folder.ticket(0)} does not exist: only runs with --keep-tickets keep their tickets")
     return numbers
 
 
-class Member(NamedTuple):
-    """A network that is superposed, or that came of it."""
+class Network(NamedTuple):
+    """A ticket, or what was superposed from tickets."""
 
     name: str
     state: State
-    masks: dict[str, Tensor]
-    epoch: int  # at whose end it was taken
+    masks: dict[str, Tensor]  # of the maskable weights, bool
+    epoch: int  # at whose end it, or the last ticket in it, was taken
 
 
 @dataclass(frozen=True)
 class Bench:
-    """A run's network, data and number formats: all evaluation is done here."""
+    """A run's model, data and number formats. Everything that is measured is measured here.
+
+    Attributes:
+        model: its weights are those of whichever network was measured last.
+        network: what computes its forward pass: the model itself, or compiled.
+        labels: of the evaluation set, [N].
+    """
 
     model: nn.Module
+    network: Callable[[Tensor], Tensor]
     data: Data
     precision: Precision
     device: torch.device
-    labels: Tensor  # [N], of the evaluation set, in stored order
+    labels: Tensor
 
     @classmethod
     def of(cls, args: argparse.Namespace) -> "Bench":
-        """Rebuild what a run with these flags computes with."""
+        """Set up what a run with these flags computes with."""
         runtime = flags.runtime(args)
         device = runtime.start()
-        seed_everything(args.seed)
+        runtime = runtime.resolved(device)
         data = load_data(
             args.data,
             data_dir=args.data_dir,
@@ -226,192 +213,323 @@ class Bench:
             valid_split=args.valid_split,
             seed=args.seed,
             device=device,
+            memory_format=runtime.memory_format,
         )
-        model = build_model(args.model, data.num_classes, data.channels, data.image_size).to(device)
+        model = build_model(args.model, data.num_classes, data.channels, data.image_size)
+        model = model.to(device, memory_format=runtime.memory_format)
+        network = torch.compile(model) if runtime.compile else model
         labels = torch.cat([batch.labels for batch in data.evaluation.epoch(0)])
-        return cls(model, data, runtime.precision(device), device, labels)
+        return cls(model, network, data, runtime.precision(), device, labels)
 
-    def load_ticket(self, path: Path, name: str, keep_first_dense: bool) -> Member:
-        """Read a ticket that a run kept. The masks of a dense one are where it has weights.
+    def load_ticket(self, folder: RunFolder, number: int, keep_first_dense: bool) -> Network:
+        """Read a ticket that a run kept. A dense one counts as masked where its weights are zero.
 
         Raises:
-            UsageError: if there is no such ticket, or it is another network's.
+            UsageError: if the run did not keep it, or it is another model's.
             FaultError: if the file is damaged.
         """
+        path = folder.ticket(number)
         saved = load_torch(path)
         if not {"state_dict", "masks", "epoch"} <= saved.keys():
-            raise FaultError(f"{path} is no ticket that a run kept")
+            raise FaultError(f"{path} is no ticket: it lacks weights, masks or epoch")
         experiment.load_weights(self.model, saved, path)
         state = self._state()
         masks = {name: mask.to(self.device) for name, mask in saved["masks"].items()}
-        masks = masks or nonzero_masks(state, maskable_parameters(self.model, keep_first_dense))
-        return Member(name, state, masks, saved["epoch"] - 1)
+        masks = masks or nonzero(state, maskable_parameters(self.model, keep_first_dense))
+        return Network(f"ticket {number}", state, masks, saved["epoch"] - 1)
 
     @torch.no_grad()
-    def logits(self, state: Mapping[str, Tensor]) -> Tensor:
-        """Logits [N, classes] of the evaluation set, in eval mode."""
+    def logits(self, state: State) -> Tensor:
+        """Predictions of a network, in eval mode, on the evaluation set in its stored order: [N, classes], float32."""
         self.model.load_state_dict(state)
         self.model.eval()
         with self.precision.context(self.device):
-            return torch.cat([self.model(batch.images).float() for batch in self.data.evaluation.epoch(0)])
-
-    def fresh_statistics(self, state: Mapping[str, Tensor], epoch: int) -> State:
-        """Return the network with BatchNorm re-estimated on the batches that the run used for a ticket of ``epoch``."""
-        self.model.load_state_dict(state)
-        with self.precision.context(self.device):
-            update_bn(self.data.train.epoch(epoch), self.model)
-        return self._state()
-
-    def row(self, name: str, logits: Tensor, states: Sequence[State], maskable: Sequence[str]) -> dict[str, Any]:
-        """What one prediction is worth, and how many networks of which density it takes."""
-        weights = [state[entry] for state in states for entry in maskable]
-        non_zero = sum(int(weight.count_nonzero()) for weight in weights)
-        return {
-            "name": name,
-            **self.quality(logits),
-            "density": non_zero / sum(weight.numel() for weight in weights),
-            "networks": len(states),
-        }
+            return torch.cat([self.network(batch.images).float() for batch in self.data.evaluation.epoch(0)])
 
     def quality(self, logits: Tensor) -> dict[str, float]:
-        """Accuracy in [0, 1] and mean loss (nats) of predictions [N, classes]."""
-        hits = int((logits.argmax(1) == self.labels).sum())
+        """Accuracy in [0, 1], and mean loss per sample in nats."""
+        hits = int((logits.argmax(dim=1) == self.labels).sum())
         return {"accuracy": hits / len(self.labels), "loss": F.cross_entropy(logits, self.labels).item()}
 
-    def line(self, a: Member, b: Member, points: int, bn_epoch: int | None) -> dict[str, Any]:
-        """Walk from one network straight to another, and find the barrier between them.
+    def row(
+        self, networks: Sequence[Network], predictions: Mapping[str, Tensor], maskable: Iterable[str]
+    ) -> dict[str, Any]:
+        """What one network is worth, or the ensemble of several: the mean of their logits."""
+        logits = torch.stack([predictions[network.name] for network in networks]).mean(dim=0)
+        weights = [network.state[name] for network in networks for name in maskable]
+        return {
+            "name": networks[0].name if len(networks) == 1 else "logit ensemble",
+            **self.quality(logits),
+            "density": sum(int(w.count_nonzero()) for w in weights) / sum(w.numel() for w in weights),
+            "forward_passes": len(networks),
+        }
 
-        The barrier is the largest gap below (accuracy) or above (loss) the straight line between what the two ends
-        reach; 0 means that no point on the way is worse than that.
+    def with_fresh_bn(self, network: Network) -> Network:
+        """Re-estimate BatchNorm on the very batches that the run used for this ticket's superposition."""
+        return network._replace(state=self._fresh_bn(network.state, network.epoch))
+
+    def line(self, a: Network, b: Network, points: int, bn_epoch: int | None = None) -> dict[str, Any]:
+        """Walk straight from one network to another, at equal distances; both ends count as points.
+
+        The barrier is how far the walk gets, at worst, below (accuracy) or above (loss) the straight line between the
+        figures of its two ends; 0: nowhere.
 
         Args:
-            a, b: the ends.
-            points: networks looked at, at equal distances, ends included.
-            bn_epoch: re-estimate BatchNorm at every point, on this epoch's batches; None: interpolate it, too.
+            a: where ``share`` is 0.
+            b: where ``share`` is 1.
+            points: at least 2.
+            bn_epoch: epoch whose batches re-estimate BatchNorm at every point; None: its statistics are interpolated.
         """
-        shares = [i / (points - 1) for i in range(points)]
-        walk = []
-        for share in shares:
-            state = superpose(a.state, b.state, share)
-            if bn_epoch is not None:
-                state = self.fresh_statistics(state, bn_epoch)
-            walk.append(self.quality(self.logits(state)))
-        accuracy, loss = ([point[key] for point in walk] for key in ("accuracy", "loss"))
+        shares = [point / (points - 1) for point in range(points)]
+        states = (superpose(a.state, b.state, share) for share in shares)
+        if bn_epoch is not None:
+            states = (self._fresh_bn(state, bn_epoch) for state in states)
+        walk = [self.quality(self.logits(state)) for state in states]
+        accuracy, loss = ([point[figure] for point in walk] for figure in ("accuracy", "loss"))
         return {
             "from": a.name,
             "to": b.name,
             "share": shares,
             "accuracy": accuracy,
             "loss": loss,
-            "accuracy_barrier": max(-excess for excess in over_chord(shares, accuracy)),
-            "loss_barrier": max(over_chord(shares, loss)),
+            "accuracy_barrier": barrier(shares, [-value for value in accuracy]),
+            "loss_barrier": barrier(shares, loss),
         }
+
+    def _fresh_bn(self, state: State, epoch: int) -> State:
+        self.model.load_state_dict(state)
+        with self.precision.context(self.device):
+            update_bn(self.data.train.epoch(epoch), self.network)
+        return self._state()
 
     def _state(self) -> State:
         return {name: entry.detach().clone() for name, entry in self.model.state_dict().items()}
 
 
-# ----------------------------------------------------------------------------------------- superposing again
+# -------------------------------------------------------------------------------------- superposing again
 
 
-def superpositions(
-    members: Sequence[Member], averaging: Callable[[int], float], maskable: Sequence[str], density: float | None
-) -> list[State]:
-    """Superpose the members one by one, as a run does; return the superposition after each but the first.
+def superpose_again(
+    members: Sequence[Network], averaging: Callable[[int], float], maskable: Sequence[str], budget: float | None
+) -> list[Network]:
+    """Superpose tickets one by one, as the run did; return what there was after each but the first.
 
-    BatchNorm statistics are averaged, not re-estimated: a later re-estimation forgets them, and weights do not depend
-    on them, so that one list serves with and without.
+    BatchNorm statistics are averaged here. Weights never depend on them, and re-estimating forgets them: doing so
+    afterwards, with :meth:`Bench.with_fresh_bn`, gives what doing so at once gives.
 
     Args:
-        members: the first is where the superposition starts; the others enter as tickets 1, 2, ….
-        averaging: ticket number to its weight.
+        members: the first is the start; the others enter as numbers 1, 2, ….
+        averaging: number to weight.
         maskable: names of the weights that the budget covers.
-        density: the budget, in (0, 1]; None: no pruning.
+        budget: density in (0, 1] that each superposition is pruned to; None: no pruning.
     """
     state, made = members[0].state, []
     for number, member in enumerate(members[1:], start=1):
         state = superpose(state, member.state, averaging(number))
-        if density is not None:
-            state, _ = prune_to_density(state, maskable, density)
-        made.append(state)
+        masks = nonzero(state, maskable)
+        if budget is not None:
+            state, masks = prune_to_density(state, maskable, budget)
+        made.append(Network(f"superposition {number}", state, masks, member.epoch))
     return made
 
 
 def grid(
-    bench: Bench, members: Sequence[Member], maskable: Sequence[str], density: float | None, factors: Sequence[float]
+    bench: Bench, members: Sequence[Network], maskable: Sequence[str], budget: float | None, factors: Sequence[float]
 ) -> list[dict[str, Any]]:
-    """Measure CAA, and CIMA with every factor, without and with BatchNorm re-estimation."""
+    """Measure the last superposition by CAA, and by CIMA with every factor, without and with BN re-estimation."""
     rows = []
     for method, factor in [("CAA", None), *(("CIMA", factor) for factor in factors)]:
-        state = superpositions(members, AVERAGING[method](factor or 0.0), maskable, density)[-1]
-        for fresh in (False, True):
-            network = bench.fresh_statistics(state, members[-1].epoch) if fresh else state
-            rows.append({"method": method, "factor": factor, "update_bn": fresh, **bench.quality(bench.logits(network))})
+        averaging = AVERAGING[method](0.0 if factor is None else factor)
+        network = superpose_again(members, averaging, maskable, budget)[-1]
+        row: dict[str, Any] = {"superposing_method": method, "CIMA_factor": factor}
+        for bn, candidate in (("bn_averaged", network), ("bn_re_estimated", bench.with_fresh_bn(network))):
+            row[bn] = bench.quality(bench.logits(candidate.state))
+        rows.append(row)
     return rows
 
 
-# ------------------------------------------------------------------------------------------------- comparing
+def is_saved_network(network: Network, path: Path) -> bool:
+    """Whether a file holds this network, to the bit."""
+    saved = load_torch(path)["state_dict"] if path.is_file() else {}
+    state = network.state
+    return saved.keys() == state.keys() and all(torch.equal(state[name].cpu(), saved[name]) for name in state)
 
 
-def nonzero_masks(state: Mapping[str, Tensor], names: Sequence[str] | Mapping[str, Any]) -> dict[str, Tensor]:
-    """Where the named weights are not zero."""
+# ---------------------------------------------------------------------------------------------- comparing
+
+
+def nonzero(state: State, names: Iterable[str]) -> dict[str, Tensor]:
+    """Masks of the named weights that are not zero."""
     return {name: state[name] != 0 for name in names}
 
 
-def same_state(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
-    """Whether two networks are the same to the bit."""
-    return a.keys() == b.keys() and all(torch.equal(a[name].cpu(), b[name].cpu()) for name in a)
-
-
-def pairwise(compare: Callable[[Any, Any], float], items: Sequence[Any]) -> Matrix:
-    """``compare(row, column)`` of all pairs."""
+def pairwise(compare: Callable[[Any, Any], float], items: Sequence[Any]) -> list[list[float]]:
+    """Matrix of ``compare(row, column)``."""
     return [[compare(a, b) for b in items] for a in items]
 
 
-def jaccard(a: "Iterator[Tensor] | Sequence[Tensor]", b: "Iterator[Tensor] | Sequence[Tensor]") -> float:
-    """Weights that are active in both, over those active in either; 1 if there are none."""
-    both = either = 0
-    for one, other in zip(a, b, strict=True):
-        both += int((one & other).sum())
-        either += int((one | other).sum())
-    return both / either if either else 1.0
-
-
-def layer_overlap(name: str, masks: Sequence[Tensor]) -> dict[str, Any]:
-    """Jaccard of one layer between all tickets, its mean over their pairs, and what random masks would reach.
-
-    Random masks of densities d and e share d·e of the weights: they reach about d·e / (d + e - d·e).
-    """
-    density = [int(mask.sum()) / mask.numel() for mask in masks]
-    chances = [d * e / (d + e - d * e) if d or e else 1.0 for d, e in itertools.combinations(density, 2)]
-    overlaps = [jaccard([a], [b]) for a, b in itertools.combinations(masks, 2)]
+def compare(masks: Sequence[Mapping[str, Tensor]], logits: Sequence[Tensor]) -> dict[str, Any]:
+    """How alike the structure and the predictions of networks are, as one matrix per measure."""
     return {
-        "name": name,
-        "weights": masks[0].numel(),
-        "density": density,
-        "overlap": pairwise(lambda a, b: jaccard([a], [b]), masks),
-        "mean_overlap": sum(overlaps) / len(overlaps),
-        "chance": sum(chances) / len(chances),
+        "overlap": pairwise(lambda a, b: jaccard(a.values(), b.values()), masks),
+        "disagreement": pairwise(disagreement, logits),
+        "kl": pairwise(kl_divergence, logits),
     }
 
 
+def compare_layer(name: str, masks: Sequence[Tensor]) -> dict[str, Any]:
+    """Overlap of one layer's masks between all tickets; its mean over pairs, and that of random masks as dense.
+
+    Random masks of densities d and e overlap in about d·e / (d + e - d·e).
+    """
+    densities = [int(mask.sum()) / mask.numel() for mask in masks]
+    pairs = list(itertools.combinations(range(len(masks)), 2))
+    overlap = pairwise(lambda a, b: jaccard([a], [b]), masks)
+    chance = [d * e / (d + e - d * e) if d or e else 1.0 for d, e in itertools.combinations(densities, 2)]
+    return {
+        "name": name,
+        "weights": masks[0].numel(),
+        "densities": densities,
+        "overlap": overlap,
+        "mean_overlap": sum(overlap[i][j] for i, j in pairs) / len(pairs),
+        "chance": sum(chance) / len(chance),
+    }
+
+
+def jaccard(a: Iterable[Tensor], b: Iterable[Tensor]) -> float:
+    """Weights active in both over weights active in either, over all the masks together; 1 if there are none."""
+    shared = united = 0
+    for one, other in zip(a, b, strict=True):
+        shared += int((one & other).sum())
+        united += int((one | other).sum())
+    return shared / united if united else 1.0
+
+
 def disagreement(a: Tensor, b: Tensor) -> float:
-    """Share of samples that two networks (logits [N, classes]) put into different classes."""
-    return int((a.argmax(1) != b.argmax(1)).sum()) / len(a)
+    """Share of the samples that two networks, by their logits [N, classes], put into different classes."""
+    return int((a.argmax(dim=1) != b.argmax(dim=1)).sum()) / len(a)
 
 
 def kl_divergence(a: Tensor, b: Tensor) -> float:
-    """KL(a ‖ b) between the predicted distributions (logits [N, classes]), in nats, mean over samples."""
-    log_a, log_b = a.double().log_softmax(1), b.double().log_softmax(1)
+    """KL(a ‖ b) of the predicted distributions of two networks, by their logits [N, classes]; mean, in nats."""
+    log_a, log_b = a.double().log_softmax(dim=1), b.double().log_softmax(dim=1)
     return F.kl_div(log_b, log_a, reduction="batchmean", log_target=True).item()
 
 
-def over_chord(shares: Sequence[float], values: Sequence[float]) -> list[float]:
-    """How far each value stands above the straight line from the first to the last."""
+def barrier(shares: Sequence[float], values: Sequence[float]) -> float:
+    """Largest rise of ``values`` above the straight line from the first to the last; at least 0."""
     first, last = values[0], values[-1]
-    return [value - ((1 - share) * first + share * last) for share, value in zip(shares, values, strict=True)]
+    return max(0.0, *(value - (1 - share) * first - share * last for share, value in zip(shares, values, strict=True)))
 
 
-def neighbours(members: Sequence[Member], final: Member) -> list[tuple[Member, Member]]:
-    """Lines from each ticket to the next, then from each to the superposition."""
+def neighbours(ends: Sequence[Network]) -> list[tuple[Network, Network]]:
+    """From each ticket to the next, then from each to the superposition, which is the last."""
+    *members, final = ends
     return [*itertools.pairwise(members), *((member, final) for member in members)]
+
+
+# ------------------------------------------------------------------------------------------------- showing
+
+
+def columns(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of text, the first column flush left and the others right; a blank line after."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        [cells[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(cells[1:], widths[1:], strict=True))]
+        for cells in rows
+    ]
+    return "".join("   ".join(cells).rstrip() + "\n" for cells in lines)
+
+
+def networks_table(results: Mapping[str, Any]) -> str:
+    """What each ticket, each superposition and the ensemble are worth, and how many forward passes that takes."""
+    header = ("network", "accuracy", "loss", "density", "forward passes")
+    rows = [
+        (row["name"], *figures(row), f"{row['density']:.4f}", str(row["forward_passes"])) for row in results["networks"]
+    ]
+    settings, evaluated_on = results["settings"], results["evaluated_on"]
+    budget = "not pruned" if settings["final_density"] is None else f"pruned to density {settings['final_density']:g}"
+    bn = "re-estimated" if settings["update_bn"] else "averaged"
+    same = "bit for bit the run's own" if results["same_as_run"] else "not the run's own"
+    return (
+        f"{results['run']}: {evaluated_on['images']:,} images of the {evaluated_on['part']}\n"
+        f"superposed by {average_name(settings)}, {budget}, BatchNorm {bn}; the last superposition is {same}\n\n"
+    ) + columns([header, *rows])
+
+
+def pairs_tables(pairs: Mapping[str, Any]) -> str:
+    """One square table per measure."""
+    tables = []
+    for key, title, form in (
+        ("overlap", "mask overlap (Jaccard)", "{:.3f}"),
+        ("disagreement", "predictions differ", "{:.2%}"),
+        ("kl", "KL(row ‖ column) [nats]", "{:.4f}"),
+    ):
+        rows = [(name, *map(form.format, row)) for name, row in zip(pairs["names"], pairs[key], strict=True)]
+        tables.append(columns([(title, *pairs["names"]), *rows]))
+    return "\n".join(tables)
+
+
+def layers_table(layers: Sequence[Mapping[str, Any]]) -> str:
+    """Mask overlap of each layer, beside that of random masks."""
+    header = ("mask overlap by layer, mean over pairs of tickets", "weights", "overlap", "random")
+    rows = [
+        (row["name"], f"{row['weights']:,}", f"{row['mean_overlap']:.3f}", f"{row['chance']:.3f}") for row in layers
+    ]
+    return columns([header, *rows])
+
+
+def lines_table(lines: Sequence[Mapping[str, Any]]) -> str:
+    """Lowest accuracy and barriers of each line, and what the largest barrier means."""
+    header = ("straight line", "lowest accuracy", "accuracy barrier [points]", "loss barrier [nats]")
+    rows = [
+        (
+            f"{line['from']} to {line['to']}",
+            f"{min(line['accuracy']):.2%}",
+            f"{100 * line['accuracy_barrier']:.2f}",
+            f"{line['loss_barrier']:.4f}",
+        )
+        for line in lines
+    ]
+    worst = max(line["accuracy_barrier"] for line in lines)
+    verdict = "one low-loss basin" if worst <= ONE_BASIN else "not one basin"
+    return (
+        columns([header, *rows])
+        + f"largest accuracy barrier {100 * worst:.2f} points: {verdict} (at most {100 * ONE_BASIN:g} points is one)\n"
+    )
+
+
+def grid_table(rows: Sequence[Mapping[str, Any]], part: str) -> str:
+    """Accuracy and loss of every average, with averaged and with re-estimated BatchNorm statistics."""
+    header = ("average", "BatchNorm averaged", "loss", "re-estimated", "loss")
+    lines = [
+        (average_name(row), *(text for bn in ("bn_averaged", "bn_re_estimated") for text in figures(row[bn])))
+        for row in rows
+    ]
+    note = "an average chosen here is chosen on the test set, and so its accuracy flatters\n"
+    return columns([header, *lines]) + (note if part == TEST_SET else "")
+
+
+def average_name(settings: Mapping[str, Any]) -> str:
+    """Name of an average, for people."""
+    factor = settings["CIMA_factor"]
+    return settings["superposing_method"] + ("" if factor is None else f" with factor {factor:g}")
+
+
+def figures(quality: Mapping[str, float]) -> tuple[str, str]:
+    """Accuracy and loss, for people."""
+    return f"{quality['accuracy']:.2%}", f"{quality['loss']:.4f}"
+
+
+def draw(results: Mapping[str, Any], out: Path) -> None:
+    """Write the pictures, if matplotlib is there."""
+    try:
+        import ticket_plots
+    except ModuleNotFoundError as error:
+        print(f"note: no pictures without {error.name}: pip install 'sparselearning[plots]'", file=sys.stderr)
+        return
+    ticket_plots.save_all(results, out)
+
+
+if __name__ == "__main__":
+    experiment.run_script(main)

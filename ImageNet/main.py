@@ -60,6 +60,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         model=model,
         optimizer=make_optimizer(model, args),
         sources=Sources(train=data.train, train_once=data.train_exact, evaluation=data.evaluation),
+        sample_shape=(data.channels, data.image_size, data.image_size),
         class_balanced_batch=lambda: data.train.class_balanced_batch(args.batch_size, args.seed),
         label_smoothing=args.label_smoothing,
     )
@@ -72,6 +73,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         resume=args.resume,
         log_interval=args.print_freq,
         keep_tickets=args.keep_tickets,
+        tensorboard=args.tensorboard,
         keep_checkpoints=args.gather_checkpoints,
     )
     if args.evaluate:

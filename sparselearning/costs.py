@@ -79,8 +79,9 @@ class _FlopsByWeight(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         if spent := self.total_flops() - before:
             memories = (StorageWeakRef(arg.untyped_storage()) for arg in args if isinstance(arg, Tensor))
-            for name in {self.owners[memory] for memory in memories if memory in self.owners}:
-                self.flops[name] += spent
+            owner = next((self.owners[memory] for memory in memories if memory in self.owners), None)
+            if owner is not None:
+                self.flops[owner] += spent
         return result
 
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from sparselearning import distributed
 from sparselearning.checkpoint import RunFolder, copy_whole, rng_state, save_torch, set_rng_state, write_jsonl
+from sparselearning.costs import cost_summary, inference_flops, layer_densities, training_flops
 from sparselearning.data import Batch, BatchSource
 from sparselearning.errors import FaultError
 from sparselearning.masking import Masking, maskable_parameters
@@ -168,6 +169,7 @@ class Trainer:
         progress: what to show.
         precision: number formats of the forward pass.
         label_smoothing: of the training loss, in [0, 1).
+        layer_flops: dense forward FLOPs per sample of each layer, to reckon costs with; None: no costs.
         log_interval: batches between looks at the running loss.
         keep_tickets: write every ticket to a file of its own.
         keep_checkpoints: write a checkpoint after every epoch, and keep them all.
@@ -188,6 +190,7 @@ class Trainer:
         *,
         precision: Precision | None = None,
         label_smoothing: float = 0.0,
+        layer_flops: Mapping[str, float] | None = None,
         log_interval: int = 100,
         keep_tickets: bool = False,
         keep_checkpoints: bool = False,
@@ -204,6 +207,7 @@ class Trainer:
         self.progress = progress
         self.precision = precision or Precision()
         self.label_smoothing = label_smoothing
+        self.layer_flops = layer_flops
         self.log_interval = log_interval
         self.keep_tickets = keep_tickets
         self.keep_checkpoints = keep_checkpoints
@@ -223,6 +227,8 @@ class Trainer:
         self._tally = torch.zeros(3, dtype=torch.float64, device=self.device)  # Σ loss, hits, samples
         self._bad_batch = torch.full((), -1, device=self.device)  # first batch of the epoch with a loss not finite
         self._seconds = 0.0
+        self._flops = 0.0  # of this rank in this epoch
+        self._flops_per_sample = 0.0
         self._stop = distributed.AgreedFlag()
         self._last_checkpoint = float("-inf")
         self._earlier_seconds = 0.0  # of this run, before it was resumed
@@ -241,6 +247,7 @@ class Trainer:
         done = (self.epoch - self.plan.first_epoch) * batches + self.batch
         self.progress.start(done, (self.plan.end_epoch - self.plan.first_epoch) * batches)
         self._resumed_at = time.perf_counter()
+        self._price_training()
         try:
             if self.superposition is None and not self.plan.pre_train:
                 self._adopt_pretrained(self.evaluate()[1])
@@ -263,6 +270,7 @@ class Trainer:
         self.network.train()
         if self.masking and plan.is_cycle(self.epoch):
             self.masking.updates_enabled &= plan.updates_in_cycles
+            self._price_training()
         began = time.perf_counter()
         try:
             for batch in self.sources.train.epoch(self.epoch, self.batch):
@@ -296,6 +304,9 @@ class Trainer:
         else:
             self.optimizer.step()
         self._count(logits.detach(), batch.labels, loss.detach(), self._tally)
+        self._flops += len(batch.labels) * self._flops_per_sample
+        if update_due:
+            self._price_training()
 
     def _backward(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Gradients of one batch, averaged over the ranks; returns its logits and mean loss."""
@@ -336,6 +347,9 @@ class Trainer:
             "eval_loss": eval_loss,
             "eval_acc": eval_acc,
             "density": self._density(self.model.state_dict()),
+            "explored": self.masking.explored() if self.masking else 1.0,
+            "samples": int(samples),
+            "training_flops": sum(distributed.gather_objects(self._flops)),
             "seconds": self._seconds,
             "images_per_second": samples / self._seconds,
         }
@@ -355,7 +369,7 @@ class Trainer:
                 self._write_networks(ticket_row["ticket"])
         self.epoch, self.batch, self.trained = epoch + 1, 0, False
         self._tally.zero_()
-        self._seconds = 0.0
+        self._seconds = self._flops = 0.0
         self._open_cycle()
         self._maybe_save_checkpoint(bool(ticket_row) or self.epoch == plan.end_epoch)
 
@@ -376,6 +390,7 @@ class Trainer:
         if all(parameter.grad is None for parameter in self.model.parameters()):
             self.backward(next(iter(self.sources.train.epoch(self.epoch))))
         self.masking.truncate_weights(self.plan.explore_rate)
+        self._price_training()
 
     def _superpose_ticket(self, ticket_acc: float) -> dict[str, Any]:
         """Superpose the network as it is with the superposition so far; the network itself stays as it is."""
@@ -403,6 +418,7 @@ class Trainer:
             "factor": factor,
             "union_density": union_density,
             "density": self._density(state),
+            "bn_flops": self._bn_flops(state),
             "seconds": time.perf_counter() - began,
         }
 
@@ -509,7 +525,7 @@ class Trainer:
         assert final_acc is not None
         assert self.pretrain_acc is not None
         assert self.superposition is not None
-        images = sum(row["images_per_second"] * row["seconds"] for row in self.metrics)
+        images = sum(row["samples"] for row in self.metrics)
         seconds = sum(row["seconds"] for row in self.metrics)
         return {
             "pretrain_acc": self.pretrain_acc,
@@ -521,7 +537,36 @@ class Trainer:
             "gain_over_ticket": 100 * (final_acc - ticket_acc[-1]) if ticket_acc else None,
             "images_per_second": images / seconds if seconds else None,
             "total_seconds": self._total_seconds(),
+            **({"explored": self.metrics[-1]["explored"]} if self.metrics else {}),
+            **self._costs(self.superposition),
         }
+
+    # ------------------------------------------------------------------------------------------------- costs
+
+    def _price_training(self) -> None:
+        """Reckon what a training sample costs from now on, until the topology changes again."""
+        if self.layer_flops:
+            sparse = inference_flops(self.layer_flops, layer_densities(self._masks()))
+            sparse_steps = self.masking.sparse_steps if self.masking else None
+            self._flops_per_sample = training_flops(sparse, inference_flops(self.layer_flops), sparse_steps)
+
+    def _bn_flops(self, state: State) -> float:
+        """Cost of re-estimating a superposition's BatchNorm statistics."""
+        if not (self.plan.update_bn and self.layer_flops):
+            return 0.0
+        per_sample = inference_flops(self.layer_flops, layer_densities({n: state[n] for n in self.maskable}))
+        return self.sources.train_once.num_samples * per_sample
+
+    def _costs(self, state: State) -> dict[str, float]:
+        if not (self.layer_flops and self.metrics):
+            return {}
+        return cost_summary(
+            self.layer_flops,
+            {name: parameter.numel() for name, parameter in self.model.named_parameters()},
+            layer_densities({name: state[name] for name in self.maskable}),
+            sum(row["training_flops"] for row in self.metrics) + sum(row["bn_flops"] for row in self.tickets),
+            sum(row["samples"] for row in self.metrics),
+        )
 
     def _total_seconds(self) -> float:
         return self._earlier_seconds + time.perf_counter() - self._resumed_at
@@ -543,6 +588,7 @@ class Trainer:
                 "rng": rng_state(self.device),
                 "buffers": {name: buffer.cpu() for name, buffer in self.model.named_buffers()},
                 "tally": self._tally.cpu(),
+                "flops": self._flops,
             }
         )
         if distributed.is_main():
@@ -591,6 +637,7 @@ class Trainer:
         for name, buffer in self.model.named_buffers():
             buffer.copy_(own["buffers"][name])
         self._tally.copy_(own["tally"])
+        self._flops = own["flops"]
         set_rng_state(own["rng"], self.device)
 
     def load_training_state(self, saved: Mapping[str, Any]) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from sparselearning import distributed
 from sparselearning.checkpoint import RunFolder, find_checkpoint, load_torch, write_json
+from sparselearning.costs import layer_flops
 from sparselearning.data import Batch, BatchSource
 from sparselearning.engine import Plan, Precision, Sources, Stopped, Trainer, stop_signals
 from sparselearning.errors import FaultError, UsageError
@@ -118,6 +119,7 @@ class Recipe:
         optimizer: over its parameters.
         sources: training and evaluation batches.
         test: the test set, touched once, at the end; None if the evaluation set is the test set.
+        sample_shape: of one input, e.g. ``(3, 32, 32)``.
         class_balanced_batch: draws the batch that masks by gradient (``snip``, ``prune_and_grow_*``) are drawn from.
         label_smoothing: of the training loss.
     """
@@ -125,6 +127,7 @@ class Recipe:
     model: nn.Module
     optimizer: torch.optim.Optimizer
     sources: Sources
+    sample_shape: tuple[int, ...]
     class_balanced_batch: Callable[[], Batch]
     test: BatchSource | None = None
     label_smoothing: float = 0.0
@@ -139,6 +142,10 @@ class Output:
         config: content of ``config.json``.
         identity: the part of it that a resumed run must share.
         resume: where to start from.
+        log_interval: batches between looks at the running loss.
+        keep_tickets: write every ticket to a file of its own.
+        keep_checkpoints: keep the checkpoint of every epoch.
+        tensorboard: where to write TensorBoard's event files; None: nowhere.
     """
 
     folder: RunFolder
@@ -148,6 +155,7 @@ class Output:
     log_interval: int = 100
     keep_tickets: bool = False
     keep_checkpoints: bool = False
+    tensorboard: Path | None = None
 
 
 def prepare(
@@ -186,9 +194,10 @@ def prepare(
         recipe.sources,
         plan,
         output.folder,
-        Progress(),
+        Progress(output.tensorboard),
         precision=runtime.precision(),
         label_smoothing=recipe.label_smoothing,
+        layer_flops=layer_flops(recipe.model, recipe.sample_shape),
         log_interval=output.log_interval,
         keep_tickets=output.keep_tickets,
         keep_checkpoints=output.keep_checkpoints,

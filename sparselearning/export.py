@@ -20,7 +20,7 @@ import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -64,11 +64,13 @@ def save_sparse(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str, 
     shapes = {name: list(entry.shape) for name, entry in state.items()}
     everything = {**metadata, "format_version": FORMAT_VERSION, "shapes": shapes, "densities": densities}
     content = safetensors.save(tensors, {key: json.dumps(value) for key, value in everything.items()})
-    write_whole(path, lambda file: file.write(content))
+    _write(path, content)
 
 
 def load_sparse(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read a file of :func:`save_sparse`: the state dict, dense and equal to the bit, and the metadata.
+    """Read a file of :func:`save_sparse`: the state dict, dense, and the metadata.
+
+    Every value is equal to the bit, but for negative zeros: in a packed entry they come back as zeros.
 
     Raises:
         UsageError: if there is no such file, or safetensors is not installed.
@@ -102,11 +104,8 @@ def load_sparse(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def _pack(flat: Tensor) -> tuple[Tensor, Tensor]:
-    """Split a tensor [n] into its non-zero values [k] and a bitmap of where they are, uint8 [ceil(n / 8)].
-
-    Zero means that all bits are: a negative zero is kept as a value, so that nothing is lost.
-    """
-    stored = flat.view(torch.uint8).view(flat.numel(), flat.element_size()).any(dim=1)
+    """Split a tensor [n] into its non-zero values [k] and a bitmap of where they are, uint8 [ceil(n / 8)]."""
+    stored = flat != 0
     return flat[stored], torch.from_numpy(np.packbits(stored.numpy(), bitorder="little"))
 
 
@@ -178,10 +177,7 @@ def fold_batchnorms(network: nn.Module) -> fx.GraphModule:
         conv = _module(traced, feeder)
         if type(conv) is not nn.Conv2d or len(feeder.users) > 1 or calls[feeder.target] > 1:
             continue
-        folded = fuse_conv_bn_eval(conv, norm)
-        with torch.no_grad():
-            folded.weight.add_(0.0)  # a negative scale made -0.0 of zeros; adding 0.0 makes them 0.0 again
-        traced.set_submodule(feeder.target, folded)
+        traced.set_submodule(feeder.target, fuse_conv_bn_eval(conv, norm))
         node.replace_all_uses_with(feeder)
         traced.graph.erase_node(node)
     traced.recompile()
@@ -297,7 +293,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.fold_bn:
         print(f"folded BatchNorms: {metadata['folded_batchnorms']}, left: {_count_batchnorms(network)}")
     if onnx:
-        write_whole(args.onnx, lambda file: file.write(onnx))
+        _write(args.onnx, onnx)
         print(f"{args.onnx}: {_megabytes(len(onnx))}, agrees with PyTorch within {TOLERANCE:g}")
 
 
@@ -342,6 +338,13 @@ def _count_batchnorms(network: nn.Module) -> int:
 
 def _megabytes(size: int) -> str:
     return f"{size / 1e6:.2f} MB"
+
+
+def _write(path: Path, content: bytes) -> None:
+    def write(file: IO[bytes]) -> None:
+        file.write(content)
+
+    write_whole(path, write)
 
 
 def _optional(what: str, *modules: str) -> list[Any]:

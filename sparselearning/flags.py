@@ -18,8 +18,8 @@ from sparselearning.topology import GROWTH, PRUNE, REDISTRIBUTION
 
 # Flags that change where a run's files lie or what it shows, not what it computes: a resumed run may differ in them.
 WITHOUT_EFFECT_ON_RESULTS = {
-    "resume", "save", "data_dir", "workers", "log_interval", "print_freq", "iters", "keep_tickets", "mgpu",
-    "master_port", "local_rank", "gather_checkpoints", "demo", "indicate_method",
+    "data_dir", "demo", "gather_checkpoints", "indicate_method", "iters", "keep_tickets", "local_rank", "log_interval",
+    "master_port", "mgpu", "print_freq", "resume", "save", "tensorboard", "workers",
 }  # fmt: skip
 
 
@@ -96,6 +96,7 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
         "and prune_*, any saved .pth to start from",
     )  # fmt: skip
     group.add_argument("--keep-tickets", action="store_true", help="save every ticket, in tickets/ of the run's folder")
+    group.add_argument("--tensorboard", type=Path, metavar="DIR", help="write TensorBoard scalars there as well")
     group.add_argument(
         "--multiplier", type=positive, default=1, help="stretch epochs, milestones and pruning window this many times"
     )

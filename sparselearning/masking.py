@@ -1,6 +1,6 @@
 """The owner of the masks: keeps weights and optimizer state sparse, and moves the topology when it is due."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -260,6 +260,15 @@ class Masking:
         progress = min(1.0, self.steps / self.total_steps) if self.total_steps else 0.0
         return DECAYS[self.decay_schedule](self.prune_rate, progress)
 
+    @property
+    def sparse_steps(self) -> int | None:
+        """Steps on sparse gradients for each that needs the dense one; None: none does (``costs.training_flops``)."""
+        if self.growth in MOMENTUM_GROWTH:
+            return 0
+        waits = self.method.gradual and self.steps < self.prune_start_step
+        updates = self.updates_enabled and self.method.grows and not waits
+        return self.update_frequency if updates and self.growth == "gradient" else None
+
     def scheduled_density(self) -> float:
         """Density that a gradual method prunes to at this step."""
         assert self.prune_end_step is not None
@@ -272,12 +281,10 @@ class Masking:
         """Zero every inactive weight and its optimizer state, in place."""
         for name, weight in self._parameters.items():
             mask = self.masks[name]
-            inactive = ~mask
-            weight.masked_fill_(inactive, 0)
-            for key, state in self._per_weight_state(weight):
-                if key in self._off_mask_momentum.get(name, {}):
-                    self._off_mask_momentum[name][key].add_(state).masked_fill_(mask, 0)
-                state.masked_fill_(inactive, 0)
+            states = dict(self._per_weight_state(weight))
+            for key, kept in self._off_mask_momentum.get(name, {}).items():
+                kept.add_(states[key]).masked_fill_(mask, 0)
+            zero_inactive([weight, *states.values()], mask)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that changes during training: masks, counters, threshold, exploration record."""
@@ -337,19 +344,18 @@ class Masking:
         before = sum(active_counts(layers)) if steers else 0
         generator = torch.Generator(layers[0].mask.device)
         generator.manual_seed(derive_seed(self.seed, "growth", self._explorations))
-        removed, grown = prune_and_grow(
+        removed = prune_and_grow(
             layers, self.prune, self.growth, self.redistribution, rate, threshold or 0.0, generator
         )
         self._explorations += 1
         if steers and threshold is not None and before:
-            share = sum(len(positions) for positions in removed) / before
-            self._threshold = steer_threshold(threshold, share, rate)
-        for name, positions in zip(self.masks, grown, strict=True):
-            self._ever_active[name].index_fill_(0, positions.cpu(), True)
+            self._threshold = steer_threshold(threshold, removed / before, rate)
 
     def _settle(self) -> None:
-        """Apply masks that just changed, and prove that all ranks changed them alike."""
+        """Apply masks that just changed, record them, and prove that all ranks changed them alike."""
         self.apply_masks()
+        for name, mask in self.masks.items():
+            self._ever_active[name].logical_or_(_flat(mask, mask).cpu())
         if distributed.world_size() > 1:
             prints = torch.stack([_fingerprint(_flat(mask, mask)) for mask in self.masks.values()])
             if not distributed.all_equal(prints):
@@ -418,6 +424,26 @@ class Masking:
         if "exp_avg" in state:
             return state["exp_avg"] / (state["exp_avg_sq"].sqrt() + 1e-8)
         raise UsageError("growth or redistribution by momentum needs a first optimizer step, which makes the momentum")
+
+
+BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def zero_inactive(tensors: Sequence[Tensor], mask: Tensor) -> None:
+    """Set ``tensors`` to exactly zero where ``mask`` is false, in place; all have its shape.
+
+    Whatever stands there, infinities and NaN included, becomes +0.
+    """
+    keep: dict[torch.dtype, Tensor] = {}
+    for tensor in tensors:
+        if tensor.device.type != "cpu":
+            torch.where(mask, tensor, tensor.new_zeros(()), out=tensor)
+            continue
+        # On a CPU, and-ing bit patterns with all ones or all zeros takes half the time of `where` or `masked_fill`.
+        bits = BITS[tensor.element_size()]
+        if bits not in keep:
+            keep[bits] = mask.view(torch.int8).to(bits).neg_()
+        tensor.view(bits).bitwise_and_(keep[bits])
 
 
 def _flat(tensor: Tensor, reference: Tensor) -> Tensor:

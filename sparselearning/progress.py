@@ -3,11 +3,13 @@
 import sys
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from sparselearning import distributed
+from sparselearning.errors import UsageError
 
 SECONDS_BETWEEN_LINES = 60
 
@@ -16,9 +18,16 @@ class Progress:
     """A bar over the batches of the whole run, and one line per epoch and ticket.
 
     Off a terminal there is no bar; epochs longer than a minute then give a sign of life every minute.
+
+    Args:
+        tensorboard: where epochs and tickets go as TensorBoard scalars as well; None: nowhere.
+
+    Raises:
+        UsageError: if TensorBoard is asked for and not installed.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, tensorboard: Path | None = None) -> None:
+        self._events = _event_writer(tensorboard) if tensorboard and distributed.is_main() else None
         self._speaks = distributed.is_main()
         self._bar = tqdm(
             unit="batch",
@@ -48,6 +57,7 @@ class Progress:
 
     def epoch(self, row: Mapping[str, Any]) -> None:
         """Print a finished epoch."""
+        self._log(row["epoch"], row)
         ticket = f" ticket {row['ticket']}" if row["ticket"] else ""
         self.line(
             f"{row['phase']:<8} epoch {row['epoch']:>4}{ticket}  lr {row['lr']:<8.4g} "
@@ -57,6 +67,7 @@ class Progress:
 
     def ticket(self, row: Mapping[str, Any]) -> None:
         """Print a ticket and the superposition that it went into."""
+        self._log(row["ticket"], {f"ticket/{key}": value for key, value in row.items()})
         self.line(
             f"ticket {row['ticket']}: {row['ticket_acc']:.2%}; superposed with factor {row['factor']:.3g}: "
             f"{row['superposed_acc']:.2%} (density {row['union_density']:.4f} before pruning back, "
@@ -74,3 +85,18 @@ class Progress:
     def close(self) -> None:
         """Take the bar off the screen."""
         self._bar.close()
+        if self._events:
+            self._events.close()
+
+    def _log(self, step: int, row: Mapping[str, Any]) -> None:
+        for key, value in row.items() if self._events else ():
+            if isinstance(value, int | float):
+                self._events.add_scalar(key, value, step)
+
+
+def _event_writer(folder: Path) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise UsageError("--tensorboard needs another package: pip install tensorboard") from None
+    return SummaryWriter(str(folder))

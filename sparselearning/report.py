@@ -6,9 +6,10 @@ RUN is a run's folder, or a folder under which runs lie. The same files give the
 """
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import IO, Any
 
 from sparselearning.checkpoint import write_whole
 from sparselearning.errors import UsageError
@@ -77,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             "runs.csv": csv_of_runs(groups),
         }
     for name, text in tables.items():
-        write_whole(out / name, lambda file, text=text: file.write(text.encode()))
+        write_whole(out / name, partial(_write_text, text))
     if plots:
         figures = plots.run_figures(single) if single else {"comparison": plots.comparison(groups)}
         for name, figure in figures.items():
@@ -88,6 +89,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     else:
         print(tables.get("results.md") or f"{left_out[0]}: pictures, but no tables yet")
     print(f"tables and pictures in {out}")
+
+
+def _write_text(text: str, file: IO[bytes]) -> None:
+    file.write(text.encode())
 
 
 def _plots() -> ModuleType:

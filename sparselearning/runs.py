@@ -14,7 +14,9 @@ from torch import Tensor
 from sparselearning.checkpoint import RunFolder, load_torch
 from sparselearning.errors import FaultError, UsageError
 
-NUMBER, OPTIONAL_NUMBER = (int, float), (int, float, type(None))
+Types = Mapping[str, Any]
+NUMBER: Any = (int, float)
+OPTIONAL_NUMBER = (int, float, type(None))
 CONFIG = {"flags": dict}
 FLAGS = {"seed": int, "sparse": bool, "fix": bool, "method": str, "growth": str, "indicate_method": str}
 METRICS = dict.fromkeys(("epoch", "lr", "train_loss", "train_acc", "eval_loss", "eval_acc", "density"), NUMBER)
@@ -23,8 +25,6 @@ TICKETS = dict.fromkeys(("ticket", "ticket_acc", "superposed_acc"), NUMBER)
 SUMMARY = dict.fromkeys(("pretrain_acc", "final_acc", "density", "gain"), NUMBER)
 SUMMARY |= {"ticket_acc": list, "superposed_acc": list, "gain_over_ticket": OPTIONAL_NUMBER}
 """What the report needs of each file: name to type."""
-
-Types = Mapping[str, type | tuple[type, ...]]
 
 SET_ASIDE = re.compile(r"\.old-\d+$")
 
@@ -300,9 +300,9 @@ def _label(groups: Sequence[Group]) -> None:
         if not group.ticket_flags and any(other.ticket_flags for other in namesakes):
             parts.append("plain")
         own = {**group.recipe, **group.ticket_flags}
-        parts += [f"{name} {_plain(own[name])}" for name in differing_flags(namesakes) if name in own]
+        parts += [f"{name} {_show(own[name])}" for name in differing_flags(namesakes) if name in own]
         group.label = ", ".join(parts)
 
 
-def _plain(value: Any) -> str:
+def _show(value: Any) -> str:
     return {True: "on", False: "off"}[value] if isinstance(value, bool) else str(value)

@@ -79,9 +79,7 @@ def _prune_structured(weights: Mapping[str, Tensor], settings: InitSettings) -> 
         alive = int(torch.count_nonzero(norms))
         keep = max(1, active_count(alive, 1 - settings.pruning_rate))
         if keep < alive:
-            dropped = torch.ones_like(norms, dtype=torch.bool)
-            dropped[select_largest(torch.clone, [(norms,)], keep)[0]] = False
-            masks[name][dropped] = False
+            masks[name][~select_largest(torch.clone, [(norms,)], keep)[0]] = False
     return masks
 
 
@@ -93,8 +91,8 @@ def _then_grow(prune: Draw) -> Draw:
         for name, weight in weights.items():
             lost = int(torch.count_nonzero(weight)) - int(torch.count_nonzero(masks[name]))
             flat = masks[name].flatten()
-            flat[select_largest(_candidate_magnitude, [(gradient(weight).flatten(), flat)], lost)[0]] = True
-            masks[name] = flat.view(weight.shape)
+            grown = select_largest(_candidate_magnitude, [(gradient(weight).flatten(), flat)], lost)[0]
+            masks[name] = (flat | grown).view(weight.shape)
         return masks
 
     return draw
@@ -144,26 +142,19 @@ def gradient(weight: Tensor) -> Tensor:
 def _keep_largest(scores: Mapping[str, Tensor], density: float) -> Masks:
     """Masks of the ``round(size · density)`` largest scores over all layers together."""
     total = sum(score.numel() for score in scores.values())
-    return _masks_at(
-        scores,
-        select_largest(torch.clone, [(score.flatten(),) for score in scores.values()], active_count(total, density)),
-    )
+    return _largest(scores, active_count(total, density))
 
 
 def _keep_active(weights: Mapping[str, Tensor], pruning_rate: float) -> Masks:
     """Masks of all but a ``pruning_rate`` share of the non-zero weights, the smallest over all given layers."""
     active = sum(int(torch.count_nonzero(weight)) for weight in weights.values())
-    keep = active_count(active, 1 - pruning_rate)
-    return _masks_at(weights, select_largest(torch.abs, [(w.flatten(),) for w in weights.values()], keep))
+    return _largest({name: weight.abs() for name, weight in weights.items()}, active_count(active, 1 - pruning_rate))
 
 
-def _masks_at(tensors: Mapping[str, Tensor], positions: list[Tensor]) -> Masks:
-    masks = {}
-    for (name, tensor), chosen in zip(tensors.items(), positions, strict=True):
-        mask = torch.zeros(tensor.numel(), dtype=torch.bool, device=tensor.device)
-        mask[chosen] = True
-        masks[name] = mask.view(tensor.shape)
-    return masks
+def _largest(scores: Mapping[str, Tensor], count: int) -> Masks:
+    """Masks of the ``count`` largest scores over all layers together."""
+    chosen = select_largest(torch.clone, [(score.flatten(),) for score in scores.values()], count)
+    return {name: mask.view(scores[name].shape) for name, mask in zip(scores, chosen, strict=True)}
 
 
 def _structured_layers(weights: Mapping[str, Tensor]) -> list[str]:

@@ -79,11 +79,9 @@ def prune_to_density(
     names = list(names)
     flat = [(state[name].flatten(),) for name in names]
     budget = active_count(sum(weights.numel() for (weights,) in flat), density)
-    pruned, masks = dict(state), {}
-    for name, positions in zip(names, select_largest(torch.abs, flat, budget), strict=True):
-        mask = torch.zeros(state[name].numel(), dtype=torch.bool, device=state[name].device)
-        masks[name] = mask.index_fill_(0, positions, True).view(state[name].shape)
-        pruned[name] = state[name].masked_fill(~masks[name], 0)
+    chosen = select_largest(torch.abs, flat, budget)
+    masks = {name: mask.view(state[name].shape) for name, mask in zip(names, chosen, strict=True)}
+    pruned = dict(state) | {name: state[name].masked_fill(~mask, 0) for name, mask in masks.items()}
     return pruned, masks
 
 

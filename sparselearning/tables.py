@@ -62,7 +62,7 @@ def _summary(key: str, scale: float = 1.0) -> Figure:
     """Entry of ``summary.json``."""
 
     def value(group: Group, run: Run) -> float | None:
-        entry = run.summary and run.summary.get(key)
+        entry = (run.summary or {}).get(key)
         return None if entry is None else scale * entry
 
     return value

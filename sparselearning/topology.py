@@ -41,9 +41,9 @@ class Layer:
 def select_largest(score: Callable[..., Tensor], layers: Sequence[tuple[Tensor, ...]], k: int) -> list[Tensor]:
     """Find the ``k`` largest scores over all layers together.
 
-    Works like the SELECT of Floyd & Rivest (1975): a sample brackets the k-th largest score, one comparison
-    drops nearly everything below it, and only the survivors are searched exactly. Should the sample mislead, the
-    search is repeated over everything, so the result never depends on luck.
+    Works like the SELECT of Floyd & Rivest (1975): a sample brackets the k-th largest score from both sides, one
+    comparison each settles nearly all others, and only those inside the bracket are searched exactly. Should the
+    sample mislead, everything is searched, so the result never depends on luck.
 
     Args:
         score: element-wise function of a layer's flat tensors; ``-inf`` marks what may not be chosen.
@@ -51,61 +51,59 @@ def select_largest(score: Callable[..., Tensor], layers: Sequence[tuple[Tensor, 
         k: how many to choose, at most the number of scores above ``-inf``.
 
     Returns:
-        Per layer the chosen positions, ascending int64. Ties go to the earlier layer and position.
+        Per layer a flat boolean tensor with the chosen ones true. Ties go to the earlier layer and position.
 
     Raises:
         ValueError: if fewer than ``k`` may be chosen, or scores are NaN.
     """
-    sizes = [tensors[0].numel() for tensors in layers]
-    device = layers[0][0].device
     if k == 0:
-        return [torch.empty(0, dtype=torch.int64, device=device) for _ in layers]
-    bracket = _lower_bracket(score, layers, k, sum(sizes))
-    for floor in (bracket, None):
-        positions, values = [], []
+        return [torch.zeros_like(tensors[0], dtype=torch.bool) for tensors in layers]
+    whole = (-torch.inf, torch.inf)
+    for low, high in (_bracket(score, layers, k), whole):
+        chosen, positions, values = [], [], []
         for tensors in layers:
             scores = score(*tensors)
-            candidates = (scores > -torch.inf if floor is None else scores >= floor).nonzero().squeeze(1)
-            positions.append(candidates)
-            values.append(scores[candidates])
+            above = scores >= high
+            within = (scores > low if low == -torch.inf else scores >= low).logical_xor_(above)
+            chosen.append(above)
+            positions.append(within.nonzero().squeeze(1))
+            values.append(scores[positions[-1]])
+        missing = k - sum(int(torch.count_nonzero(above)) for above in chosen)
         pool = torch.cat(values)
-        if pool.numel() >= k or floor is None:
+        if 0 <= missing <= len(pool):
             break
-    if pool.numel() < k:
-        raise ValueError(f"{k} weights are to be chosen where only {pool.numel()} may be")
-    chosen = _largest_exactly(pool, k)
-    return [
-        candidates[part] for candidates, part in zip(positions, chosen.split([len(p) for p in positions]), strict=True)
-    ]
+    else:
+        raise ValueError(f"{k} weights are to be chosen where only {len(pool)} may be (NaN never is)")
+    picked = _largest_exactly(pool, missing).split([len(p) for p in positions])
+    for above, candidates, part in zip(chosen, positions, picked, strict=True):
+        above.index_fill_(0, candidates[part], True)
+    return chosen
 
 
-def _lower_bracket(
-    score: Callable[..., Tensor], layers: Sequence[tuple[Tensor, ...]], k: int, size: int
-) -> Tensor | None:
-    """Score that, judging by a strided sample, slightly more than ``k`` scores reach; None: search everything."""
+def _bracket(score: Callable[..., Tensor], layers: Sequence[tuple[Tensor, ...]], k: int) -> tuple[float, float]:
+    """Two scores between which, judging by a strided sample, the k-th largest lies."""
+    size = sum(tensors[0].numel() for tensors in layers)
     stride = size // SAMPLE_SIZE | 1
     if stride == 1:
-        return None
+        return -torch.inf, torch.inf
     sample = torch.cat([score(*(tensor[::stride] for tensor in tensors)) for tensors in layers])
-    share = k / size
-    rank = share * sample.numel()
-    rank = math.ceil(rank + 4 * math.sqrt(rank * (1 - share)) + 4)
-    if rank >= sample.numel():
-        return None
-    bracket = sample.kthvalue(sample.numel() - rank + 1).values
-    return bracket if bracket > -torch.inf else None
+    rank = k / size * len(sample)
+    slack = 4 * math.sqrt(rank * (1 - k / size)) + 4  # four standard deviations of the rank, and rounding
+    low, high = math.ceil(rank + slack), math.floor(rank - slack)
+    return (
+        float(sample.kthvalue(len(sample) - low + 1).values) if low <= len(sample) else -torch.inf,
+        float(sample.kthvalue(len(sample) - high + 1).values) if high >= 1 else torch.inf,
+    )
 
 
 def _largest_exactly(values: Tensor, k: int) -> Tensor:
     """Boolean mask of the ``k`` largest of one-dimensional ``values``; ties go to the earlier ones."""
-    threshold = values.kthvalue(values.numel() - k + 1).values
+    if k == 0:
+        return torch.zeros_like(values, dtype=torch.bool)
+    threshold = values.kthvalue(len(values) - k + 1).values
     chosen = values > threshold
     ties = (values == threshold).nonzero().squeeze(1)
-    missing = k - int(torch.count_nonzero(chosen))
-    if missing > len(ties):
-        raise ValueError("scores are NaN: the gradients or weights that they come from have diverged")
-    chosen[ties[:missing]] = True
-    return chosen
+    return chosen.index_fill_(0, ties[: k - int(torch.count_nonzero(chosen))], True)
 
 
 def _smallness(weight: Tensor, mask: Tensor) -> Tensor:
@@ -119,7 +117,7 @@ def _candidate(scores: Tensor, mask: Tensor) -> Tensor:
 
 
 def smallest_active(layers: Sequence[Layer], k: int) -> list[Tensor]:
-    """Positions of the ``k`` active weights of smallest magnitude over all ``layers`` together."""
+    """Flat masks of the ``k`` active weights of smallest magnitude over all ``layers`` together."""
     return select_largest(_smallness, [(layer.weight, layer.mask) for layer in layers], k)
 
 
@@ -129,7 +127,8 @@ def active_counts(layers: Sequence[Layer]) -> list[int]:
 
 
 # ------------------------------------------------------------------------------------------------ pruning
-# Each mode: (layers, prune_rate, threshold) -> removed positions per layer. Only `threshold` reads its threshold.
+# Each mode: (layers, prune_rate, threshold) -> per layer a flat mask of the removed weights; only the mode `threshold`
+# reads the number of that name.
 
 
 def prune_magnitude(layers: Sequence[Layer], prune_rate: float, threshold: float) -> list[Tensor]:
@@ -152,9 +151,8 @@ def prune_set(layers: Sequence[Layer], prune_rate: float, threshold: float) -> l
         negatives = int(torch.count_nonzero(layer.weight[layer.mask] < 0))
         from_negative = max(min(k // 2, negatives), k - (n - negatives))
         sides = [(k - from_negative, _smallest_positive), (from_negative, _largest_negative)]
-        removed.append(
-            torch.cat([select_largest(score, [(layer.weight, layer.mask)], share)[0] for share, score in sides])
-        )
+        positive, negative = (select_largest(score, [(layer.weight, layer.mask)], share)[0] for share, score in sides)
+        removed.append(positive | negative)
     return removed
 
 
@@ -168,7 +166,7 @@ def _largest_negative(weight: Tensor, mask: Tensor) -> Tensor:
 
 def prune_threshold(layers: Sequence[Layer], prune_rate: float, threshold: float) -> list[Tensor]:
     """Remove every active weight with |w| at or below ``threshold``, which :func:`steer_threshold` adapts."""
-    return [(layer.weight.abs().le(threshold).logical_and_(layer.mask)).nonzero().squeeze(1) for layer in layers]
+    return [layer.weight.abs().le(threshold).logical_and_(layer.mask) for layer in layers]
 
 
 def prune_global_magnitude(layers: Sequence[Layer], prune_rate: float, threshold: float) -> list[Tensor]:
@@ -187,10 +185,8 @@ PRUNE = {
 def magnitude_quantile(layers: Sequence[Layer], prune_rate: float) -> float:
     """Magnitude below or at which ``ceil(prune_rate · n)`` of all ``n`` active weights lie; 0 for none."""
     removed = prune_global_magnitude(layers, prune_rate, 0.0)
-    return max(
-        (float(layer.weight[p].abs().max()) for layer, p in zip(layers, removed, strict=True) if p.numel()),
-        default=0.0,
-    )
+    magnitudes = torch.cat([layer.weight[chosen].abs() for layer, chosen in zip(layers, removed, strict=True)])
+    return float(magnitudes.max()) if len(magnitudes) else 0.0
 
 
 def steer_threshold(threshold: float, removed_share: float, prune_rate: float) -> float:
@@ -201,7 +197,7 @@ def steer_threshold(threshold: float, removed_share: float, prune_rate: float) -
 
 
 # ------------------------------------------------------------------------------------------------- growing
-# Each mode: (layer, k, generator) -> k inactive positions. Removed weights are already inactive.
+# Each mode: (layer, k, generator) -> flat mask of k inactive weights. Removed weights are already inactive.
 
 
 def grow_random(layer: Layer, k: int, generator: torch.Generator) -> Tensor:
@@ -229,8 +225,7 @@ def grow_momentum_neuron(layer: Layer, k: int, generator: torch.Generator) -> Te
     best = scores.topk(max(quota), dim=1).indices
     ranks = torch.arange(max(quota), device=best.device)
     wanted = ranks < torch.tensor(quota, device=best.device).unsqueeze(1)
-    rows = torch.arange(layer.neurons, device=best.device).unsqueeze(1) * scores.shape[1]
-    return (rows + best)[wanted]
+    return torch.zeros_like(inactive).scatter_(1, best, wanted).flatten()
 
 
 def _candidate_magnitude(values: Tensor, mask: Tensor) -> Tensor:
@@ -288,7 +283,7 @@ def prune_and_grow(
     prune_rate: float,
     threshold: float,
     generator: torch.Generator,
-) -> tuple[list[Tensor], list[Tensor]]:
+) -> int:
     """Remove active weights and grow as many inactive ones; changes the masks in place, never a weight.
 
     Args:
@@ -302,23 +297,22 @@ def prune_and_grow(
         generator: source of random growth, on the layers' device.
 
     Returns:
-        The removed and the grown positions of each layer. The total number of active weights is the same as before.
+        How many weights were removed, and as many grown.
     """
     claim = REDISTRIBUTION[redistribution]
     claims = [claim(layer) for layer in layers] if claim else []
     removed = PRUNE[prune](layers, prune_rate, threshold)
-    for layer, positions in zip(layers, removed, strict=True):
-        layer.mask.index_fill_(0, positions, False)
-    counts = [len(positions) for positions in removed]
+    for layer, chosen in zip(layers, removed, strict=True):
+        layer.mask.logical_xor_(chosen)
+    counts = torch.stack([torch.count_nonzero(chosen) for chosen in removed]).tolist()
+    removed_total = sum(counts)
     if claim:
         room = [layer.mask.numel() - n for layer, n in zip(layers, active_counts(layers), strict=True)]
-        counts = apportion(sum(counts), claims, room)
-    grown = []
+        counts = apportion(removed_total, claims, room)
     for layer, k in zip(layers, counts, strict=True):
-        positions = GROWTH[growth](layer, k, generator) if k else removed[0].new_empty(0)
-        layer.mask.index_fill_(0, positions, True)
-        grown.append(positions)
-    return removed, grown
+        if k:
+            layer.mask.logical_or_(GROWTH[growth](layer, k, generator))
+    return removed_total
 
 
 def gradual_prune(layers: Sequence[Layer], density: float, uniform: bool) -> None:
@@ -338,8 +332,8 @@ def gradual_prune(layers: Sequence[Layer], density: float, uniform: bool) -> Non
         removed = [smallest_active([layer], n - kept)[0] for layer, n, kept in zip(layers, active, keep, strict=True)]
     else:
         removed = smallest_active(layers, sum(active) - target)
-    for layer, positions in zip(layers, removed, strict=True):
-        layer.mask.index_fill_(0, positions, False)
+    for layer, chosen in zip(layers, removed, strict=True):
+        layer.mask.logical_xor_(chosen)
 
 
 CLASSIFIER_DENSITY = 0.2

@@ -53,12 +53,31 @@ def generator(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-def positions(tensors):
-    return [sorted(tensor.tolist()) for tensor in tensors]
+def positions(chosen):
+    return [flat.nonzero().squeeze(1).tolist() for flat in chosen]
 
 
 def active(layers):
-    return [layer.mask.nonzero().squeeze(1).tolist() for layer in layers]
+    return positions(layer.mask for layer in layers)
+
+
+def update(layers, prune="magnitude", growth="gradient", redistribution="none", rate=0.5, threshold=0.0):
+    """Run one prune-and-grow; return the masks before it, between its halves, and after it."""
+    before = [x.mask.clone() for x in layers]
+    removed = PRUNE[prune](layers, rate, threshold)
+    assert all((mask | gone == mask).all() for mask, gone in zip(before, removed, strict=True)), "only active ones go"
+    assert all(torch.equal(x.mask, mask) for x, mask in zip(layers, before, strict=True)), "choosing changes nothing"
+    weights = [x.weight.clone() for x in layers]
+    total = prune_and_grow(layers, prune, growth, redistribution, rate, threshold, generator())
+    assert total == sum(int(gone.sum()) for gone in removed)
+    assert all(torch.equal(x.weight, w) for x, w in zip(layers, weights, strict=True)), "masks change, weights do not"
+    between = [mask & ~gone for mask, gone in zip(before, removed, strict=True)]
+    assert all((mask & ~x.mask).sum() == 0 for x, mask in zip(layers, between, strict=True)), "growing removes nothing"
+    return before, between, [x.mask.clone() for x in layers]
+
+
+def sizes_of(masks):
+    return [int(mask.sum()) for mask in masks]
 
 
 # ------------------------------------------------------------------------------------------------- pruning
@@ -128,7 +147,7 @@ GROWN = [
 def test_growing_by_hand(mode, grown):
     pruned = small()
     pruned.mask[[0, 2, 4]] = False
-    assert sorted(GROWTH[mode](pruned, 3, generator()).tolist()) == grown
+    assert positions([GROWTH[mode](pruned, 3, generator())]) == [grown]
 
 
 def test_every_growth_mode_is_tested_here():
@@ -138,7 +157,7 @@ def test_every_growth_mode_is_tested_here():
 def test_neuron_quotas_stop_at_the_neurons_room():
     # Neuron 0 would get nearly all of 3, but has one free place.
     crowded = layer([1.0] * 8, [1, 1, 1, 0, 1, 0, 0, 0], momentum=[90.0, 90, 90, 90, 1, 3, 1, 2])
-    assert sorted(GROWTH["momentum_neuron"](crowded, 3, generator()).tolist()) == [3, 5, 7]
+    assert positions([GROWTH["momentum_neuron"](crowded, 3, generator())]) == [[3, 5, 7]]
 
 
 def test_random_growth_is_uniform_over_the_inactive_weights():
@@ -147,7 +166,7 @@ def test_random_growth_is_uniform_over_the_inactive_weights():
     for _ in range(draws):
         pruned = small()
         pruned.mask[[0, 2, 4]] = False
-        grown = tuple(sorted(GROWTH["random"](pruned, 3, source).tolist()))
+        grown = tuple(positions([GROWTH["random"](pruned, 3, source)])[0])
         hits.update(grown)
         pairs[grown] += 1
     assert set(hits) == {0, 2, 4, 6, 7}
@@ -190,11 +209,9 @@ def two_layers():
 
 @pytest.mark.parametrize(("mode", "counts"), SHARED_OUT)
 def test_redistribution_by_hand(mode, counts):
-    layers = two_layers()
-    removed, grown = prune_and_grow(layers, "global_magnitude", "gradient", mode, 0.5, 0.0, generator())
-    assert positions(removed) == [[0, 1, 2, 4], []]
-    assert [len(p) for p in grown] == counts
-    assert [int(x.mask.sum()) for x in layers] == [2 + counts[0], 2 + counts[1]]
+    _, between, after = update(two_layers(), "global_magnitude", redistribution=mode)
+    assert positions(between) == [[3, 5], [0, 1]]
+    assert sizes_of(after) == [2 + counts[0], 2 + counts[1]]
 
 
 def test_every_redistribution_mode_has_a_table_here():
@@ -205,9 +222,9 @@ def test_redistribution_fills_no_layer_above_its_size():
     # The first layer loses 1 2 3 (ceil of 6 · 0.5), the second 100 101 (of 4). By magnitude 5 · 0.033 and 5 · 0.967
     # are due; the second has room for the 2 it lost, so the first gets 3.
     layers = [small(), layer([100.0, 101, 102, 103], [1, 1, 1, 1], gradient=[1.0, 2, 3, 4])]
-    _, grown = prune_and_grow(layers, "magnitude", "gradient", "magnitude", 0.5, 0.0, generator())
-    assert [len(p) for p in grown] == [3, 2]
-    assert active(layers)[1] == [0, 1, 2, 3]
+    _, between, after = update(layers, redistribution="magnitude")
+    assert sizes_of(between) == [3, 2]
+    assert sizes_of(after) == [6, 4]
 
 
 # ---------------------------------------------------------------------------------------- one whole update
@@ -215,22 +232,19 @@ def test_redistribution_fills_no_layer_above_its_size():
 
 def test_rigl_update_by_hand():
     # ceil(6 · 0.5) = 3 removed: 1 2 3 at 0, 2, 4. Largest |gradient| among 0 2 4 6 7: 6 at 6, 5 at 0, 3 at 7.
-    layers = [small()]
-    weights = layers[0].weight.clone()
-    removed, grown = prune_and_grow(layers, "magnitude", "gradient", "none", 0.5, 0.0, generator())
-    assert positions(removed) == [[0, 2, 4]]
-    assert positions(grown) == [[0, 6, 7]]
-    assert active(layers) == [[0, 1, 3, 5, 6, 7]]
-    assert torch.equal(layers[0].weight, weights), "topology code changes masks, never a weight"
+    _, between, after = update([small()])
+    assert positions(between) == [[1, 3, 5]]
+    assert positions(after) == [[0, 1, 3, 5, 6, 7]]
 
 
 @pytest.mark.parametrize("rate", [0.0, 1.0])
 def test_the_ends_of_the_prune_rate(rate):
-    layers = [small(), large()]
-    removed, grown = prune_and_grow(layers, "magnitude", "gradient", "none", rate, 0.0, generator())
-    assert [len(p) for p in removed] == [len(p) for p in grown] == [6 * rate, 5 * rate]
-    if rate == 1.0:  # the 6 and 5 largest of |GRADIENT|
-        assert active(layers) == [[0, 1, 3, 5, 6, 7], [0, 1, 3, 5, 6]]
+    before, between, after = update([small(), large()], rate=rate)
+    if rate == 0.0:
+        assert positions(before) == positions(between) == positions(after)
+    else:  # all go, and the 6 and 5 largest of |GRADIENT| come
+        assert positions(between) == [[], []]
+        assert positions(after) == [[0, 1, 3, 5, 6, 7], [0, 1, 3, 5, 6]]
 
 
 VALUES = torch.tensor([0.0, 0.0, 1.0, -1.0, 2.0, -2.0, 0.5, -0.5, -7.25, 1e-38, 1e30])
@@ -257,29 +271,19 @@ def any_layers(draw):
 @settings(max_examples=12)
 @given(layers=any_layers(), rate=st.floats(0, 1), threshold=st.sampled_from([0.0, 0.5, 1.0, 1e30]))
 def test_an_update_keeps_every_count(prune, growth, redistribution, layers, rate, threshold):
-    before = [x.mask.clone() for x in layers]
-    counts = [int(mask.sum()) for mask in before]
-    removed, grown = prune_and_grow(layers, prune, growth, redistribution, rate, threshold, generator())
-
-    assert sum(int(x.mask.sum()) for x in layers) == sum(counts)
+    before, between, after = update(layers, prune, growth, redistribution, rate, threshold)
+    counts = sizes_of(before)
+    removed = [n - left for n, left in zip(counts, sizes_of(between), strict=True)]
+    assert sum(sizes_of(after)) == sum(counts)
     if redistribution == "none":
-        assert [int(x.mask.sum()) for x in layers] == counts
+        assert sizes_of(after) == counts
     if prune in ("magnitude", "SET"):
-        assert [len(p) for p in removed] == [math.ceil(rate * n) for n in counts]
+        assert removed == [math.ceil(rate * n) for n in counts]
     if prune == "global_magnitude":
-        assert sum(len(p) for p in removed) == math.ceil(rate * sum(counts))
+        assert sum(removed) == math.ceil(rate * sum(counts))
     if prune == "threshold":
-        assert [len(p) for p in removed] == [
-            int((mask & (x.weight.abs() <= threshold)).sum()) for x, mask in zip(layers, before, strict=True)
-        ]
-    for x, mask, gone, new in zip(layers, before, removed, grown, strict=True):
-        assert gone.unique().numel() == gone.numel()
-        assert new.unique().numel() == new.numel()
-        assert mask[gone].all(), "only active weights are removed"
-        mask[gone] = False
-        assert not mask[new].any(), "only inactive weights grow"
-        mask[new] = True
-        assert torch.equal(mask, x.mask)
+        within = [mask & (x.weight.abs() <= threshold) for x, mask in zip(layers, before, strict=True)]
+        assert removed == sizes_of(within)
 
 
 @pytest.mark.parametrize(
@@ -294,14 +298,13 @@ def test_counts_are_kept_where_sums_overflow(growth, redistribution):
 
 @given(layers=any_layers(), rate=st.floats(0, 1))
 def test_what_is_removed_is_smallest_and_what_grows_is_largest(layers, rate):
-    before = [x.mask.clone() for x in layers]
-    removed, grown = prune_and_grow(layers, "magnitude", "gradient", "none", rate, 0.0, generator())
-    for x, mask, gone, new in zip(layers, before, removed, grown, strict=True):
-        smallest = x.weight[mask].abs().sort().values[: len(gone)]
+    before, between, after = update(layers, rate=rate)
+    for x, old, left, new in zip(layers, before, between, after, strict=True):
+        gone, grown = old & ~left, new & ~left
+        smallest = x.weight[old].abs().sort().values[: int(gone.sum())]
         assert torch.equal(x.weight[gone].abs().sort().values, smallest)
-        mask[gone] = False
-        largest = x.gradient[~mask].abs().sort(descending=True).values[: len(new)]
-        assert torch.equal(x.gradient[new].abs().sort(descending=True).values, largest)
+        largest = x.gradient[~left].abs().sort(descending=True).values[: int(grown.sum())]
+        assert torch.equal(x.gradient[grown].abs().sort(descending=True).values, largest)
 
 
 # ----------------------------------------------------------------------------------------- gradual pruning
@@ -375,10 +378,8 @@ def assert_selects_the_largest(tensors, k):
     everything = torch.cat(tensors)
     expected = torch.zeros_like(everything, dtype=torch.bool)
     expected[everything.sort(descending=True, stable=True).indices[:k]] = True
-    for tensor, found, wanted in zip(tensors, chosen, expected.split([t.numel() for t in tensors]), strict=True):
-        assert found.dtype == torch.int64
-        assert tensor[found].numel() == found.numel()
-        assert torch.equal(found, wanted.nonzero().squeeze(1))
+    for found, wanted in zip(chosen, expected.split([t.numel() for t in tensors]), strict=True):
+        assert torch.equal(found, wanted)
 
 
 @given(data=st.data(), sizes=st.lists(st.integers(0, 40), min_size=1, max_size=5).filter(sum))
@@ -420,14 +421,23 @@ def test_select_largest_looks_past_small_layers_of_large_scores():
 def test_select_largest_never_takes_what_is_marked_out(size):
     scores = torch.full((size,), -torch.inf)
     scores[[1, 4, 6]] = torch.tensor([0.0, -3e38, 2.0])
-    assert select_largest(torch.clone, [(scores,)], 3)[0].tolist() == [1, 4, 6]
+    assert positions(select_largest(torch.clone, [(scores,)], 3)) == [[1, 4, 6]]
     with pytest.raises(ValueError, match="chosen"):
         select_largest(torch.clone, [(scores,)], 4)
 
 
 @pytest.mark.parametrize("size", [8, BIG])
-def test_select_largest_refuses_nan_scores(size):
-    scores = torch.arange(size, dtype=torch.float32)
-    scores[3] = torch.nan
+def test_select_largest_never_takes_nan(size):
+    scores = torch.full((size,), -torch.inf)
+    scores[[1, 4, 6]] = torch.tensor([0.0, torch.nan, 2.0])
+    assert positions(select_largest(torch.clone, [(scores,)], 2)) == [[1, 6]]
     with pytest.raises(ValueError, match="NaN"):
-        select_largest(torch.clone, [(scores,)], size // 2)
+        select_largest(torch.clone, [(scores,)], 3)
+
+
+@pytest.mark.parametrize("size", [8, BIG])
+@pytest.mark.parametrize("k", [1, 3, 5, 8])
+def test_select_largest_takes_infinite_scores_first(size, k):
+    scores = torch.zeros(size)
+    scores[[1, 2, 4, 6]] = torch.inf
+    assert_selects_the_largest([scores[:3], scores[3:]], k)

@@ -1,0 +1,251 @@
+#!/usr/bin/env python3
+"""Run main_suptickets.py for several methods and seeds, then tabulate mean and deviation.
+
+python3 sweep.py --seeds 41 42 43 --methods granet rigl set --out sweeps/first -- --pre_train --cyclic_train --data …
+
+What stands after ``--`` goes to every run; what makes a method stands in METHODS, comes after it, and so wins. Give the
+same command again: finished runs are skipped, stopped ones go on where they stopped, and failed ones are tried again.
+"""
+
+import argparse
+import importlib.util
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import main_suptickets
+
+from sparselearning import experiment, flags, report
+from sparselearning.checkpoint import RunFolder
+from sparselearning.engine import stop_signals
+from sparselearning.errors import FaultError, UsageError
+
+SCRIPT = Path(__file__).with_name("main_suptickets.py")
+SECONDS_BETWEEN_LOOKS = 0.1
+
+
+class Method(NamedTuple):
+    """What makes a method: flags, and switches that contradict it and are left out of what all runs share."""
+
+    flags: str  # {density} stands for the --final-density of the run
+    without: tuple[str, ...] = ()
+
+
+METHODS = {
+    "dense": Method("", without=("--re_explore", "--no_maskupdates")),
+    "static": Method("--sparse --method DST --init-density {density} --fix", without=("--re_explore",)),
+    "set": Method("--sparse --method DST --init-density {density} --growth random"),
+    "rigl": Method("--sparse --method DST --init-density {density} --growth gradient"),
+    # In-Time Over-Parameterization (2102.02887): update rarely, so that new weights have time to grow.
+    "set-itop": Method("--sparse --method DST --init-density {density} --growth random --update-frequency 1500"),
+    "rigl-itop": Method("--sparse --method DST --init-density {density} --growth gradient --update-frequency 4000"),
+    "granet": Method("--sparse --method GraNet --init-density 0.5 --growth gradient"),
+    "granet-from-dense": Method("--sparse --method GraNet --init-density 1 --growth gradient"),
+    "gmp": Method("--sparse --method GMP --init-density 1 --sparse-init GMP"),
+    "snip": Method(
+        "--sparse --method DST --init-density {density} --fix --sparse-init snip", without=("--re_explore",)
+    ),
+}
+PLAIN = Method("--pre_train --cycle_rate 0", without=("--cyclic_train",))
+"""On top of a method: the same training for the same epochs with its own full schedule, without tickets."""
+A_METHODS_OWN = ("--sparse", "--fix")
+"""Switches that no method shares with another by accident."""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Do all runs that are not done, and report on those that are.
+
+    Raises:
+        UsageError: if a run's flags contradict one another, or its folder holds a run with other flags.
+        FaultError: if runs failed, after all others are done.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    end = words.index("--") if "--" in words else len(words)
+    args = parse(words[:end])
+    runs = [
+        planned(method, seed, words[end + 1 :], args.out, control)
+        for seed in dict.fromkeys(args.seeds)
+        for method in dict.fromkeys(args.methods)
+        for control in ((False, True) if args.control else (False,))
+    ]
+    if args.dry_run:
+        print("\n".join(f"# finished: {run.name}" if run.finished else shlex.join(run.command()) for run in runs))
+        return
+
+    to_do = [run for run in runs if not run.finished]
+    print(f"{len(runs)} runs, {len(runs) - len(to_do)} of them finished before", flush=True)
+    with stop_signals() as stop_signal:
+        failed = execute(to_do, args.gpus, stop_signal)
+        stopped = stop_signal()
+    if stopped:
+        print("sweep.py: stopped: the same command goes on where it stopped", file=sys.stderr)
+        sys.exit(128 + stopped)
+
+    without_plots = [] if importlib.util.find_spec("matplotlib") else ["--no-plots"]
+    if finished := [str(run.folder.path) for run in runs if run.finished]:
+        report.main([*finished, "--out", str(args.out / "report"), *without_plots])
+    if failed:
+        names = ", ".join(run.name for run in failed)
+        raise FaultError(f"{len(failed)} of {len(runs)} runs failed ({names}): the same command tries them again")
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """Read what stands before ``--``."""
+    parser = flags.Parser(description=__doc__.splitlines()[0])
+    parser.usage = "%(prog)s --seeds N [N …] --methods NAME [NAME …] [options] -- FLAGS OF main_suptickets.py"
+    parser.add_argument("--seeds", type=flags.non_negative, nargs="+", required=True, metavar="N", help="of the runs")
+    parser.add_argument(
+        "--methods", choices=METHODS, nargs="+", required=True, metavar="NAME", help=f"of {', '.join(METHODS)}"
+    )
+    parser.add_argument(
+        "--control", action="store_true",
+        help=f"beside each run one of plain training, without tickets, for as many epochs ({PLAIN.flags})",
+    )  # fmt: skip
+    parser.add_argument(
+        "--out", type=Path, default=Path("sweep"), metavar="DIR", help="run folders, DIR/NAME/seedN, and DIR/report"
+    )
+    parser.add_argument(
+        "--gpus", nargs="+", metavar="ID",
+        help="one run at a time on each of these (CUDA_VISIBLE_DEVICES), what they print in DIR/NAME/seedN.log; "
+        "without: one run after the other on what there is",
+    )  # fmt: skip
+    parser.add_argument("--dry-run", action="store_true", help="print the commands, run nothing")
+    return parser.parse_args(argv)
+
+
+# ------------------------------------------------------------------------------------------------------- one run
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of main_suptickets.py: its name, flags and folder."""
+
+    name: str
+    flags: list[str]
+    folder: RunFolder
+
+    @property
+    def finished(self) -> bool:
+        """Whether there is nothing more to do."""
+        return self.folder.summary.is_file()
+
+    @property
+    def log(self) -> Path:
+        """Where it prints if others run beside it. Not in its folder, which has to be empty when it starts."""
+        return self.folder.path.with_suffix(".log")
+
+    def command(self) -> list[str]:
+        """What starts it, or goes on with it."""
+        resume = ["--resume", str(self.folder.checkpoint)] if self.folder.checkpoint.is_file() else []
+        return [sys.executable, str(SCRIPT), *self.flags, *resume]
+
+
+def planned(method: str, seed: int, shared: Sequence[str], out: Path, control: bool) -> Run:
+    """Make up one run, and check its flags and its folder before anything runs.
+
+    Raises:
+        UsageError: if the flags contradict one another, or the folder holds a run with others.
+        FaultError: if the folder's configuration is damaged.
+    """
+    layers = [METHODS[method], PLAIN] if control else [METHODS[method]]
+    without = {*A_METHODS_OWN, *(switch for layer in layers for switch in layer.without)}
+    words = [word for word in shared if word not in without]
+    density = main_suptickets.parse(words).final_density
+    words += [word for layer in layers for word in layer.flags.format(density=density).split()]
+    folder = RunFolder(out / (f"{method}-control" if control else method) / f"seed{seed}")
+    words += ["--indicate_method", method, "--seed", str(seed), "--save", str(folder.path)]
+    run = Run(f"{folder.path.parent.name} seed {seed}", words, folder)
+
+    args = main_suptickets.parse(words)
+    flags.check(args, momentum_is_zero=args.optimizer == "sgd" and args.momentum == 0)
+    if args.iters > 1:
+        raise UsageError("--iters and --seeds both ask for several seeds: give --seeds alone")
+    if args.sparse and "--sparse" not in words:
+        raise UsageError(f"{method} cannot be had with --demo, which is sparse: give its flags one by one")
+    _check_folder(run, flags.identity(flags.as_config(args, words)))
+    return run
+
+
+def _check_folder(run: Run, identity: dict) -> None:
+    if not run.folder.config.is_file():
+        return
+    try:
+        there = flags.identity(json.loads(run.folder.config.read_text()))
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise FaultError(f"{run.folder.config} cannot be read as a run's configuration ({error!r})") from error
+    differing = [
+        f"{name} {there[name]} there, {value} here"
+        for name, value in identity.items()
+        if name in there and there[name] != value
+    ]
+    if differing:
+        raise UsageError(
+            f"{run.folder.path} holds a run with other flags ({'; '.join(differing)}): choose another --out"
+        )
+
+
+# ---------------------------------------------------------------------------------------------------- all of them
+
+
+def execute(runs: Sequence[Run], gpus: Sequence[str] | None, stop_signal: Callable[[], int]) -> list[Run]:
+    """Do the runs one after the other, or one at a time on each GPU; return those that failed.
+
+    A stop signal goes on to the runs at work, which write their checkpoints; no other begins then.
+    """
+    waiting, free = deque(runs), deque[str | None](gpus or [None])
+    working: dict[subprocess.Popen, tuple[Run, str | None]] = {}
+    failed = []
+    passed_on = False
+    try:
+        while waiting or working:
+            if stop_signal() and not passed_on:
+                passed_on = True
+                waiting.clear()
+                for process in working:
+                    process.send_signal(stop_signal())
+            while waiting and free:
+                run, gpu = waiting.popleft(), free.popleft()
+                working[_start(run, gpu, at_once=len(gpus or [None]))] = run, gpu
+                print(f"{run.name}: started{'' if gpu is None else f' on GPU {gpu}'}", flush=True)
+            time.sleep(SECONDS_BETWEEN_LOOKS)
+            for process in [process for process in working if process.poll() is not None]:
+                run, gpu = working.pop(process)
+                free.append(gpu)
+                if process.returncode:
+                    failed.append(run)
+                print(f"{run.name}: {f'exit code {process.returncode}' if process.returncode else 'done'}", flush=True)
+    finally:
+        for process in working:
+            process.terminate()
+    return failed
+
+
+def _start(run: Run, gpu: str | None, at_once: int) -> subprocess.Popen:
+    environment = dict(os.environ)
+    if gpu is not None:
+        environment["CUDA_VISIBLE_DEVICES"] = gpu
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // at_once)))
+    try:
+        run.log.parent.mkdir(parents=True, exist_ok=True)
+        # A session of its own: Ctrl-C then reaches it once, through us, and not a second time from the terminal,
+        # when it may be on its way out already.
+        if gpu is None:
+            return subprocess.Popen(run.command(), env=environment, start_new_session=True)
+        with run.log.open("ab") as log:
+            return subprocess.Popen(
+                run.command(), env=environment, start_new_session=True, stdout=log, stderr=subprocess.STDOUT
+            )
+    except OSError as error:
+        raise FaultError(f"cannot start {run.name}: {error}") from error
+
+
+if __name__ == "__main__":
+    experiment.run_script(main)
