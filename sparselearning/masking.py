@@ -434,10 +434,11 @@ def zero_inactive(tensors: Sequence[Tensor], mask: Tensor) -> None:
 
     Whatever stands there, infinities and NaN included, becomes +0.
     """
+    zero = torch.zeros((), device=mask.device)
     keep: dict[torch.dtype, Tensor] = {}
     for tensor in tensors:
         if tensor.device.type != "cpu":
-            torch.where(mask, tensor, tensor.new_zeros(()), out=tensor)
+            torch.where(mask, tensor, zero.to(tensor.dtype), out=tensor)
             continue
         # On a CPU, and-ing bit patterns with all ones or all zeros takes half the time of `where` or `masked_fill`.
         bits = BITS[tensor.element_size()]
