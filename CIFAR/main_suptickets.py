@@ -90,7 +90,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--valid_split", type=flags.below_one, default=0.0, metavar="SHARE",
         help="hold out the last share of the training set and evaluate on it; the test set is used once, at the end",
     )  # fmt: skip
-    recipe.add_argument("--workers", type=flags.non_negative, default=4, help="CPU threads, if fewer than there are")
+    recipe.add_argument(
+        "--workers",
+        type=flags.non_negative,
+        default=4,
+        help="without effect, kept for old command lines: batches are made on the device",
+    )
     recipe.add_argument("--log-interval", type=flags.positive, default=100, metavar="STEPS", help="steps between looks")
     recipe.add_argument("--iters", type=flags.positive, default=1, help="runs, with seeds seed, seed + 1, …")
     recipe.add_argument("--mgpu", action="store_true", help="use all GPUs of this machine")

@@ -5,7 +5,8 @@ python benchmarks/deployment.py
 
 Sizes are those of ResNet50 for CIFAR-100 with ERK masks. Times compare dense kernels with products by CSR matrices
 (32-bit indices), a convolution as ``unfold`` and one product; every layer is measured alternately with its dense
-twin. All weights and inputs are random: neither size nor time depends on the values.
+twin, in CPU time of one thread, which other work on the machine disturbs less than wall-clock time. All weights and
+inputs are random: neither size nor time depends on the values.
 """
 
 import argparse
@@ -142,32 +143,35 @@ def sizes(density: float) -> dict[str, int]:
         }
 
 
-def alternately(*calls: Callable[[], object], repeats: int) -> list[list[float]]:
-    """Seconds of each call, in turn, ``repeats`` times after one for warming up."""
-    seconds: list[list[float]] = [[] for _ in calls]
-    for repeat in range(repeats + 1):
-        for call, measured in zip(calls, seconds, strict=True):
-            start = time.perf_counter()
-            call()
-            if repeat:
-                measured.append(time.perf_counter() - start)
-    return seconds
-
-
 def compare(dense: nn.Module, sparse: nn.Module, inputs: Tensor, repeats: int) -> dict[str, Any]:
-    """Time two modules that compute the same.
+    """Time two modules that compute the same, in turn, after one call of each for warming up.
+
+    Returns:
+        Median seconds of each; and how many times as fast the sparse one is, as median and quartiles over the pairs.
 
     Raises:
-        AssertionError: if they do not.
+        AssertionError: if they do not compute the same.
     """
     torch.testing.assert_close(sparse(inputs), dense(inputs), rtol=1e-3, atol=1e-3)
-    dense_seconds, csr_seconds = alternately(lambda: dense(inputs), lambda: sparse(inputs), repeats=repeats)
-    result: dict[str, Any] = {}
-    for name, seconds in (("dense", dense_seconds), ("csr", csr_seconds)):
-        low, middle, high = statistics.quantiles(seconds, n=4)
-        result[name] = {"median_seconds": middle, "quartiles": [low, high]}
-    result["speedup"] = result["dense"]["median_seconds"] / result["csr"]["median_seconds"]
-    return result
+    dense_seconds, csr_seconds = [], []
+    for _ in range(repeats):
+        dense_seconds.append(seconds(dense, inputs))
+        csr_seconds.append(seconds(sparse, inputs))
+    speedups = [slow / fast for slow, fast in zip(dense_seconds, csr_seconds, strict=True)]
+    low, speedup, high = statistics.quantiles(speedups, n=4)
+    return {
+        "dense_seconds": statistics.median(dense_seconds),
+        "csr_seconds": statistics.median(csr_seconds),
+        "speedup": speedup,
+        "speedup_quartiles": [low, high],
+    }
+
+
+def seconds(module: nn.Module, inputs: Tensor) -> float:
+    """CPU time of one call in this thread, which does all the work."""
+    start = time.thread_time()
+    module(inputs)
+    return time.thread_time() - start
 
 
 def layer_times(name: str, density: float) -> dict[str, Any]:
@@ -180,7 +184,6 @@ def layer_times(name: str, density: float) -> dict[str, Any]:
 
 def network_times(density: float) -> dict[str, Any]:
     """Time all of ResNet50 against itself with CSR layers."""
-    torch.manual_seed(0)
     dense = resnet50(density)
     sparse = resnet50(density)
     sparse.load_state_dict(dense.state_dict())
@@ -196,7 +199,6 @@ def machine() -> dict[str, Any]:
     return {
         "cpu": names[0] if names else platform.processor(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
-        "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "commit": commit.stdout.strip(),
     }
@@ -204,27 +206,29 @@ def machine() -> dict[str, Any]:
 
 def table(results: dict[str, Any]) -> str:
     """All figures in Markdown."""
-    head = f"| {'sparsity':<40} | " + " | ".join(f"{sparsity:>9.0%}" for sparsity in SPARSITIES) + " |"
-    lines = [head, f"| {'-' * 40} | " + " | ".join("-" * 8 + ":" for _ in SPARSITIES) + " |"]
-
-    def row(name: str, cells: list[str]) -> None:
-        lines.append(f"| {name:<40} | " + " | ".join(f"{cell:>9}" for cell in cells) + " |")
-
-    for what in ("file", "memory"):
-        small = "packed" if what == "file" else "csr"
-        dense = results["sizes"][0][f"{what}_dense"] / 1e6
-        cells = [f"{size[f'{what}_{small}'] / 1e6:.1f} MB" for size in results["sizes"]]
-        row(f"{what}, {small} (dense: {dense:.1f} MB)", cells)
-    for name, times in results["times"].items():
-        dense = statistics.median(time["dense"]["median_seconds"] for time in times) * 1e3
-        row(f"{name}, CSR (dense: {dense:.1f} ms)", [f"{time['speedup']:.2f}x" for time in times])
-    about = results["machine"]
-    lines += [
-        "",
-        f"Batch {BATCH}, float32; nx means n times as fast as dense. {about['cpu']}, {about['instructions']}, "
-        f"{about['threads']} threads, torch {about['torch']}, commit {about['commit']}.",
+    sizes, about = results["sizes"], results["machine"]
+    rows = [
+        ["sparsity", *(f"{sparsity:.0%}" for sparsity in SPARSITIES)],
+        ["---", *("---:" for _ in SPARSITIES)],
+        [f"file, packed ({megabytes(sizes[0]['file_dense'])})", *(megabytes(size["file_packed"]) for size in sizes)],
+        [f"memory, CSR ({megabytes(sizes[0]['memory_dense'])})", *(megabytes(size["memory_csr"]) for size in sizes)],
     ]
-    return "\n".join(lines)
+    for name, times in results["times"].items():
+        dense = statistics.median(time["dense_seconds"] for time in times) * 1e3
+        rows.append([f"time, {name} ({dense:.3g} ms)", *(f"{time['speedup']:.2f}x" for time in times)])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows
+    ]
+    return "\n".join(lines) + (
+        f"\n\nIn brackets: dense. nx: n times as fast as dense, at batch {BATCH} in float32. Measured on "
+        f"one thread of {about['cpu']} ({about['instructions']}), torch {about['torch']}, commit {about['commit']}."
+    )
+
+
+def megabytes(size: int) -> str:
+    """Bytes, readable."""
+    return f"{size / 1e6:.1f} MB"
 
 
 @torch.inference_mode()
@@ -237,6 +241,7 @@ def main() -> None:
     args = parser.parse_args()
     warnings.filterwarnings("ignore", message="Sparse (CSR|invariant)")
     densities = [1 - sparsity for sparsity in SPARSITIES]
+    torch.set_num_threads(1)
     torch.manual_seed(0)
     times = {name: [layer_times(name, density) for density in densities] for name in LAYERS}
     times["ResNet50, all layers"] = [network_times(density) for density in densities]

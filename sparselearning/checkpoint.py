@@ -1,12 +1,11 @@
 """Files that are whole or absent, and everything that an exact resume needs."""
 
+import contextlib
 import io
 import json
 import os
-import pickle
 import random
 import shutil
-import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import IO, Any
@@ -32,7 +31,8 @@ def write_whole(path: Path, write: Callable[[IO[bytes]], None]) -> None:
             os.fsync(file.fileno())
         temporary.replace(path)
     except (OSError, RuntimeError) as error:  # torch.save reports a failed write as a RuntimeError
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise FaultError(f"cannot write {path}: {reason}") from error
 
@@ -62,7 +62,7 @@ def load_torch(path: Path) -> dict[str, Any]:
         content = torch.load(io.BytesIO(path.read_bytes()), map_location="cpu", weights_only=True)
     except OSError as error:
         raise FaultError(f"cannot read {path}: {error.strerror or error}") from error
-    except (RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+    except Exception as error:  # whatever the unpickler stumbles over in a damaged file
         raise FaultError(f"{path} is truncated or not a file of tensors that PyTorch saved") from error
     if not isinstance(content, dict):
         raise FaultError(f"{path} holds no dictionary of tensors")
@@ -108,8 +108,12 @@ class RunFolder:
 
     def make_room(self) -> Path | None:
         """Move an earlier run of the same name aside; return where it went."""
+        if self.path.exists() and not self.path.is_dir():
+            raise FaultError(f"{self.path} is to be a run's folder, but a file stands there")
         if not self.path.exists() or not any(self.path.iterdir()):
             return None
+        if self.path.resolve() == Path.cwd():
+            raise UsageError(f"{self.path} is the present folder, and not empty: name another one for the run")
         number = 1
         while (aside := self.path.with_name(f"{self.path.name}.old-{number}")).exists():
             number += 1

@@ -2,7 +2,7 @@
 
 import inspect
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -94,12 +94,12 @@ def wrap(model: nn.Module, device: torch.device) -> nn.Module:
     # BatchNorm statistics stay each rank's own while training (torch's buffers broadcast would overwrite all
     # ranks' with rank 0's at every forward pass) and are averaged when it counts: see `average_buffers`.
     known = inspect.signature(DistributedDataParallel).parameters
-    without_sync = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    without_sync: Any = {"forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False}
     return DistributedDataParallel(
         model,
         device_ids=[device] if device.type == "cuda" else None,
         gradient_as_bucket_view=True,
-        **{without_sync: False},
+        **without_sync,
     )
 
 
@@ -144,11 +144,11 @@ def average_buffers(model: nn.Module) -> None:
             buffer.div_(world_size())
 
 
-def broadcast(tensors: Sequence[Tensor]) -> None:
-    """Overwrite ``tensors`` by rank 0's, in place."""
+def broadcast(tensor: Tensor) -> Tensor:
+    """Overwrite a contiguous ``tensor`` by rank 0's, in place."""
     if world_size() > 1:
-        for tensor in tensors:
-            dist.broadcast(tensor, src=0)
+        dist.broadcast(tensor, src=0)
+    return tensor
 
 
 def broadcast_object(value: Any) -> Any:

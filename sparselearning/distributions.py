@@ -73,9 +73,9 @@ def apportion(total: int, shares: Sequence[float], capacity: Sequence[int]) -> l
     open_places = [i for i in range(len(capacity)) if capacity[i] > 0]
     left = total
     while open_places:
-        weights = {i: float(shares[i]) for i in open_places}
+        weights = _relative({i: float(shares[i]) for i in open_places})
         if sum(weights.values()) <= 0:
-            weights = {i: float(capacity[i]) for i in open_places}
+            weights = _relative({i: float(capacity[i]) for i in open_places})
         unit = left / sum(weights.values())
         full = [i for i in open_places if weights[i] * unit >= capacity[i]]
         if not full:
@@ -86,12 +86,25 @@ def apportion(total: int, shares: Sequence[float], capacity: Sequence[int]) -> l
         open_places = [i for i in open_places if counts[i] == 0]
     if not open_places:
         return counts
-    quota = {i: weights[i] * unit for i in open_places}
-    for i in open_places:
-        counts[i] = math.floor(quota[i])
-        left -= counts[i]
-    by_remainder = sorted(open_places, key=lambda i: counts[i] - quota[i])
-    for i in by_remainder[:left]:
+    shared_out = _largest_remainder([weights[i] * unit for i in open_places], left)
+    for i, count in zip(open_places, shared_out, strict=True):
+        counts[i] = count
+    return counts
+
+
+def _relative(shares: dict[int, float]) -> dict[int, float]:
+    """Shares as multiples of the largest, so that no sum overflows; beside an infinite one the others are nothing."""
+    largest = max(shares.values())
+    if math.isinf(largest):
+        return {i: float(math.isinf(share)) for i, share in shares.items()}
+    return {i: share / largest for i, share in shares.items()} if largest > 0 else shares
+
+
+def _largest_remainder(quotas: Sequence[float], total: int) -> list[int]:
+    """Round quotas to counts that add up to ``total``: floors, and one more for the largest remainders."""
+    counts = [math.floor(quota) for quota in quotas]
+    by_remainder = sorted(range(len(quotas)), key=lambda i: counts[i] - quotas[i])
+    for i in by_remainder[: total - sum(counts)]:
         counts[i] += 1
     return counts
 
@@ -101,9 +114,9 @@ def layer_counts(shapes: Mapping[str, Sequence[int]], densities: Mapping[str, fl
 
     Each layer gets its density's share by largest-remainder rounding.
     """
-    sizes = [math.prod(shape) for shape in shapes.values()]
-    shares = [densities[name] * size for name, size in zip(shapes, sizes, strict=True)]
-    counts = apportion(active_count(sum(sizes), density), shares, sizes)
+    sizes = {name: math.prod(shape) for name, shape in shapes.items()}
+    quotas = [densities[name] * size for name, size in sizes.items()]
+    counts = _largest_remainder(quotas, active_count(sum(sizes.values()), density))
     return dict(zip(shapes, counts, strict=True))
 
 

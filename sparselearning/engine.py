@@ -119,7 +119,7 @@ class Plan:
         if not self.is_cycle(epoch):
             return self.pretrain_lr(epoch)
         if self.cycle_lr is None:
-            return self.pretrain_lr(self.budget.pretrain_epochs - 1)
+            return self.pretrain_lr(max(self.budget.pretrain_epochs - 1, 0))
         return cyclic_lr((self._in_cycle(epoch) + batch / batches) / self.budget.cycle_epochs, *self.cycle_lr)
 
     def _in_cycle(self, epoch: int) -> int:
@@ -249,7 +249,7 @@ class Trainer:
         self._resumed_at = time.perf_counter()
         self._price_training()
         try:
-            if self.superposition is None and not self.plan.pre_train:
+            if self.superposition is None and self.epoch == self.plan.budget.pretrain_epochs:  # cycles alone
                 self._adopt_pretrained(self.evaluate()[1])
                 self._open_cycle()
             while self.epoch < self.plan.end_epoch:

@@ -229,11 +229,15 @@ def to_onnx(network: nn.Module, input_shape: Sequence[int]) -> bytes:
             verbose=False,
         )
         assert program is not None  # only the old exporter returns nothing
-        content = program.model_proto.SerializeToString()
+        model = program.model_proto
+        for node in model.graph.node:
+            del node.metadata_props[:]  # stack traces, with paths of this machine
+        content = model.SerializeToString()
         session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
         logits = torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
     except Exception as error:  # PyTorch, onnxscript and onnxruntime raise errors of many kinds
-        raise FaultError(f"the network cannot be converted to ONNX: {error}") from error
+        reason = str(error.__cause__ or error).strip().partition("\n")[0]
+        raise FaultError(f"the network cannot be converted to ONNX: {reason}") from error
     _check_equal("the ONNX file, run by onnxruntime,", logits, network(images))
     return content
 

@@ -69,6 +69,11 @@ def non_negative(text: str) -> int:
     return _number(text, int, lambda value: value >= 0, "it is a whole number of at least 0")
 
 
+def seed(text: str) -> int:
+    """Parse a seed that every random generator takes, in [0, 2⁶³)."""
+    return _number(text, int, lambda value: 0 <= value < 2**63, "a seed is a whole number in [0, 2^63)")
+
+
 def positive(text: str) -> int:
     """Parse a whole number, at least 1."""
     return _number(text, int, lambda value: value >= 1, "it is a whole number of at least 1")
@@ -88,7 +93,7 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
     """Flags about the run as a whole: seed, files, device, number formats."""
     group = parser.add_argument_group("run")
     group.add_argument("--indicate_method", default="Results", metavar="NAME", help="first folder of the run's path")
-    group.add_argument("--seed", type=non_negative, default=17, help="of weights, masks, data order and augmentation")
+    group.add_argument("--seed", type=seed, default=17, help="of weights, masks, data order and augmentation")
     group.add_argument("--save", type=Path, metavar="DIR", help="where the run's files go, in place of saved_models/…")
     group.add_argument(
         "--resume", type=Path, metavar="PATH",

@@ -199,8 +199,9 @@ class Masking:
                 name: torch.empty_like(weight, dtype=torch.bool).copy_(drawn[name])
                 for name, weight in parameters.items()
             }
-        distributed.broadcast([_flat(mask, mask) for mask in self.masks.values()])
-        self._ever_active = {name: _flat(mask, mask).cpu().clone() for name, mask in self.masks.items()}
+        for mask in self.masks.values():
+            mask.copy_(distributed.broadcast(mask.contiguous()))
+        self._ever_active = {name: mask.to("cpu", copy=True) for name, mask in self.masks.items()}
         self.apply_masks()
 
     def step(self, scaler: torch.amp.GradScaler | None = None) -> None:
@@ -215,13 +216,14 @@ class Masking:
         else:
             scaler.step(self.optimizer)
             scaler.update()
-        self._decay_off_mask_momentum()
-        self.apply_masks()
         self.steps += 1
-        if not self.update_due(self.steps):
-            return
-        self._overdue = scaler is not None and not self._gradients_are_finite()
-        if not self._overdue:
+        due, tracks = self.update_due(self.steps), self.growth in MOMENTUM_GROWTH
+        skipped = scaler is not None and (due or tracks) and not self._gradients_are_finite()
+        if tracks and not skipped:
+            self._decay_off_mask_momentum()
+        self.apply_masks()
+        self._overdue = due and skipped
+        if due and not skipped:
             self._update_topology()
 
     def update_due(self, step: int) -> bool:
@@ -239,7 +241,7 @@ class Masking:
             raise UsageError(f"prune_rate lies in [0, 1], not {prune_rate}")
         layers = self._layers()
         self._explore(layers, prune_rate)
-        self._settle()
+        self._settle(layers)
 
     def density(self) -> float:
         """Active over maskable weights, exactly."""
@@ -332,7 +334,7 @@ class Masking:
             gradual_prune(layers, self.scheduled_density(), self.method.uniform)
         if self.method.grows:
             self._explore(layers)
-        self._settle()
+        self._settle(layers)
 
     def _explore(self, layers: list[Layer], prune_rate: float | None = None) -> None:
         """Prune and grow ``layers``; a ``prune_rate`` of its own leaves the steered threshold alone."""
@@ -349,13 +351,17 @@ class Masking:
         )
         self._explorations += 1
         if steers and threshold is not None and before:
-            self._threshold = steer_threshold(threshold, removed / before, rate)
+            # A threshold of zero could not be steered: look for one anew next time.
+            self._threshold = steer_threshold(threshold, removed / before, rate) or None
 
-    def _settle(self) -> None:
+    def _settle(self, layers: list[Layer]) -> None:
         """Apply masks that just changed, record them, and prove that all ranks changed them alike."""
+        for mask, layer in zip(self.masks.values(), layers, strict=True):
+            if layer.mask.data_ptr() != mask.data_ptr():  # a memory format that has no flat view
+                mask.copy_(layer.mask.view(mask.shape))
         self.apply_masks()
         for name, mask in self.masks.items():
-            self._ever_active[name].logical_or_(_flat(mask, mask).cpu())
+            self._ever_active[name].logical_or_(mask.cpu())
         if distributed.world_size() > 1:
             prints = torch.stack([_fingerprint(_flat(mask, mask)) for mask in self.masks.values()])
             if not distributed.all_equal(prints):
@@ -388,8 +394,9 @@ class Masking:
         return layers
 
     def _gradients_are_finite(self) -> bool:
-        gradients = [weight.grad for weight in self._parameters.values() if weight.grad is not None]
-        return bool(nn.utils.get_total_norm(gradients).isfinite())
+        """Whether the scaler let the optimizer take its step: it skips steps with any gradient that is not finite."""
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
+        return bool(torch.stack([p.grad.isfinite().all() for p in parameters]).all())
 
     # ------------------------------------------------------------------------------------ optimizer state
 
@@ -405,8 +412,6 @@ class Masking:
         these modes the rest of the dense momentum is kept beside them, and :meth:`apply_masks` moves into it what
         the optimizer just added there. Buffer plus rest is what dense training would hold.
         """
-        if self.growth not in MOMENTUM_GROWTH:
-            return
         coefficients = _momentum_coefficients(self.optimizer)
         for name, weight in self._parameters.items():
             kept = self._off_mask_momentum.setdefault(name, {})
@@ -448,8 +453,9 @@ def zero_inactive(tensors: Sequence[Tensor], mask: Tensor) -> None:
 
 
 def _flat(tensor: Tensor, reference: Tensor) -> Tensor:
-    """View ``tensor`` as one dimension in the memory order of ``reference``: contiguous, or channels-last."""
-    if reference.dim() == 4 and not reference.is_contiguous():
+    """Lay ``tensor`` out as one dimension, neuron by neuron: a view, if it has ``reference``'s memory format and that
+    is contiguous or channels-last; else a copy."""
+    if reference.dim() == 4 and reference.is_contiguous(memory_format=torch.channels_last):
         tensor = tensor.permute(0, 2, 3, 1)
     return tensor.reshape(-1)
 

@@ -238,8 +238,6 @@ def comparison(groups: Sequence[Group]) -> Figure:
     columns = [column for column in COLUMNS if column.name in COMPARED and any(map(column.spread, groups))]
     figure = Figure(figsize=(WIDTH, 1.2 + len(groups) * (0.15 + 0.17 * len(columns))))
     axes = figure.subplots()
-    if any(group.control for group in groups):
-        axes.plot([], [], color=BLUE, linestyle="--", linewidth=1, label="final, plain training (mean)")
     for row, column in enumerate(columns):
         color, marker = COMPARED[column.name]
         offset = (row - (len(columns) - 1) / 2) * 0.75 / len(columns)
@@ -251,9 +249,12 @@ def comparison(groups: Sequence[Group]) -> Figure:
                 singles = [single for run in group.runs if (single := column.value(group, run)) is not None]
                 if len(singles) > 1:
                     axes.plot(singles, [y + 0.09] * len(singles), ".", color=color, markersize=3)
+    plain: dict[str, Any] = {"color": BLUE, "linestyle": "--", "linewidth": 1}
+    if any(group.control for group in groups):
+        axes.plot([], [], label="plain training, final (mean)", **plain)
     for place, group in enumerate(groups):
         if group.control and (spread := columns[-1].spread(group.control)):
-            axes.plot([spread.mean] * 2, [place - 0.45, place + 0.45], color=BLUE, linestyle="--", linewidth=1)
+            axes.plot([spread.mean] * 2, [place - 0.45, place + 0.45], **plain)
     for border in range(1, len(groups)):
         axes.axhline(border - 0.5, color=GREY, linewidth=0.5, alpha=0.4)
     axes.set_yticks(range(len(groups)), [_wrapped(group) for group in groups])
@@ -308,7 +309,7 @@ def _dot(run: Run) -> str:
 def _legend_above(figure: Figure, axes: Axes) -> None:
     """Name what is drawn in ``axes`` above all panels, where it hides nothing."""
     handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=3, frameon=False)
+    figure.legend(handles, labels, loc="outside upper center", ncols=4 if len(labels) == 4 else 3, frameon=False)
 
 
 def _log_scale(axes: Axes) -> None:

@@ -89,7 +89,9 @@ class Progress:
             self._events.close()
 
     def _log(self, step: int, row: Mapping[str, Any]) -> None:
-        for key, value in row.items() if self._events else ():
+        if self._events is None:
+            return
+        for key, value in row.items():
             if isinstance(value, int | float):
                 self._events.add_scalar(key, value, step)
 

@@ -51,6 +51,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from sparselearning.flags import Parser  # here: flags imports experiment, which prints run_table
 
     parser = Parser(__doc__.splitlines()[0])
+    parser.prog = "python -m sparselearning.report"
     parser.add_argument(
         "runs", nargs="+", type=Path, metavar="RUN", help="a run's folder, or a folder under which runs lie"
     )
@@ -87,8 +88,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if single and single.summary:
         print(run_table(single.summary, single.folder.path))
     else:
-        print(tables.get("results.md") or f"{left_out[0]}: pictures, but no tables yet")
-    print(f"tables and pictures in {out}")
+        print(tables.get("results.md") or f"{left_out[0]}; pictures, but no tables yet")
+    print(f"written to {out}")
 
 
 def _write_text(text: str, file: IO[bytes]) -> None:

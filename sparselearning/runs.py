@@ -22,7 +22,7 @@ FLAGS = {"seed": int, "sparse": bool, "fix": bool, "method": str, "growth": str,
 METRICS = dict.fromkeys(("epoch", "lr", "train_loss", "train_acc", "eval_loss", "eval_acc", "density"), NUMBER)
 METRICS |= {"ticket": OPTIONAL_NUMBER}
 TICKETS = dict.fromkeys(("ticket", "ticket_acc", "superposed_acc"), NUMBER)
-SUMMARY = dict.fromkeys(("pretrain_acc", "final_acc", "density", "gain"), NUMBER)
+SUMMARY = dict.fromkeys(("pretrain_acc", "final_acc", "density", "gain", "total_seconds"), NUMBER)
 SUMMARY |= {"ticket_acc": list, "superposed_acc": list, "gain_over_ticket": OPTIONAL_NUMBER}
 """What the report needs of each file: name to type."""
 
@@ -150,13 +150,17 @@ def read_run(path: Path) -> Run:
     if not metrics:
         raise FaultError(f"{folder.metrics} holds no finished epoch")
     summary = _read_json(folder.summary, SUMMARY) if folder.summary.exists() else None
+    tickets = []
     if folder.tickets.exists():
         tickets = _read_jsonl(folder.tickets, TICKETS)
     elif summary:  # which repeats the accuracies, for whoever keeps only the small files
-        pairs = zip(summary["ticket_acc"], summary["superposed_acc"], strict=False)
-        tickets = [{"ticket": n, "ticket_acc": t, "superposed_acc": s} for n, (t, s) in enumerate(pairs, start=1)]
-    else:
-        tickets = []
+        columns = zip(summary["ticket_acc"], summary["superposed_acc"], strict=False)
+        tickets = [dict(zip(TICKETS, (n, *pair), strict=True)) for n, pair in enumerate(columns, start=1)]
+    cycles = {row["ticket"] for row in metrics}
+    for row in tickets:
+        _check(row, TICKETS, str(folder.summary))
+        if row["ticket"] not in cycles:
+            raise FaultError(f"{folder.metrics} is damaged: it has no epoch of ticket {row['ticket']}")
     return Run(folder, config["flags"], config.get("environment", {}), metrics, tickets, summary)
 
 
@@ -231,7 +235,7 @@ def group_runs(runs: Iterable[Run]) -> tuple[list[Group], list[str]]:
     left_out = []
     for run in runs:
         if run.summary is None:
-            left_out.append(f"{run.folder.path}: unfinished after {len(run.metrics)} epochs")
+            left_out.append(f"{run.folder.path}: unfinished, epochs done: {len(run.metrics)}")
             continue
         recipe, ticket_flags = _effective_flags(run)
         key = json.dumps([run.name, recipe, ticket_flags], sort_keys=True)

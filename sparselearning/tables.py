@@ -107,6 +107,7 @@ COLUMNS = (
         "gain_over_plain_points", "over plain training [points]", _gain_over_plain,
         signed=True, has_std=_pairs_with_control,
     ),
+    Column("explored", "ever active, R_s", _summary("explored"), digits=3),
     Column("parameters_of_dense", "parameters [of dense]", _summary("parameters_of_dense"), digits=3),
     Column("inference_flops_of_dense", "inference FLOPs [of dense]", _summary("inference_flops_of_dense"), digits=3),
     Column("training_flops_of_dense", "training FLOPs [of dense]", _summary("training_flops_of_dense"), digits=3),

@@ -58,13 +58,12 @@ def select_largest(score: Callable[..., Tensor], layers: Sequence[tuple[Tensor, 
     """
     if k == 0:
         return [torch.zeros_like(tensors[0], dtype=torch.bool) for tensors in layers]
-    whole = (-torch.inf, torch.inf)
-    for low, high in (_bracket(score, layers, k), whole):
+    for low, high in (_bracket(score, layers, k), (None, None)):
         chosen, positions, values = [], [], []
         for tensors in layers:
             scores = score(*tensors)
-            above = scores >= high
-            within = (scores > low if low == -torch.inf else scores >= low).logical_xor_(above)
+            above = torch.zeros_like(scores, dtype=torch.bool) if high is None else scores >= high
+            within = (scores > -torch.inf if low is None else scores >= low).logical_xor_(above)
             chosen.append(above)
             positions.append(within.nonzero().squeeze(1))
             values.append(scores[positions[-1]])
@@ -80,20 +79,21 @@ def select_largest(score: Callable[..., Tensor], layers: Sequence[tuple[Tensor, 
     return chosen
 
 
-def _bracket(score: Callable[..., Tensor], layers: Sequence[tuple[Tensor, ...]], k: int) -> tuple[float, float]:
-    """Two scores between which, judging by a strided sample, the k-th largest lies."""
+def _bracket(
+    score: Callable[..., Tensor], layers: Sequence[tuple[Tensor, ...]], k: int
+) -> tuple[float | None, float | None]:
+    """Two scores between which, judging by a strided sample, the k-th largest lies; None: no bound."""
     size = sum(tensors[0].numel() for tensors in layers)
     stride = size // SAMPLE_SIZE | 1
     if stride == 1:
-        return -torch.inf, torch.inf
+        return None, None
     sample = torch.cat([score(*(tensor[::stride] for tensor in tensors)) for tensors in layers])
     rank = k / size * len(sample)
     slack = 4 * math.sqrt(rank * (1 - k / size)) + 4  # four standard deviations of the rank, and rounding
     low, high = math.ceil(rank + slack), math.floor(rank - slack)
-    return (
-        float(sample.kthvalue(len(sample) - low + 1).values) if low <= len(sample) else -torch.inf,
-        float(sample.kthvalue(len(sample) - high + 1).values) if high >= 1 else torch.inf,
-    )
+    lower = float(sample.kthvalue(len(sample) - low + 1).values) if low <= len(sample) else -torch.inf
+    upper = float(sample.kthvalue(len(sample) - high + 1).values) if high >= 1 else None
+    return (lower if lower > -torch.inf else None), upper
 
 
 def _largest_exactly(values: Tensor, k: int) -> Tensor:

@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import shlex
 import shutil
 import sys
 
@@ -17,12 +18,12 @@ from sparselearning.errors import FaultError, UsageError
 from sparselearning.superpose import caa_factor, cima_factor, prune_to_density, superpose
 
 DENSITY, FACTOR, MEMBERS = 0.1, 0.3, 3
-RUN_FLAGS = (
+RUN_FLAGS = shlex.split(
     f"--data digits --model cifar_resnet_8_4 --epochs 3 --cycle 1 --cycle_rate 0.67 --batch-size 128 --lr 0.05 "
     f"--sparse --method GraNet --init-density 0.5 --final-density {DENSITY} --final-prune-epoch 1 --update-frequency 4 "
     f"--pre_train --cyclic_train --re_explore --large-death-rate 0.5 --cyc_lr --lr_1 0.01 --lr_2 0.05 --update_bn "
     f"--CIMA_factor {FACTOR} --keep-tickets --workers 1 --no-cuda --seed 5"
-).split()
+)
 
 
 def mask(*bits):
@@ -74,7 +75,7 @@ def test_barrier_is_the_rise_above_the_chord(values, expected):
 def test_layers_are_set_beside_random_masks_as_dense():
     half, quarter = mask(1, 1, 0, 0), mask(0, 1, 0, 0)
     row = compare_layer("fc", [half, quarter])
-    # Random: 1/2 · 1/4 of the weights shared, 1/2 + 1/4 − 1/8 united.
+    # Random: 1/2 · 1/4 of the weights shared, 1/2 + 1/4 - 1/8 united.
     assert row["chance"] == pytest.approx((1 / 8) / (5 / 8))
     assert row["mean_overlap"] == 0.5
     assert row["densities"] == [0.5, 0.25]
@@ -107,9 +108,19 @@ def finished(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def analysed(finished):
+    """The run analysed with its own settings, and a grid."""
+    return analyse(
+        finished, "--points", 3, "--grid", "--factors", 0.9, FACTOR, "--save-network", finished.parent / "again.pth"
+    )
+
+
 @pytest.fixture
-def run(finished, tmp_path):
-    return shutil.copytree(finished, tmp_path / "run")
+def run(finished, tmp_path, monkeypatch):
+    """A copy to analyse otherwise, or to spoil; without pictures, which take longest."""
+    monkeypatch.setattr(analyze_tickets, "draw", lambda results, out: None)
+    return shutil.copytree(finished, tmp_path / "run", ignore=shutil.ignore_patterns("analysis"))
 
 
 def analyse(run, *words):
@@ -125,53 +136,40 @@ def same_tensors(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_the_runs_own_settings_reproduce_its_superposition_bit_for_bit(run, tmp_path, capsys):
-    results = analyse(run, "--save-network", tmp_path / "again.pth")
-    own, again = load(run / "model_previous.pth"), load(tmp_path / "again.pth")
+def accuracies(results):
+    return {row["name"]: row["accuracy"] for row in results["networks"]}
+
+
+def test_the_runs_own_settings_reproduce_its_superposition_bit_for_bit(finished, analysed):
+    own, again = load(finished / "model_previous.pth"), load(finished.parent / "again.pth")
     assert same_tensors(own["state_dict"], again["state_dict"])
     assert same_tensors(own["masks"], again["masks"])
     assert own["epoch"] == again["epoch"]
-    assert results["same_as_run"]
-    assert "bit for bit the run's own" in capsys.readouterr().out
-
-    rows = [json.loads(line) for line in (run / "tickets.jsonl").read_text().splitlines()]
-    summary = json.loads((run / "summary.json").read_text())
-    accuracy = {row["name"]: row["accuracy"] for row in results["networks"]}
-    assert accuracy["ticket 0"] == summary["pretrain_acc"]
-    for row in rows:
-        assert accuracy[f"ticket {row['ticket']}"] == row["ticket_acc"]
-        assert accuracy[f"superposition {row['ticket']}"] == row["superposed_acc"]
+    assert analysed["same_as_run"]
 
 
-def test_another_average_budget_and_subset(run, tmp_path):
-    words = ["--superposing_method", "CAA", "--no-update_bn", "--final-density", "0.2", "--tickets", "1", "2"]
-    results = analyse(run, *words, "--save-network", tmp_path / "other.pth")
-    one, two = (load(run / "tickets" / f"ticket_{number}.pth") for number in (1, 2))
-    average = superpose(one["state_dict"], two["state_dict"], 1 / 2)
-    expected, _ = prune_to_density(average, one["masks"], 0.2)
-    assert same_tensors(expected, load(tmp_path / "other.pth")["state_dict"])
-    assert not results["same_as_run"]
-    assert results["settings"]["tickets"] == [1, 2]
-    assert [row["name"] for row in results["networks"]] == ["ticket 1", "ticket 2", "superposition 1", "logit ensemble"]
+def test_accuracies_are_those_that_the_run_recorded(finished, analysed):
+    summary = json.loads((finished / "summary.json").read_text())
+    recorded = {"ticket 0": summary["pretrain_acc"]}
+    for row in map(json.loads, (finished / "tickets.jsonl").read_text().splitlines()):
+        recorded |= {f"ticket {row['ticket']}": row["ticket_acc"]}
+        recorded |= {f"superposition {row['ticket']}": row["superposed_acc"]}
+    found = accuracies(analysed)
+    assert len(recorded) == 5
+    assert {name: found[name] for name in recorded} == recorded
 
 
-def test_the_ensemble_is_the_mean_of_all_members_logits(run, monkeypatch):
-    seen = []
-    logits = analyze_tickets.Bench.logits
-    monkeypatch.setattr(analyze_tickets.Bench, "logits", lambda *args: seen.append(logits(*args)) or seen[-1])
-    results = analyse(run)
-    ensemble = results["networks"][-1]
-    mean = sum(seen[:MEMBERS]) / MEMBERS
+def test_the_ensemble_is_the_mean_of_all_members_logits(finished, analysed):
+    bench = analyze_tickets.Bench.of(analyze_tickets.rebuilt_flags(analyze_tickets.parse([str(finished)]))[1])
+    states = [load(finished / "tickets" / f"ticket_{number}.pth")["state_dict"] for number in range(MEMBERS)]
+    mean = sum(bench.logits(state) for state in states) / MEMBERS
+    ensemble = analysed["networks"][-1]
     assert ensemble["forward_passes"] == MEMBERS
-    assert ensemble["accuracy"] == analyze_tickets.Bench.of(flags_of(run)).quality(mean)["accuracy"]
+    assert ensemble["loss"] == pytest.approx(bench.quality(mean)["loss"], rel=1e-5)
 
 
-def flags_of(run):
-    return analyze_tickets.rebuilt_flags(analyze_tickets.parse([str(run)]))[1]
-
-
-def test_matrices_have_the_networks_of_the_run_in_order(run):
-    pairs = analyse(run)["pairs"]
+def test_matrices_have_the_networks_of_the_run_in_order(analysed):
+    pairs = analysed["pairs"]
     assert pairs["names"] == ["ticket 0", "ticket 1", "ticket 2", "superposition 2"]
     for key, diagonal in (("overlap", 1), ("disagreement", 0), ("kl", 0)):
         for i, j in itertools.product(range(4), repeat=2):
@@ -182,69 +180,68 @@ def test_matrices_have_the_networks_of_the_run_in_order(run):
     assert pairs["overlap"][0][1] < 1  # the exploration moved connections
 
 
-def test_lines_start_and_end_at_their_networks(run):
-    results = analyse(run, "--points", "3")
-    accuracy = {row["name"]: row["accuracy"] for row in results["networks"]}
-    ends = [(line["from"], line["to"]) for line in results["lines"]]
-    final = "superposition 2"
-    assert ends == [
-        ("ticket 0", "ticket 1"),
-        ("ticket 1", "ticket 2"),
-        *((f"ticket {number}", final) for number in range(3)),
-    ]
-    for line in results["lines"]:
+def test_lines_start_and_end_at_their_networks(analysed):
+    final, accuracy = "superposition 2", accuracies(analysed)
+    expected = [("ticket 0", "ticket 1"), ("ticket 1", "ticket 2"), *((f"ticket {n}", final) for n in range(3))]
+    assert [(line["from"], line["to"]) for line in analysed["lines"]] == expected
+    for line in analysed["lines"]:
         assert line["share"] == [0, 0.5, 1]
-        assert line["accuracy"][0] == accuracy[line["from"]]
-        assert line["accuracy"][-1] == accuracy[line["to"]]
-        assert line["accuracy_barrier"] >= 0
+        assert (line["accuracy"][0], line["accuracy"][-1]) == (accuracy[line["from"]], accuracy[line["to"]])
+
+
+def test_the_grid_holds_the_runs_own_settings(analysed):
+    averages = [(row["superposing_method"], row["CIMA_factor"]) for row in analysed["grid"]]
+    assert averages == [("CAA", None), ("CIMA", 0.9), ("CIMA", FACTOR)]
+    final = next(row for row in analysed["networks"] if row["name"] == "superposition 2")
+    assert analysed["grid"][-1]["bn_re_estimated"] == {key: final[key] for key in ("accuracy", "loss")}
+
+
+def test_pictures_come_with_matplotlib(finished, analysed):
+    pytest.importorskip("matplotlib")
+    pictures = {"networks", "pairs", "layers", "lines", "grid"}
+    expected = {f"{name}.{kind}" for name in pictures for kind in ("png", "svg")} | {"analysis.json"}
+    assert {path.name for path in (finished / "analysis").iterdir()} == expected
+
+
+def test_without_matplotlib_there_are_no_pictures(analysed, tmp_path, monkeypatch, capsys):
+    for module in ("ticket_plots", "sparselearning.plots"):
+        monkeypatch.delitem(sys.modules, module, raising=False)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    analyze_tickets.draw(analysed, tmp_path)
+    assert "no pictures without matplotlib" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_another_average_budget_and_subset(run, tmp_path, capsys):
+    words = ["--superposing_method", "CAA", "--no-update_bn", "--final-density", "0.2", "--tickets", "1", "2"]
+    results = analyse(run, *words, "--save-network", tmp_path / "other.pth")
+    one, two = (load(run / "tickets" / f"ticket_{number}.pth") for number in (1, 2))
+    average = superpose(one["state_dict"], two["state_dict"], 1 / 2)
+    expected, _ = prune_to_density(average, one["masks"], 0.2)
+    assert same_tensors(expected, load(tmp_path / "other.pth")["state_dict"])
+    assert [row["name"] for row in results["networks"]] == ["ticket 1", "ticket 2", "superposition 1", "logit ensemble"]
+    assert not results["same_as_run"]
+    assert "by CAA, pruned to density 0.2, BatchNorm averaged; the last superposition is not" in capsys.readouterr().out
 
 
 def test_lines_with_bn_re_estimated_end_at_the_superposition_that_has_it_too(run):
-    results = analyse(run, "--line-bn", "--all-pairs")
-    accuracy = {row["name"]: row["accuracy"] for row in results["networks"]}
-    assert len(results["lines"]) == 6
-    to_final = [line for line in results["lines"] if line["to"] == "superposition 2"]
-    assert {line["accuracy"][-1] for line in to_final} == {accuracy["superposition 2"]}
+    results = analyse(run, "--line-bn", "--tickets", "0", "1")
+    to_final = [line for line in results["lines"] if line["to"] == "superposition 1"]
+    assert [line["accuracy"][-1] for line in to_final] == [accuracies(results)["superposition 1"]] * 2
 
 
-def test_the_grid_holds_the_runs_own_settings(run, capsys):
-    results = analyse(run, "--grid", "--factors", 0.9, FACTOR)
-    own = next(row for row in results["grid"] if row["CIMA_factor"] == FACTOR)
-    final = next(row for row in results["networks"] if row["name"] == "superposition 2")
-    assert own["bn_re_estimated"] == {key: final[key] for key in ("accuracy", "loss")}
-    averages = [(row["superposing_method"], row["CIMA_factor"]) for row in results["grid"]]
-    assert averages == [("CAA", None), ("CIMA", 0.9), ("CIMA", FACTOR)]
-    assert "CIMA with factor 0.3" in capsys.readouterr().out
-
-
-def test_tickets_of_a_dense_run_are_not_pruned(run):
+def test_tickets_of_a_dense_run_are_not_pruned_and_all_pairs_have_lines(run):
     config = json.loads((run / "config.json").read_text())
     config["flags"] |= {"sparse": False}
     (run / "config.json").write_text(json.dumps(config))
     for number in range(MEMBERS):
         path = run / "tickets" / f"ticket_{number}.pth"
         save_torch(path, load(path) | {"masks": {}})
-    results = analyse(run)
+    results = analyse(run, "--all-pairs")
+    assert len(results["lines"]) == 6
     assert results["settings"]["final_density"] is None
     final = next(row for row in results["networks"] if row["name"] == "superposition 2")
     assert final["density"] > DENSITY
-    assert analyse(run, "--final-density", "0.05")["settings"]["final_density"] == 0.05
-
-
-def test_pictures_come_with_matplotlib(run):
-    pytest.importorskip("matplotlib")
-    analyse(run, "--grid", "--factors", 0.5)
-    pictures = {"networks", "pairs", "layers", "lines", "grid"}
-    expected = {f"{name}.{kind}" for name in pictures for kind in ("png", "svg")} | {"analysis.json"}
-    assert {path.name for path in (run / "analysis").iterdir()} == expected
-
-
-def test_figures_come_without_matplotlib(run, monkeypatch, capsys):
-    for module in ("matplotlib", "ticket_plots", "sparselearning.plots"):
-        monkeypatch.delitem(sys.modules, module, raising=False)
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert analyse(run)["same_as_run"]
-    assert "no pictures without matplotlib" in capsys.readouterr().err
 
 
 # -------------------------------------------------------------------------------------------------------- misuse

@@ -276,7 +276,7 @@ class TestOnnx:
             to_onnx(network, (4, 6, 6))
 
     def test_what_cannot_be_converted_is_told(self, onnx):
-        with pytest.raises(FaultError, match="cannot be converted"):
+        with pytest.raises(FaultError, match=r"cannot be converted to ONNX: .*data-dependent[^\n]*$"):
             to_onnx(Graph(lambda m, x: m.conv(x) if x.sum() > 0 else x).eval(), (4, 6, 6))
 
     def test_without_onnxruntime_the_user_is_told_what_to_install(self, monkeypatch):
@@ -339,7 +339,9 @@ class TestCommand:
         state, metadata = load_sparse(tmp_path / "out.safetensors")
         assert metadata["folded_batchnorms"] == 1
         assert state.keys() == {"0.0.weight", "0.0.bias", "3.weight", "3.bias"}
-        assert (tmp_path / "out.onnx").stat().st_size > 0
+        onnx_file = (tmp_path / "out.onnx").read_bytes()
+        assert b"images" in onnx_file
+        assert not any(str(folder).encode() in onnx_file for folder in (tmp_path, Path(torch.__file__).parent))
         assert "agrees with PyTorch" in capsys.readouterr().out
 
     def test_a_bare_state_dict_needs_no_config(self, run, tmp_path):

@@ -160,6 +160,12 @@ def test_neuron_quotas_stop_at_the_neurons_room():
     assert positions([GROWTH["momentum_neuron"](crowded, 3, generator())]) == [[3, 5, 7]]
 
 
+def test_neurons_share_by_their_mean_whatever_single_weights_have():
+    # Means 9 : 1, so of 4 they get 3.6 -> 4 and 0.4 -> 0, though only one weight of neuron 0 has any momentum.
+    lopsided = layer([0.0] * 8, [0] * 8, momentum=[36.0, 0, 0, 0, 1, 1, 1, 1])
+    assert positions([GROWTH["momentum_neuron"](lopsided, 4, generator())]) == [[0, 1, 2, 3]]
+
+
 def test_random_growth_is_uniform_over_the_inactive_weights():
     source, draws = generator(3), 3000
     hits, pairs = Counter(), Counter()
@@ -195,14 +201,14 @@ SHARED_OUT = [
     ("none", [4, 0]),
     ("nonzeros", [3, 1]),  # 6 : 2 active
     ("magnitude", [1, 3]),  # means 3.5 : 12, so 4 · (3.5, 12) / 15.5 = 0.90, 3.10
-    ("momentum", [2, 2]),  # means 1 : 1 at the active weights; 50 and 90 stand elsewhere
+    ("momentum", [2, 2]),  # means 1 : 1 at the active weights; 50 and 900 stand elsewhere
 ]
 
 
 def two_layers():
     first = layer(SMALL_WEIGHTS, SMALL_ACTIVE, gradient=GRADIENT, momentum=[1.0, -1, 1, 1, -1, 1, 50, 50])
     second = layer(
-        [16.0, -8, 0, 0, 0, 0, 0, 0], [1, 1, 0, 0, 0, 0, 0, 0], gradient=GRADIENT, momentum=[1.0, 1, 90, 0, 0, 0, 0, 0]
+        [16.0, -8, 0, 0, 0, 0, 0, 0], [1, 1, 0, 0, 0, 0, 0, 0], gradient=GRADIENT, momentum=[1.0, 1, 900, 0, 0, 0, 0, 0]
     )
     return [first, second]
 

@@ -1,0 +1,204 @@
+"""Two sides measured in turn, their ratio held against bars, and all of it as a table, JSON and a picture."""
+
+import platform
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
+
+import torch
+
+from sparselearning.experiment import environment
+
+COLUMNS = "{:<42} {:>30} {:>30} {:>23}  {}"
+
+
+class Side(NamedTuple):
+    """One side of a comparison: ``run`` is timed and does ``work`` (calls, steps or images); ``prepare`` is not."""
+
+    run: Callable[[], object]
+    work: float = 1
+    prepare: Callable[[], object] = lambda: None
+
+
+def alternate(sides: Sequence[Side], repeats: int, device: torch.device) -> list[list[float]]:
+    """Measure all sides in turn, A B A B …, ``repeats`` times after one round that warms up.
+
+    Returns:
+        Per side, the seconds per unit of work of every round.
+    """
+    seconds: list[list[float]] = [[] for _ in sides]
+    for round_number in range(1 + repeats):
+        for side, samples in zip(sides, seconds, strict=True):
+            side.prepare()
+            wait(device)
+            began = time.perf_counter()
+            side.run()
+            wait(device)
+            if round_number:
+                samples.append((time.perf_counter() - began) / side.work)
+    return seconds
+
+
+def wait(device: torch.device) -> None:
+    """Wait until the device has done all that it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+@dataclass(frozen=True)
+class Bar:
+    """What a row is to reach: at most ``limit``, or at least, for rates.
+
+    Attributes:
+        limit: of the ratio, or of the figure itself if ``of_figure``.
+        stretch: a harder limit.
+    """
+
+    limit: float
+    stretch: float | None = None
+    of_figure: bool = False
+
+
+@dataclass(frozen=True)
+class Row:
+    """One comparison.
+
+    Attributes:
+        what: is compared.
+        unit: of both sides; one that ends in ``/s`` is a rate, of which more is better.
+        this: the library's figure, round by round.
+        reference: the reference's.
+        bars: what the row is to reach.
+    """
+
+    what: str
+    unit: str
+    this: list[float]
+    reference: list[float]
+    bars: Sequence[Bar] = ()
+
+    @classmethod
+    def of_times(cls, what: str, this: list[float], reference: list[float]) -> "Row":
+        """Milliseconds, from seconds."""
+        return cls(what, "ms", [1000 * seconds for seconds in this], [1000 * seconds for seconds in reference])
+
+    @classmethod
+    def of_rates(cls, what: str, this: list[float], reference: list[float]) -> "Row":
+        """Images per second, from seconds per image."""
+        return cls(what, "images/s", [1 / seconds for seconds in this], [1 / seconds for seconds in reference])
+
+    @property
+    def ratios(self) -> list[float]:
+        """This over reference, round by round."""
+        return [a / b for a, b in zip(self.this, self.reference, strict=True)]
+
+    @property
+    def is_rate(self) -> bool:
+        """Whether more is better."""
+        return self.unit.endswith("/s")
+
+    def verdict(self, bar: Bar) -> str:
+        """Say whether the median reaches the bar: ``stretch``, ``pass`` or ``FAIL``."""
+        figure = median(self.this if bar.of_figure else self.ratios)
+        for limit, word in ((bar.stretch, "stretch"), (bar.limit, "pass")):
+            if limit is not None and (figure >= limit if self.is_rate else figure <= limit):
+                return word
+        return "FAIL"
+
+    def times_better(self, ratio: float) -> float:
+        """How many times faster a ratio is."""
+        return ratio if self.is_rate else 1 / ratio
+
+    def line(self) -> str:
+        """The row in the table."""
+        verdicts = [f"{self._text(bar)}: {self.verdict(bar)}" for bar in self.bars]
+        this, reference = (f"{spread(side)} {self.unit}" for side in (self.this, self.reference))
+        return COLUMNS.format(self.what, this, reference, spread(self.ratios), ", ".join(verdicts) or "-")
+
+    def _text(self, bar: Bar) -> str:
+        limits = " / ".join(number(limit) for limit in (bar.limit, bar.stretch) if limit is not None)
+        return f"{'≥' if self.is_rate else '≤'} {limits}" + (f" {self.unit}" if bar.of_figure else "")
+
+    def as_json(self) -> dict[str, Any]:
+        """Everything measured, sample by sample, and what came of it."""
+        ratios = self.ratios
+        return asdict(self) | {
+            "ratio": {"median": median(ratios), "min": min(ratios), "max": max(ratios)},
+            "bars": [asdict(bar) | {"verdict": self.verdict(bar)} for bar in self.bars],
+        }
+
+
+def header() -> str:
+    """The table's first line."""
+    return COLUMNS.format("what", "this", "reference", "ratio", "bar")
+
+
+def spread(values: Sequence[float]) -> str:
+    """Median, and smallest to largest in brackets."""
+    middle = number(median(values))
+    return middle if len(values) == 1 else f"{middle} ({number(min(values))}..{number(max(values))})"
+
+
+def number(value: float) -> str:
+    """At least three digits."""
+    if value >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:.3f}" if 0.1 <= value < 10 else f"{value:.3g}"
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """What figures depend on besides the setting: code, hardware, versions."""
+    return {"commit": commit(), "cpu": cpu_name()} | environment(device)
+
+
+def commit() -> str:
+    """Short hash of the code's commit, marked ``-dirty`` if files have changed since."""
+    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return done.stdout.strip()
+
+
+def cpu_name() -> str:
+    """Model name of the processor."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
+
+
+def plot(rows: Sequence[Row], title: str, path: Path) -> None:
+    """Draw how many times faster each row is than its reference, with its range and its bars. Needs matplotlib."""
+    from matplotlib import style
+    from matplotlib.figure import Figure
+
+    from sparselearning.plots import BLUE, STYLE, VERMILION
+
+    rows = [row for row in rows if row.unit != "MB"]
+    with style.context(STYLE):
+        figure = Figure(figsize=(7.5, 1.2 + 0.32 * len(rows)))
+        axes = figure.subplots()
+        for place, row in enumerate(rows):
+            better = [row.times_better(ratio) for ratio in row.ratios]
+            axes.barh(place, median(better), color=BLUE, height=0.6)
+            axes.hlines(place, min(better), max(better), color="black", linewidth=1)
+            label = f"{median(better):.3g} times"
+            axes.annotate(label, (max(better), place), (4, 0), textcoords="offset points", va="center", fontsize=8)
+            limits = [row.times_better(bar.limit) for bar in row.bars if not bar.of_figure]
+            axes.vlines(limits, place - 0.42, place + 0.42, color=VERMILION, linewidth=2)
+        axes.axvline(1, color="black", linewidth=0.8)
+        axes.set_yticks(range(len(rows)), [row.what for row in rows])
+        axes.invert_yaxis()
+        axes.set_xscale("log")
+        axes.margins(x=0.15)
+        axes.set_xlabel("times faster than the reference (black: range of the rounds; red: to reach)")
+        figure.suptitle(title, fontsize=7, wrap=True)
+        figure.savefig(path)

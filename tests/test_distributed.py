@@ -1,0 +1,694 @@
+"""Two gloo processes on the CPU against one process with the same global batch; CIFAR under torchrun.
+
+What makes one and two processes comparable: no BatchNorm in training mode (each rank normalises by its own half of the
+batch, as everywhere in data-parallel training), no dropout, and the same global batches. Where masks must agree to
+the bit the networks compute in float64, so that the other order of summation cannot swap two scores that nearly tie.
+"""
+
+import contextlib
+import itertools
+import json
+import multiprocessing
+import os
+import random
+import re
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+from datetime import timedelta
+from pathlib import Path
+
+import main_suptickets
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from cifar_data import Augmentation, TensorLoader
+from torch import nn
+from torch.distributed.elastic.multiprocessing.api import ProcessFailure, SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+from sparselearning import Masking, caa_factor, distributed, experiment, launch, update_bn
+from sparselearning.checkpoint import RunFolder, load_torch, seed_everything
+from sparselearning.data import Batch
+from sparselearning.engine import Plan, Sources, Stopped
+from sparselearning.errors import FaultError, UsageError
+from sparselearning.schedules import EpochBudget
+from sparselearning.topology import GROWTH, PRUNE, REDISTRIBUTION
+
+ROOT = Path(__file__).resolve().parent.parent
+CPU = torch.device("cpu")
+PATIENCE = 180  # seconds until a test gives up on other processes
+
+# ---------------------------------------------------------------------------------- processes, for both test files
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def wait_until(condition, seconds=PATIENCE):
+    """Poll; return what the condition returned, or fail."""
+    end = time.monotonic() + seconds
+    while not (result := condition()):
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.02)
+    return result
+
+
+def environment():
+    """Of scripts that tests start: one thread, no GPU, this checkout."""
+    return os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "CUDA_VISIBLE_DEVICES": "",
+        "PYTHONPATH": str(ROOT),
+        "PYTHON": sys.executable,
+    }
+
+
+@contextlib.contextmanager
+def started(command, log, cwd=None):
+    """Run a command, its output in ``log``; if it has not ended by itself, it is stopped at the end."""
+    with log.open("w") as output:
+        process = subprocess.Popen(command, cwd=cwd, env=environment(), stdout=output, stderr=subprocess.STDOUT)
+    try:
+        yield process
+    finally:
+        process.terminate()  # a launcher passes it on to its ranks, and waits for them
+        process.wait()
+
+
+def finished(command, log, cwd=None):
+    """Run a command to its end; return its exit status."""
+    with started(command, log, cwd) as process:
+        return process.wait(PATIENCE)
+
+
+def read_jsonl(path):
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def without_times(rows):
+    return [{key: row[key] for key in row.keys() - {"seconds", "images_per_second"}} for row in rows]
+
+
+def results(folder):
+    """All that a run computed: networks, masks, momentum, metrics; nothing that tells the time."""
+    folder = RunFolder(folder)
+    found = {"metrics": without_times(read_jsonl(folder.metrics)), "tickets": without_times(read_jsonl(folder.tickets))}
+    for path in (folder.current, folder.previous):
+        saved = load_torch(path)
+        for kind in ("state_dict", "masks"):
+            found |= {f"{path.name} {kind} {name}": tensor for name, tensor in saved[kind].items()}
+    for number, state in load_torch(folder.checkpoint)["optimizer"]["state"].items():
+        found |= {f"optimizer {number} {name}": value for name, value in state.items()}
+    return found
+
+
+def assert_identical(found, expected):
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        same = torch.equal(found[name], value) if isinstance(value, torch.Tensor) else found[name] == value
+        assert same, name
+
+
+# -------------------------------------------------------------------------------- two ranks that run what tests ask
+
+
+class Ranks:
+    """Two processes in one gloo group. A call runs a function in both and returns both results, rank 0's first."""
+
+    def __init__(self):
+        port, context = free_port(), multiprocessing.get_context("spawn")
+        self._pools = [ProcessPoolExecutor(1, context, join_group, (rank, port)) for rank in (0, 1)]
+
+    def __call__(self, function, *args):
+        futures = [pool.submit(function, *args) for pool in self._pools]
+        return [future.result(PATIENCE) for future in futures]
+
+    def close(self):
+        for pool in self._pools:
+            pool.shutdown()
+
+
+def join_group(rank, port):
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    distributed.COLLECTIVE_TIMEOUT = timedelta(seconds=60)
+    assert distributed.start(use_cuda=False) == CPU
+
+
+@pytest.fixture(scope="module")
+def ranks():
+    ranks = Ranks()
+    yield ranks
+    ranks.close()
+
+
+def as_numpy(tensors):
+    return {name: tensor.detach().numpy().copy() for name, tensor in tensors.items()}
+
+
+def assert_same_arrays(ours, theirs):
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        np.testing.assert_array_equal(ours[name], theirs[name], err_msg=name)
+
+
+# ------------------------------------------------------------------------------------------------- masks and weights
+
+STEPS, GLOBAL_BATCH = 20, 8
+
+
+def small_model(seed=0):
+    """A network without BatchNorm and dropout, for images of 2 x 6 x 6 and 5 classes."""
+    torch.manual_seed(seed)
+    layers = [nn.Conv2d(2, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 5)]
+    return nn.Sequential(*layers).double()
+
+
+def global_batches():
+    generator = torch.Generator().manual_seed(3)
+    images = torch.randn(STEPS, GLOBAL_BATCH, 2, 6, 6, generator=generator, dtype=torch.float64)
+    return zip(images, torch.randint(5, (STEPS, GLOBAL_BATCH), generator=generator), strict=True)
+
+
+def seed_ranks_differently():
+    for seed in (random.seed, np.random.seed, torch.manual_seed):
+        seed(1000 + distributed.rank())
+
+
+def masking_of(model, optimizer=None, **options):
+    settings = {"update_frequency": 4, "init_density": 0.4, "final_density": 0.2, "prune_end_step": 12}
+    optimizer = optimizer or torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
+    return Masking(optimizer, seed=17 + distributed.rank(), **(settings | options))  # rank 0's seed counts
+
+
+def train_steps(network, masking, batches):
+    rank, world = distributed.rank(), distributed.world_size()
+    share = slice(rank * GLOBAL_BATCH // world, (rank + 1) * GLOBAL_BATCH // world)
+    for images, labels in batches:
+        masking.optimizer.zero_grad()
+        F.cross_entropy(network(images[share]), labels[share]).backward()
+        masking.step()
+
+
+def train(options, adam=False, wrap_first=False):
+    """20 steps on the ranks' shares of the same global batches, then one exploration; masks and weights."""
+    model = small_model()
+    masking = masking_of(model, torch.optim.Adam(model.parameters(), lr=0.01) if adam else None, **options)
+    seed_ranks_differently()
+    if wrap_first:
+        network = distributed.wrap(model, CPU)
+        masking.add_module(network)
+    else:
+        masking.add_module(model)
+        network = distributed.wrap(model, CPU)
+    first_masks = as_numpy(masking.masks)
+    train_steps(network, masking, global_batches())
+    masking.truncate_weights(0.5)
+    return {"first": first_masks, "last": as_numpy(masking.masks), "weights": as_numpy(model.state_dict())}
+
+
+MODES = [
+    *({"growth": growth, "method": method} for growth in GROWTH for method in ("DST", "GraNet")),
+    *({"prune": prune} for prune in PRUNE if prune != "magnitude"),
+    *({"redistribution": mode, "growth": "random"} for mode in REDISTRIBUTION if mode != "none"),
+    {"method": "GraNet_uniform"},
+    {"method": "GMP"},
+]
+
+
+@pytest.mark.parametrize("options", MODES, ids=lambda options: "-".join(options.values()))
+def test_two_processes_equal_one(ranks, options):
+    alone, (ours, theirs) = train(options), ranks(train, options)
+    for masks in ("first", "last"):
+        assert_same_arrays(ours[masks], theirs[masks])
+        assert_same_arrays(ours[masks], alone[masks])
+    assert_same_arrays(ours["weights"], theirs["weights"])
+    for name, weight in alone["weights"].items():
+        np.testing.assert_allclose(ours["weights"][name], weight, rtol=0, atol=1e-10, err_msg=name)
+    assert any((alone["first"][name] != mask).any() for name, mask in alone["last"].items())  # updates did happen
+
+
+@pytest.mark.parametrize("growth", GROWTH)
+def test_two_processes_equal_one_with_adam(ranks, growth):
+    alone, (ours, theirs) = train({"growth": growth}, adam=True), ranks(train, {"growth": growth}, True)
+    assert_same_arrays(ours["last"], theirs["last"])
+    assert_same_arrays(ours["last"], alone["last"])
+
+
+def test_it_does_not_matter_whether_masks_or_the_wrapper_come_first(ranks):
+    masks_first, wrapper_first = (ranks(train, {}, False, order)[0] for order in (False, True))
+    for part in masks_first:
+        assert_same_arrays(wrapper_first[part], masks_first[part])
+
+
+def draw_masks(sparse_init):
+    """Masks drawn on ranks whose seeds, weights and gradients all differ."""
+    model = small_model(seed=distributed.rank())
+    images = torch.randn(4, 2, 6, 6, dtype=torch.float64)
+    F.cross_entropy(model(images), torch.randint(5, (4,))).backward()
+    masking = masking_of(model)
+    masking.add_module(model, sparse_init)
+    return as_numpy(masking.masks)
+
+
+@pytest.mark.parametrize("sparse_init", ["ERK", "uniform", "snip", "prune_global", "prune_and_grow_uniform"])
+def test_rank_0_draws_the_masks(ranks, sparse_init):
+    ours, theirs = ranks(draw_masks, sparse_init)
+    assert_same_arrays(ours, draw_masks(sparse_init))  # this process draws as rank 0 does
+    assert_same_arrays(theirs, ours)
+
+
+def tamper(move, by_training):
+    """Spoil rank 1's first mask at equal count; the step at which this rank stops, and what it says."""
+    model = small_model()
+    masking = masking_of(model, prune_rate=0.1)
+    masking.add_module(model)
+    network = distributed.wrap(model, CPU)
+    batches = global_batches()
+    train_steps(network, masking, itertools.islice(batches, 5))  # one update, which is fine
+    if distributed.rank() == 1:
+        move(next(iter(masking.masks.values())).view(-1), model[0].weight.detach().view(-1))
+    try:
+        if by_training:
+            train_steps(network, masking, batches)
+        else:
+            masking.truncate_weights(0.0)  # changes nothing, and looks
+    except FaultError as fault:
+        return masking.steps, str(fault)
+    return masking.steps, "no complaint"
+
+
+def move_the_largest(mask, weight):
+    """One active weight, that no update would remove, gives its place to an inactive one."""
+    mask[weight.abs().argmax()], mask[(~mask).nonzero()[0]] = False, True
+
+
+def move_two_in_opposite_directions(mask, weight):
+    """Neither the count nor the sum of the active positions changes."""
+    up = (mask[:-1] & ~mask[1:]).nonzero()[0]
+    down = next(p for p in (mask[1:] & ~mask[:-1]).nonzero() + 1 if abs(p - up) > 2)
+    for old, new in ((up, up + 1), (down, down - 1)):
+        mask[old], mask[new] = False, True
+
+
+@pytest.mark.parametrize("move", [move_the_largest, move_two_in_opposite_directions])
+def test_masks_that_differ_between_ranks_stop_all_of_them(ranks, move):
+    for step, message in ranks(tamper, move, False):
+        assert step == 5
+        assert re.match(r"the ranks' masks differ after the topology update at step 5\b", message)
+
+
+def test_masks_that_differ_between_ranks_stop_training_at_the_next_update(ranks):
+    for step, message in ranks(tamper, move_the_largest, True):
+        assert step == 8
+        assert re.match(r"the ranks' masks differ after the topology update at step 8\b", message)
+
+
+# --------------------------------------------------------------------------------------------- what ranks share
+
+
+def agreed(raised_by, at_step):
+    flag = distributed.AgreedFlag()
+    seen = [flag.exchange(15 if (distributed.rank(), step) == (raised_by, at_step) else 0) for step in range(7)]
+    flag.collect()
+    return seen
+
+
+@pytest.mark.parametrize("raised_by", [0, 1])
+def test_a_flag_raised_on_one_rank_is_seen_at_the_same_step_on_both(ranks, raised_by):
+    assert ranks(agreed, raised_by, 3) == [[0, 0, 0, 0, 15, 15, 15]] * 2
+
+
+def test_a_single_process_sees_its_flag_at_once():
+    assert agreed(0, 3) == [0, 0, 0, 15, 0, 0, 0]
+
+
+def pooled_bn(wrapped):
+    """BatchNorm statistics after one pass over 5 batches, which two ranks share 3 to 2."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.Conv2d(3, 2, 3), nn.BatchNorm2d(2))
+    for norm in (model[1], model[4]):
+        norm.running_mean += 100 * (1 + distributed.rank())  # must be forgotten
+    batches = [torch.randn(size, 2, 7, 7) * (1 + size) for size in (4, 2, 5, 3, 4)]
+    own = batches[distributed.rank() :: distributed.world_size()]
+    update_bn(own, distributed.wrap(model, CPU) if wrapped else model)
+    return as_numpy(dict(model.named_buffers()))
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_batchnorm_is_re_estimated_over_the_batches_of_all_ranks(ranks, wrapped):
+    alone, (ours, theirs) = pooled_bn(False), ranks(pooled_bn, wrapped)
+    assert_same_arrays(ours, theirs)
+    assert alone["1.num_batches_tracked"] == ours["1.num_batches_tracked"] == 5
+    for name in alone:
+        np.testing.assert_allclose(ours[name], alone[name], rtol=1e-5, err_msg=name)
+
+
+def averaged_buffers():
+    norm = nn.BatchNorm1d(2)
+    norm.running_mean += torch.tensor([1.0, 2.0]) + 4 * distributed.rank()
+    distributed.average_buffers(norm)
+    return norm.running_mean.tolist()
+
+
+def test_buffers_are_averaged_over_the_ranks(ranks):
+    assert ranks(averaged_buffers) == [[3.0, 4.0]] * 2
+
+
+def enter_after_main(path):
+    with distributed.main_first():
+        there = path.exists()
+        if distributed.rank() == 0:
+            time.sleep(0.2)
+            path.touch()
+    return there
+
+
+def test_one_process_goes_first_where_files_are_downloaded(ranks, tmp_path):
+    assert ranks(enter_after_main, tmp_path / "downloaded") == [False, True]
+
+
+# --------------------------------------------------------------------------------------------------- the engine
+
+NUMBERS = np.random.default_rng(5)
+IMAGES = NUMBERS.integers(0, 256, (23, 6, 6, 1), dtype=np.uint8)
+LABELS = NUMBERS.integers(0, 4, 23)
+
+
+class Shares:
+    """A set of 23 images of which each rank has batches of its own, not equally many."""
+
+    num_samples = len(IMAGES)
+
+    def __init__(self, *shares):
+        self.batches = shares[distributed.rank()] if distributed.world_size() > 1 else list(itertools.chain(*shares))
+
+    def __len__(self):
+        return len(self.batches)
+
+    def epoch(self, epoch, start=0):
+        for low, high in self.batches[start:]:
+            images = torch.from_numpy(IMAGES[low:high]).permute(0, 3, 1, 2).float() / 128 - 1
+            yield Batch(images, torch.from_numpy(LABELS[low:high]))
+
+
+UNEVEN = [(0, 4), (4, 9), (9, 16)], [(16, 23)]
+ONE_SIDED = [(0, 12), (12, 23)], []
+
+
+def toy_trainer(folder, *, resume=None, shares=UNEVEN, stop_signal=lambda: 0):
+    """The whole method, small: 2 epochs of pre-training, 2 cycles of 2, with BatchNorm and dropout."""
+    seed_everything(3)
+    model = nn.Sequential(
+        nn.Conv2d(1, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Flatten(), nn.Dropout(0.3), nn.Linear(96, 4)
+    )
+    train = TensorLoader(
+        IMAGES, LABELS, mean=np.array([128.0]), std=np.array([64.0]), batch_size=7, seed=3,
+        augmentation=Augmentation("constant", flip=True, pad=1),
+        rank=distributed.rank(), world_size=distributed.world_size(),
+    )  # fmt: skip
+    plan = Plan(
+        EpochBudget(2, 2, 2), lambda epoch: 0.05, caa_factor, cycle_lr=(0.01, 0.1), explore_rate=0.5, update_bn=True,
+        final_density=0.3,
+    )  # fmt: skip
+    masking = {
+        "method": "GraNet", "init_density": 0.6, "final_density": 0.3, "prune_end_step": 8, "update_frequency": 3,
+        "seed": 3,
+    }  # fmt: skip
+    return experiment.prepare(
+        experiment.Recipe(
+            model,
+            torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9),
+            Sources(train, train_once=train, evaluation=Shares(*shares)),
+            sample_shape=(1, 6, 6),
+            class_balanced_batch=lambda: train.class_balanced_batch(7, 3),
+        ),
+        plan,
+        experiment.SparseTraining(masking),
+        experiment.Runtime(use_cuda=False, amp="off"),
+        experiment.Output(RunFolder(folder), {}, resume=resume),
+        stop_signal,
+    )
+
+
+def evaluated(shares, folder):
+    return toy_trainer(folder, shares=shares).evaluate()
+
+
+@pytest.mark.parametrize("shares", [UNEVEN, ONE_SIDED], ids=["uneven", "one_sided"])
+def test_evaluation_counts_each_sample_once(ranks, shares, tmp_path):
+    alone, (ours, theirs) = evaluated(shares, tmp_path), ranks(evaluated, shares, tmp_path)
+    assert ours == theirs
+    assert ours[1] == alone[1]
+    assert ours[0] == pytest.approx(alone[0], rel=1e-6)
+
+
+def run_toy(folder, stop_after=None, stopper=1):
+    """Run, stopped by a signal that only one rank gets, after so many looks; then go on. Where each was stopped."""
+    looks = itertools.count()
+
+    def stop_signal():
+        return signal.SIGTERM if distributed.rank() == stopper and next(looks) >= stop_after else 0
+
+    position = None
+    if stop_after is not None:
+        trainer = toy_trainer(folder, stop_signal=stop_signal)
+        try:
+            trainer.run()
+        except Stopped as stop:
+            position = stop.exit_code, trainer.epoch, trainer.batch, trainer.trained
+        distributed.barrier()  # the other rank's checkpoint must be there before it is read
+    trainer = toy_trainer(folder, resume=folder if position else None)
+    trainer.run()
+    outcome = as_numpy(trainer.model.state_dict())
+    outcome |= {f"superposed {name}": array for name, array in as_numpy(trainer.superposition).items()}
+    outcome |= {f"mask {name}": array for name, array in as_numpy(trainer.masking.masks).items()}
+    return position, outcome, without_times(trainer.metrics), without_times(trainer.tickets)
+
+
+@pytest.fixture(scope="module")
+def undisturbed_toy(ranks, tmp_path_factory):
+    return ranks(run_toy, tmp_path_factory.mktemp("toy"))
+
+
+# The run looks 40 times: an epoch at its 4 training batches and 1 evaluation batch, a superposition at 4 batches for
+# BatchNorm and 1 of evaluation (looks 20 to 24 and 35 to 39).
+@pytest.mark.parametrize("stop_after", [0, 4, 9, 12, 18, 19, 21, 23, 24, 31, 37, 38])
+def test_a_stop_on_one_rank_stops_both_at_the_same_batch_and_resumes_exactly(
+    ranks, undisturbed_toy, stop_after, tmp_path
+):
+    stopped = ranks(run_toy, tmp_path, stop_after, stop_after % 2)
+    assert stopped[0][0] == stopped[1][0]
+    assert stopped[0][0][0] == 143
+    for after, undisturbed in zip(stopped, undisturbed_toy, strict=True):
+        assert_same_arrays(after[1], undisturbed[1])
+        assert after[2:] == undisturbed[2:]
+
+
+def test_the_ranks_of_a_run_end_with_the_same_networks_and_metrics(undisturbed_toy):
+    (_, ours, *our_rows), (_, theirs, *their_rows) = undisturbed_toy
+    assert_same_arrays(ours, theirs)
+    assert our_rows == their_rows
+
+
+def test_a_checkpoint_of_two_processes_is_refused_by_one(ranks, tmp_path):
+    ranks(run_toy, tmp_path)
+    with pytest.raises(UsageError, match=r"2 process.* not 1"):
+        toy_trainer(tmp_path, resume=tmp_path)
+
+
+# -------------------------------------------------------------------------------------------------- the launcher
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """What torchrun would be given, instead of starting it."""
+    calls = []
+    monkeypatch.setattr(launch.torchrun, "run", calls.append)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    return calls
+
+
+@pytest.mark.parametrize("default", [None, 29500])  # torchrun's own, after and before torch 2.12
+def test_the_port_among_the_scripts_arguments_counts(launched, monkeypatch, default):
+    build = launch.torchrun.get_args_parser
+
+    def parser():
+        built = build()
+        built.set_defaults(master_port=default)
+        return built
+
+    monkeypatch.setattr(launch.torchrun, "get_args_parser", parser)
+    launch.launch(["--nproc_per_node", "2", "main.py", "--sparse", "--master_port", "7768", "-j20", "-p", "500", "DIR"])
+    launch.launch(["--nproc_per_node=2", "--master_port=1234", "main.py", "--master_port=7768"])
+    assert [args.master_port for args in launched] == [7768, 1234]
+    assert launched[0].training_script_args == ["--sparse", "--master_port", "7768", "-j20", "-p", "500", "DIR"]
+
+
+def test_without_a_port_torchrun_chooses(launched):
+    launch.launch(["--nproc_per_node", "2", "main.py", "-p", "500"])
+    assert launched[0].master_port == launch.torchrun.get_args_parser().parse_args(["main.py"]).master_port
+
+
+def test_the_published_launchers_flags_are_torchruns(launched):
+    flags = "--nnodes 3 --node_rank 2 --nproc_per_node 8 --master_addr first.host --master_port 29500"
+    launch.launch([*flags.split(), "main.py"])
+    (args,) = launched
+    assert (args.nnodes, args.node_rank, args.nproc_per_node) == ("3", 2, "8")
+    assert (args.master_addr, args.master_port) == ("first.host", 29500)
+
+
+def test_more_processes_than_gpus_are_refused(launched, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(UsageError, match=r"2 processes .* 1 GPU"):
+        launch.launch(["--nproc_per_node", "2", "main.py"])
+    with pytest.raises(UsageError, match=r"2 processes .* 1 GPU"):
+        distributed.check_gpus(2)
+    assert launched == []
+    launch.launch(["--nproc_per_node", "2", "main.py", "--no-cuda"])
+    assert len(launched) == 1
+
+
+def status_of(main):
+    with pytest.raises(SystemExit) as end:
+        experiment.run_script(main)
+    return end.value.code
+
+
+@pytest.mark.parametrize("exit_code", [1, 2])
+def test_the_launcher_ends_with_the_status_of_the_rank_that_failed(launched, monkeypatch, capsys, exit_code):
+    def fail(args):
+        raise ChildFailedError("main.py", {1: ProcessFailure(1, 4242, exit_code, "no file")})
+
+    monkeypatch.setattr(launch.torchrun, "run", fail)
+    assert status_of(lambda: launch.launch(["main.py"])) == exit_code
+    assert "process 1 of main.py" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_launcher_that_is_stopped_says_by_what(launched, monkeypatch, number):
+    def stop(args):
+        raise SignalException("stopped", number)
+
+    monkeypatch.setattr(launch.torchrun, "run", stop)
+    assert status_of(lambda: launch.launch(["main.py"])) == 128 + number
+
+
+def test_a_fault_that_only_one_rank_meets_is_shown(monkeypatch, capsys):
+    def meet():
+        raise FaultError("damaged image ant/3.JPEG")
+
+    monkeypatch.setattr(distributed, "rank", lambda: 1)
+    assert status_of(meet) == 1
+    assert "damaged image ant/3.JPEG" in capsys.readouterr().err
+
+
+CHILD = """
+import json, os, sys
+names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+print(json.dumps([[os.environ[name] for name in names], sys.argv[1:]]))
+"""
+
+
+def test_two_launchers_are_two_machines(tmp_path):
+    child, port = tmp_path / "child.py", str(free_port())
+    child.write_text(CHILD)
+    logs = [tmp_path / f"node{node}" for node in (0, 1)]
+    launcher = [sys.executable, ROOT / "ImageNet" / "multiproc.py", "--nnodes", "2", "--nproc_per_node", "1"]
+    launcher += ["--master_addr", "127.0.0.1", "--node_rank"]
+    with contextlib.ExitStack() as stack:
+        nodes = [
+            stack.enter_context(started([*launcher, str(node), child, "-p", "500", "--master_port", port], log))
+            for node, log in enumerate(logs)
+        ]
+        assert [node.wait(PATIENCE) for node in nodes] == [0, 0]
+    for rank, log in enumerate(logs):
+        (line,) = (json.loads(line) for line in log.read_text().splitlines() if line.startswith("[["))
+        assert line == [[str(rank), "2", "0", "127.0.0.1", port], ["-p", "500", "--master_port", port]]
+
+
+# ----------------------------------------------------------------------------------------- CIFAR under torchrun
+
+# Batches of 65 cannot be halved: each step has shares of 32 and 33 images. LeNet has neither BatchNorm nor dropout.
+DIGITS = shlex.split(
+    "--no-cuda --data digits --model lenet-300-100 --sparse --pre_train --cyclic_train --re_explore --cyc_lr "
+    "--lr_1 0.01 --lr_2 0.02 --method GraNet --growth gradient --init-density 0.5 --final-density 0.1 "
+    "--final-prune-epoch 2 --seed 5 --update-frequency 7 --epochs 6 --cycle 2 --cycle_rate 0.7 --batch-size 65 "
+    "--test-batch-size 101 --lr 0.02 --large-death-rate 0.3"
+)
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+CIFAR = [*TORCHRUN, ROOT / "CIFAR" / "main_suptickets.py", *DIGITS]
+
+
+@pytest.fixture(scope="module")
+def cifar_runs(tmp_path_factory):
+    """The same run undisturbed, and stopped by SIGTERM in its second cycle's first epoch and resumed."""
+    root = tmp_path_factory.mktemp("cifar")
+    assert finished([*CIFAR, "--save", root / "undisturbed"], root / "undisturbed.log") == 0
+    with started([*CIFAR, "--save", root / "stopped"], root / "stopped.log") as launcher:
+        wait_until(lambda: len(read_jsonl(root / "stopped" / "metrics.jsonl")) == 4 or launcher.poll() is not None)
+        launcher.terminate()
+        launcher.wait(PATIENCE)
+    (root / "stopped").rename(root / "to_resume")
+    return root
+
+
+def is_close(value, other):
+    return value == (pytest.approx(other, rel=1e-5) if isinstance(other, float) else other)
+
+
+def test_cifar_in_two_processes_equals_one(cifar_runs, tmp_path):
+    main_suptickets.main([*DIGITS, "--save", str(tmp_path)])
+    alone, together = results(tmp_path), results(cifar_runs / "undisturbed")
+    assert alone.keys() == together.keys()
+    for name, value in alone.items():
+        if name in ("metrics", "tickets"):
+            for row, other in zip(value, together[name], strict=True):
+                assert row.keys() == other.keys()
+                assert all(is_close(row[key], other[key]) for key in row), (row, other)
+        elif " masks " in name:
+            assert torch.equal(together[name], value), name
+        else:
+            assert (together[name] - value).abs().max() < 1e-5, name
+    assert json.loads((cifar_runs / "undisturbed" / "config.json").read_text())["environment"]["world_size"] == 2
+
+
+def test_cifar_stops_on_sigterm_to_the_launcher_and_resumes_exactly(cifar_runs):
+    folder, log = cifar_runs / "to_resume", cifar_runs / "stopped.log"
+    saved = load_torch(folder / "checkpoint.pth")
+    assert saved["epoch"] == 4
+    assert 0 < saved["batch"] < 18
+    assert f"stopped by SIGTERM: go on with --resume {cifar_runs / 'stopped'}" in log.read_text()
+    assert list(folder.rglob("*.partial")) == []
+    resume = [*CIFAR, "--save", folder, "--resume", folder]
+    assert finished(resume, cifar_runs / "resumed.log") == 0
+    assert_identical(results(folder), results(cifar_runs / "undisturbed"))
+
+
+def test_cifar_with_another_number_of_processes_is_refused(cifar_runs, tmp_path, capsys):
+    folder = cifar_runs / "undisturbed"
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    resume = [*DIGITS, "--save", str(tmp_path / "run"), "--resume", str(folder)]
+    assert status_of(lambda: main_suptickets.main(resume)) == 2
+    assert re.search(r"written by 2 process\(es\): go on with as many, not 1\n$", capsys.readouterr().err)
+    assert not (tmp_path / "run").exists()
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_cifar_on_all_gpus_needs_one(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    assert status_of(lambda: main_suptickets.main([*DIGITS, "--mgpu"])) == 2
+    assert "--mgpu uses all GPUs" in capsys.readouterr().err

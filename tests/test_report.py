@@ -1,0 +1,385 @@
+"""Reports: three runs whose figures can be checked in the head, then files, pictures, and damaged input."""
+
+import csv
+import io
+import json
+import sys
+
+import pytest
+import torch
+
+import sparselearning
+from sparselearning.errors import FaultError, UsageError
+from sparselearning.report import main
+from sparselearning.runs import find_runs, group_runs, masked_weights, read_run
+from sparselearning.tables import csv_of_runs, csv_table, latex_table, markdown_report, markdown_table
+
+FLAGS = {
+    "indicate_method": "Results", "seed": 1, "data": "digits", "model": "lenet5", "epochs": 4, "lr": 0.1,
+    "sparse": True, "fix": False, "method": "GraNet", "growth": "gradient", "final_density": 0.1,
+    "pre_train": True, "cyclic_train": True, "cycle": 1, "cycle_rate": 0.5, "cyc_lr": True, "lr_1": 0.001,
+    "lr_2": 0.01, "save": "somewhere",
+}  # fmt: skip
+
+
+def write_run(folder, final=0.9, tickets=2, epochs=4, finished=True, explored=None, summary=(), **flags):
+    """Pre-training to 80 %, then tickets of one epoch and 85 % each; what they superpose into ends at ``final``."""
+    folder.mkdir(parents=True)
+    plain = {} if tickets else {"cycle_rate": 0.0}
+    config = {"flags": FLAGS | plain | flags, "environment": {"device": "cpu", "torch": "2.11"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    first_cycle = epochs - tickets
+    rows = [
+        {
+            "phase": "pretrain" if epoch < first_cycle else "cycle", "epoch": epoch,
+            "ticket": None if epoch < first_cycle else epoch - first_cycle + 1, "lr": 0.1,
+            "train_loss": 2.0 / (epoch + 1), "train_acc": 0.7, "eval_loss": 1.0, "eval_acc": 0.8, "density": 0.1,
+            **({} if explored is None else {"explored": explored}),
+        }
+        for epoch in range(epochs)
+    ]  # fmt: skip
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    superposed = [0.88] * (tickets - 1) + [final] * (tickets > 0)
+    ends = [{"ticket": n, "ticket_acc": 0.85, "superposed_acc": s} for n, s in enumerate(superposed, start=1)]
+    if tickets:
+        (folder / "tickets.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ends))
+    if finished:
+        pretrained = 0.8 if tickets else final
+        content = {
+            "pretrain_acc": pretrained, "ticket_acc": [0.85] * tickets, "superposed_acc": superposed,
+            "final_acc": final, "density": 0.1, "gain": 100 * (final - pretrained),
+            "gain_over_ticket": 100 * (final - 0.85) if tickets else None, "total_seconds": 90.0,
+        }  # fmt: skip
+        (folder / "summary.json").write_text(json.dumps(content | dict(summary)))
+    return folder
+
+
+def groups_of(*folders):
+    return group_runs([read_run(folder) for folder in folders])
+
+
+def rows_of(text):
+    return {row.pop("method"): row for row in csv.DictReader(io.StringIO(text))}
+
+
+@pytest.fixture
+def study(tmp_path):
+    """Seeds 1 and 2: 92 and 94 % with tickets, 91 and 91 % without; seed 1 of RigL: 90 %."""
+    for seed, final, plain in ((1, 0.92, 0.91), (2, 0.94, 0.91)):
+        write_run(tmp_path / f"a_tickets/seed{seed}", final, seed=seed)
+        write_run(tmp_path / f"b_plain/seed{seed}", plain, tickets=0, seed=seed)
+    write_run(tmp_path / "c_rigl/seed1", 0.90, method="DST")
+    return tmp_path
+
+
+# ------------------------------------------------------------------------------------------------------- figures
+
+
+def test_means_deviations_and_gains_by_hand(study):
+    groups, left_out = groups_of(*find_runs([study]))
+    assert left_out == []
+    assert markdown_table(groups) == (
+        "| method        |   n | density | pre-trained [%] | last ticket [%] |    final [%] "
+        "| gain over pre-training [points] | over last ticket [points] | over plain training [points] | time [min] |\n"
+        "| ------------- | --: | ------: | --------------: | --------------: | -----------: "
+        "| ------------------------------: | ------------------------: | ---------------------------: | ---------: |\n"
+        "| GraNet        |   2 |  0.1000 |    80.00 ± 0.00 |    85.00 ± 0.00 | 93.00 ± 1.41 "
+        "|                   +13.00 ± 1.41 |              +8.00 ± 1.41 |                 +2.00 ± 1.41 |  1.5 ± 0.0 |\n"
+        "| GraNet, plain |   2 |  0.1000 |               - |               - | 91.00 ± 0.00 "
+        "|                               - |                         - |                            - |  1.5 ± 0.0 |\n"
+        "| RigL          |   1 |  0.1000 |           80.00 |           85.00 |        90.00 "
+        "|                          +10.00 |                     +5.00 |                            - |        1.5 |\n"
+    )
+
+
+def test_csv_keeps_mean_and_deviation_apart_and_leaves_unknown_cells_empty(study):
+    groups, _ = groups_of(*find_runs([study]))
+    rows = rows_of(csv_table(groups))
+    assert (rows["GraNet"]["n"], rows["GraNet"]["final_acc_percent_mean"]) == ("2", "93")
+    assert rows["GraNet"]["final_acc_percent_std"] == "1.41421"
+    assert rows["RigL"]["final_acc_percent_std"] == ""
+    assert rows["GraNet, plain"]["gain_points_mean"] == ""
+
+
+def test_every_run_has_a_row_with_its_own_figures(study):
+    groups, _ = groups_of(*find_runs([study]))
+    rows = list(csv.DictReader(io.StringIO(csv_of_runs(groups))))
+    assert [(row["seed"], row["final_acc_percent"], row["gain_over_plain_points"]) for row in rows[:2]] == [
+        ("1", "92", "1"),
+        ("2", "94", "3"),
+    ]
+    assert rows[4]["folder"] == str(study / "c_rigl/seed1")
+
+
+def test_latex_escapes_labels_and_sets_figures_as_mathematics(tmp_path):
+    folders = [
+        write_run(tmp_path / f"{seed}", f, seed=seed, indicate_method="a_b&c") for seed, f in ((1, 0.9), (2, 0.8))
+    ]
+    lines = latex_table(groups_of(*folders)[0]).splitlines()
+    assert lines[1:3] == [r"\begin{tabular}{lrrrrrrrr}", r"\toprule"]
+    assert r" & final [\%] & " in lines[3]
+    assert lines[5].startswith(r"a\_b\&c & $2$ & $0.1000$ & ")
+    assert r" & $85.00 \pm 7.07$ & " in lines[5]
+    assert lines[-2:] == [r"\bottomrule", r"\end{tabular}"]
+
+
+def test_other_seeds_are_compared_by_their_means_without_a_deviation(tmp_path):
+    folders = [write_run(tmp_path / f"{seed}", 0.9 + seed / 100, seed=seed) for seed in (1, 3)]
+    folders.append(write_run(tmp_path / "plain", 0.91, tickets=0, seed=7))
+    row = rows_of(csv_table(groups_of(*folders)[0]))["GraNet"]
+    assert (row["gain_over_plain_points_mean"], row["gain_over_plain_points_std"]) == ("1", "")
+
+
+def test_a_held_back_test_set_decides_over_plain_training(tmp_path):
+    folders = [
+        write_run(tmp_path / "tickets", 0.9, summary={"test_acc": 0.7}),
+        write_run(tmp_path / "plain", 0.9, tickets=0, summary={"test_acc": 0.65}),
+    ]
+    row = rows_of(csv_table(groups_of(*folders)[0]))["GraNet"]
+    assert (row["test_acc_percent_mean"], row["gain_over_plain_points_mean"]) == ("70", "5")
+
+
+def test_costs_are_shown_if_every_run_of_a_group_has_them(tmp_path):
+    costs = {"inference_flops_of_dense": 0.25}
+    folders = [write_run(tmp_path / "1", seed=1, summary=costs), write_run(tmp_path / "2", seed=2, summary=costs)]
+    folders += [write_run(tmp_path / f"{seed}", seed=seed, lr=0.2) for seed in (3, 4)]
+    rows = rows_of(csv_table(groups_of(*folders)[0]))
+    assert rows["GraNet, lr 0.1"]["inference_flops_of_dense_mean"] == "0.25"
+    assert rows["GraNet, lr 0.2"]["inference_flops_of_dense_mean"] == ""
+    assert "training_flops_of_dense_mean" not in rows["GraNet, lr 0.1"]
+
+
+# ------------------------------------------------------------------------------------------------------ grouping
+
+
+def test_labels_name_the_method_and_only_what_tells_groups_apart(tmp_path):
+    folders = [
+        write_run(tmp_path / "1", method="DST", growth="random"),
+        write_run(tmp_path / "2", method="DST", growth="momentum"),
+        write_run(tmp_path / "3", fix=True),
+        write_run(tmp_path / "4", sparse=False, method="GMP"),
+        write_run(tmp_path / "5", indicate_method="mine", lr_2=0.5),
+        write_run(tmp_path / "6", indicate_method="mine", re_explore=True),
+        write_run(tmp_path / "7", indicate_method="mine", re_explore=False),
+    ]
+    labels = [group.label for group in groups_of(*folders)[0]]
+    assert labels[:4] == ["SET", "DST/momentum", "static", "dense"]
+    assert labels[4:] == ["mine, lr_2 0.5", "mine, lr_2 0.01, re_explore on", "mine, lr_2 0.01, re_explore off"]
+
+
+def test_flags_that_took_no_effect_part_no_runs(tmp_path):
+    folders = [
+        write_run(tmp_path / "1", tickets=0, seed=1, save="here", lr_2=0.5),
+        write_run(tmp_path / "2", tickets=0, seed=2, save="there", lr_2=0.6),
+        write_run(tmp_path / "3", tickets=0, seed=1, sparse=False, final_density=0.2),
+        write_run(tmp_path / "4", tickets=0, seed=2, sparse=False, final_density=0.3),
+    ]
+    groups, _ = groups_of(*folders)
+    assert [(group.label, group.seeds) for group in groups] == [("GraNet", [1, 2]), ("dense", [1, 2])]
+
+
+@pytest.mark.parametrize("difference", [{"lr": 0.2}, {"final_density": 0.2}, {"epochs": 3}, {"model": "lenet-300-100"}])
+def test_plain_training_is_a_control_only_if_all_else_is_equal(tmp_path, difference):
+    tickets = write_run(tmp_path / "tickets")
+    plain = write_run(tmp_path / "plain", tickets=0, **difference)
+    groups, left_out = groups_of(tickets, plain)
+    assert groups[0].control is None
+    [name] = difference
+    here = {**FLAGS, "epochs": 4}[name]
+    sentence = (
+        f"has no plain training to compare with: {groups[1].label} differs in {name} ({difference[name]} there, {here}"
+    )
+    assert sentence in markdown_report(groups, left_out)
+
+
+def test_unfinished_and_repeated_runs_are_named_and_left_out_of_means(tmp_path):
+    write_run(tmp_path / "a", 0.9)
+    write_run(tmp_path / "b", 0.5, save="elsewhere")
+    write_run(tmp_path / "c", seed=2, finished=False)
+    groups, left_out = groups_of(*find_runs([tmp_path]))
+    assert [group.seeds for group in groups] == [[1]]
+    assert left_out == [
+        f"{tmp_path / 'b'}: has the flags and the seed of {tmp_path / 'a'}, which counts",
+        f"{tmp_path / 'c'}: unfinished, epochs done: 4",
+    ]
+    assert f"- left out: {left_out[1]}\n" in markdown_report(groups, left_out)
+
+
+def test_runs_are_found_once_and_those_moved_aside_only_by_name(tmp_path):
+    run = write_run(tmp_path / "deep/seed1")
+    aside = write_run(tmp_path / "deep/seed1.old-1")
+    assert find_runs([tmp_path, run]) == [run]
+    assert find_runs([aside]) == [aside]
+
+
+def test_tickets_are_read_from_the_summary_where_their_file_was_not_kept(tmp_path):
+    folder = write_run(tmp_path / "run")
+    kept = read_run(folder).tickets
+    (folder / "tickets.jsonl").unlink()
+    assert read_run(folder).tickets == kept
+
+
+# ------------------------------------------------------------------------------------------------------ pictures
+
+
+def save_networks(folder):
+    """Two layers of 4 and 16 weights: the ticket has 2 and 2 of them, the superposition 1 and 3."""
+    for name, active in (("model_current.pth", (2, 2)), ("model_previous.pth", (1, 3))):
+        state = {}
+        for layer, (shape, count) in zip(
+            ("a.weight", "b.weight"), (((2, 2), active[0]), ((4, 4), active[1])), strict=True
+        ):
+            state[layer] = torch.zeros(shape)
+            state[layer].view(-1)[:count] = 1.5
+        torch.save({"state_dict": state, "masks": {k: v != 0 for k, v in state.items()}, "epoch": 4}, folder / name)
+
+
+def lines(axes):
+    return {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in axes.lines}
+
+
+@pytest.fixture
+def plots():
+    pytest.importorskip("matplotlib")
+    from sparselearning import plots
+
+    return plots
+
+
+def test_curves_stand_at_the_ends_of_epochs_and_mark_tickets(plots, tmp_path):
+    figure = plots.curves(read_run(write_run(tmp_path / "run", 0.9)))
+    loss, accuracy, enlarged = figure.axes
+    assert lines(loss)["training"] == ([1, 2, 3, 4], [2.0, 1.0, 2 / 3, 0.5])
+    for axes in (accuracy, enlarged):
+        assert lines(axes)["ticket"] == ([3, 4], [85.0, 85.0])
+        assert lines(axes)["superposition"] == ([3, 4], [88.0, 90.0])
+        assert lines(axes)["pre-trained"][1] == [80.0, 80.0]
+    assert [patch.get_x() for patch in accuracy.patches] == [2, 3]
+    assert [axes.get_ylabel() for axes in figure.axes] == [
+        "loss [nats per sample]",
+        "accuracy [%]",
+        "evaluation accuracy [%]",
+    ]
+
+
+def test_the_cyclic_rate_is_drawn_at_every_step(plots, tmp_path):
+    rate = plots.schedules(read_run(write_run(tmp_path / "run"))).axes[0]
+    cycle = next(line for line in rate.lines if len(line.get_xdata()) > 100)
+    assert (cycle.get_xdata()[0], cycle.get_xdata()[-1]) == (2, 3)
+    assert (cycle.get_ydata()[0], cycle.get_ydata()[100], cycle.get_ydata()[-1]) == (0.001, 0.01, 0.001)
+
+
+@pytest.mark.parametrize(("explored", "panels"), [(None, 2), (0.4, 3)])
+def test_explored_weights_have_a_panel_where_they_were_recorded(plots, tmp_path, explored, panels):
+    figure = plots.schedules(read_run(write_run(tmp_path / "run", explored=explored)))
+    assert len(figure.axes) == panels
+    assert explored is None or list(figure.axes[2].lines[0].get_ydata()) == [explored] * 4
+
+
+def test_layer_densities_before_and_after_superposing(plots, tmp_path):
+    folder = write_run(tmp_path / "run")
+    assert plots.layer_figure(read_run(folder)) is None
+    save_networks(folder)
+    [axes] = plots.layer_figure(read_run(folder)).axes
+    drawn = {label: densities for label, (densities, _) in lines(axes).items()}
+    assert drawn["last ticket (0.2000 overall)"] == [0.5, 0.125]
+    assert drawn["superposition (0.2000 overall)"] == [0.25, 0.1875]
+    # ERK by hand: raw values 4/4 and 8/16, so ε · (4 · 1 + 16 · 0.5) = 4, ε = 1/3
+    assert drawn["ERK (0.2000 overall)"] == pytest.approx([1 / 3, 1 / 6])
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["a (4)", "b (16)"]
+
+
+def test_the_comparison_has_a_bar_where_there_is_a_deviation(plots, study):
+    groups, _ = groups_of(*find_runs([study]))
+    [axes] = plots.comparison(groups).axes
+    assert [label.get_text().replace("\N{NO-BREAK SPACE}", " ") for label in axes.get_yticklabels()] == [
+        "GraNet (n = 2)",
+        "GraNet, plain (n = 2)",
+        "RigL (n = 1)",
+    ]
+    assert [bar.has_xerr for bar in axes.containers] == [True, False, True, False, True, True, False]
+
+
+# ----------------------------------------------------------------------------------------------------- the program
+
+
+def files_of(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_one_run_gets_pictures_and_tables_in_its_folder(plots, tmp_path, capsys):
+    folder = write_run(tmp_path / "run", 0.9)
+    save_networks(folder)
+    main([str(folder)])
+    pictures = {f"{name}.{kind}" for name in ("curves", "schedules", "layers") for kind in ("png", "svg")}
+    assert files_of(folder / "report").keys() == pictures | {"results.md", "results.csv", "results.tex", "runs.csv"}
+    assert "superposition 2           90.00%" in capsys.readouterr().out
+
+
+def test_the_same_files_give_the_same_bytes(plots, study, monkeypatch, capsys):
+    monkeypatch.chdir(study)
+    for out in ("one", "two"):
+        main(["a_tickets", "b_plain", "c_rigl", "--out", f"out/{out}"])
+        main(["c_rigl", "--out", f"out/{out}"])
+    assert files_of(study / "out/one") == files_of(study / "out/two")
+    assert {"comparison.png", "comparison.svg", "curves.svg"} <= files_of(study / "out/one").keys()
+    assert "93.00 ± 1.41" in capsys.readouterr().out
+
+
+def test_an_unfinished_run_gets_pictures_alone(plots, tmp_path, capsys):
+    folder = write_run(tmp_path / "run", tickets=0, epochs=1, finished=False)
+    main([str(folder)])
+    assert files_of(folder / "report").keys() == {"curves.png", "curves.svg", "schedules.png", "schedules.svg"}
+    assert "unfinished, epochs done: 1; pictures, but no tables yet" in capsys.readouterr().out
+
+
+def test_without_matplotlib_tables_remain(study, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.delitem(sys.modules, "sparselearning.plots", raising=False)
+    monkeypatch.delattr(sparselearning, "plots", raising=False)
+    monkeypatch.chdir(study)
+    with pytest.raises(UsageError, match=r"pictures need matplotlib: pip install 'sparselearning\[plots\]'"):
+        main([str(study)])
+    assert not (study / "report").exists()
+    main([str(study), "--no-plots"])
+    assert (study / "report/results.md").exists()
+
+
+def test_wrong_calls_are_told_in_a_sentence(tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UsageError, match="missing is not a folder"):
+        main([str(tmp_path / "missing"), "--no-plots"])
+    with pytest.raises(UsageError, match="empty holds no run"):
+        main([str(tmp_path / "empty"), "--no-plots"])
+    for seed in (1, 2):
+        write_run(tmp_path / f"{seed}", seed=seed, finished=False)
+    with pytest.raises(UsageError, match="none of these 2 runs is finished"):
+        main([str(tmp_path), "--no-plots"])
+    with pytest.raises(UsageError, match="is a file: name a folder"):
+        main([str(tmp_path / "1"), "--no-plots", "--out", str(tmp_path / "1/config.json")])
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "sentence"),
+    [
+        ("config.json", "{", "config.json is damaged: "),
+        ("config.json", '{"flags": {}}', "config.json is damaged or no run's: seed is missing"),
+        ("metrics.jsonl", "", "metrics.jsonl holds no finished epoch"),
+        ("metrics.jsonl", "[1]\n", "metrics.jsonl, line 1, is damaged: it holds no named values"),
+        ("metrics.jsonl", '{"epoch": "one"}\n', "line 1, is damaged or no run's: epoch is 'one'"),
+        ("tickets.jsonl", '{"ticket": 9, "ticket_acc": 1, "superposed_acc": 1}\n', "it has no epoch of ticket 9"),
+        ("summary.json", '{"pretrain_acc": 0.5}', "summary.json is damaged or no run's: final_acc is missing"),
+    ],
+)
+def test_damaged_files_are_named(tmp_path, file, text, sentence):
+    folder = write_run(tmp_path / "run")
+    (folder / file).write_text(text)
+    with pytest.raises(FaultError) as caught:
+        read_run(folder)
+    assert sentence in str(caught.value)
+
+
+def test_damaged_networks_are_named(tmp_path):
+    torch.save({"state_dict": {}}, tmp_path / "model.pth")
+    with pytest.raises(FaultError, match="is no network of a run: it lacks 'masks'"):
+        masked_weights(tmp_path / "model.pth")
