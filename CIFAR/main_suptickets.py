@@ -135,7 +135,18 @@ def run(args: argparse.Namespace, argv: Sequence[str] | None) -> None:
     model = build_model(args.model, data.num_classes, data.channels, data.image_size)
     model = model.to(device, memory_format=runtime.memory_format)
     steps_per_epoch = len(data.train)
-    config = flags.as_config(args, argv)
+    values = flags.values(args)
+    network = {
+        "builder": "cifar_models:build_model",
+        "folder": str(Path(__file__).resolve().parent),
+        "arguments": {
+            "name": args.model,
+            "num_classes": data.num_classes,
+            "in_channels": data.channels,
+            "image_size": data.image_size,
+        },
+        "input_shape": [data.channels, data.image_size, data.image_size],
+    }
     recipe = experiment.Recipe(
         model=model,
         optimizer=OPTIMIZERS[args.optimizer](model.parameters(), args),
@@ -151,8 +162,8 @@ def run(args: argparse.Namespace, argv: Sequence[str] | None) -> None:
         runtime,
         experiment.Output(
             folder=RunFolder(flags.run_path(args, args.model, data.name, budget)),
-            config=config | {"environment": experiment.environment(device)},
-            identity=flags.identity(config),
+            config={"command": flags.command(argv), **values, **experiment.environment(device), "network": network},
+            identity=flags.identity(values),
             resume=args.resume,
             log_interval=args.log_interval,
             keep_tickets=args.keep_tickets,

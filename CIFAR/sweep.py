@@ -170,7 +170,7 @@ def planned(method: str, seed: int, shared: Sequence[str], out: Path, control: b
         raise UsageError("--iters and --seeds both ask for several seeds: give --seeds alone")
     if args.sparse and "--sparse" not in words:
         raise UsageError(f"{method} cannot be had with --demo, which is sparse: give its flags one by one")
-    _check_folder(run, flags.identity(flags.as_config(args, words)))
+    _check_folder(run, flags.identity(flags.values(args)))
     return run
 
 
@@ -178,8 +178,8 @@ def _check_folder(run: Run, identity: dict) -> None:
     if not run.folder.config.is_file():
         return
     try:
-        there = flags.identity(json.loads(run.folder.config.read_text()))
-    except (OSError, ValueError, TypeError, KeyError) as error:
+        there = dict(json.loads(run.folder.config.read_text()))
+    except (OSError, ValueError, TypeError) as error:
         raise FaultError(f"{run.folder.config} cannot be read as a run's configuration ({error!r})") from error
     differing = [
         f"{name} {there[name]} there, {value} here"

@@ -55,7 +55,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     model = model.to(device, memory_format=runtime.memory_format)
     if args.pretrained_weights:
         experiment.load_weights(model, load_torch(args.pretrained_weights), args.pretrained_weights)
-    config = flags.as_config(args, argv)
+    values = flags.values(args)
+    network = {
+        "builder": "imagenet_resnet:build_model",
+        "folder": str(Path(__file__).resolve().parent),
+        "arguments": {"arch": args.arch, "num_classes": data.num_classes},
+        "input_shape": [data.channels, data.image_size, data.image_size],
+    }
     recipe = experiment.Recipe(
         model=model,
         optimizer=make_optimizer(model, args),
@@ -68,8 +74,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     sparse = flags.sparse_training(args, len(data.train), budget.total_epochs)
     output = experiment.Output(
         folder=RunFolder(flags.run_path(args, args.arch, Path(args.data).resolve().name, budget)),
-        config=config | {"environment": experiment.environment(device)},
-        identity=flags.identity(config),
+        config={"command": flags.command(argv), **values, **experiment.environment(device), "network": network},
+        identity=flags.identity(values),
         resume=args.resume,
         log_interval=args.print_freq,
         keep_tickets=args.keep_tickets,

@@ -20,8 +20,7 @@ from sparselearning.data import Batch, BatchSource
 from sparselearning.engine import Plan, Precision, Sources, Stopped, Trainer, stop_signals
 from sparselearning.errors import FaultError, UsageError
 from sparselearning.masking import Masking
-from sparselearning.progress import Progress
-from sparselearning.report import run_table
+from sparselearning.progress import Progress, run_table
 from sparselearning.sparse_init import SPARSE_INITS
 
 AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -332,10 +331,12 @@ def _open_folder(output: Output) -> None:
 def environment(device: torch.device) -> dict[str, Any]:
     """What else a result depends on: versions and hardware."""
     return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "torchvision": torchvision.__version__,
-        "numpy": np.__version__,
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "torchvision": torchvision.__version__,
+            "numpy": np.__version__,
+        },
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({platform.machine()})",
         "threads": torch.get_num_threads(),
         "world_size": distributed.world_size(),

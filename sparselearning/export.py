@@ -327,10 +327,10 @@ def _read_config(source: Path) -> dict[str, Any]:
 
 def _describe(config: Mapping[str, Any]) -> dict[str, Any]:
     """What a packed file says about its network; no folders of this machine."""
-    flags, record = config.get("flags", {}), config.get("network", {})
+    record = config.get("network", {})
     known = {
-        "model": flags.get("model", flags.get("arch")),
-        "data": Path(flags["data"]).stem if "data" in flags else None,
+        "model": config.get("model", config.get("arch")),
+        "data": Path(config["data"]).stem if "data" in config else None,
         "network": {key: value for key, value in record.items() if key != "folder"},
     }
     return {key: value for key, value in known.items() if value}

@@ -351,12 +351,16 @@ def run_path(args: argparse.Namespace, model: str, data: str, budget: EpochBudge
     )
 
 
-def identity(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The flags of a configuration that a resumed run must share."""
-    return {name: value for name, value in config["flags"].items() if name not in WITHOUT_EFFECT_ON_RESULTS}
+def values(args: argparse.Namespace) -> dict[str, Any]:
+    """Every flag's value, as plain values."""
+    return {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
 
 
-def as_config(args: argparse.Namespace, argv: Sequence[str] | None) -> dict[str, Any]:
-    """Every flag's value, and the command itself, as plain values."""
-    flags = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
-    return {"command": shlex.join(["python", sys.argv[0], *(sys.argv[1:] if argv is None else argv)]), "flags": flags}
+def identity(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The flags that a resumed run must share."""
+    return {name: value for name, value in values.items() if name not in WITHOUT_EFFECT_ON_RESULTS}
+
+
+def command(argv: Sequence[str] | None) -> str:
+    """The command line, to be pasted into a shell."""
+    return shlex.join(["python", sys.argv[0], *(sys.argv[1:] if argv is None else argv)])

@@ -5,40 +5,18 @@ python -m sparselearning.report RUN [RUN …] [--out DIR]
 RUN is a run's folder, or a folder under which runs lie. The same files give the same bytes.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from types import ModuleType
-from typing import IO, Any
+from typing import IO
 
 from sparselearning.checkpoint import write_whole
 from sparselearning.errors import UsageError
+from sparselearning.flags import Parser
+from sparselearning.progress import run_table
 from sparselearning.runs import find_runs, group_runs, read_run
 from sparselearning.tables import csv_of_runs, csv_table, latex_table, markdown_report
-
-
-def run_table(summary: Mapping[str, Any], folder: Path) -> str:
-    """The table that ends a run: every network that it made, what superposing gained, and where the files are."""
-    rows = [("pre-trained", summary["pretrain_acc"])]
-    for number, (ticket, superposed) in enumerate(
-        zip(summary["ticket_acc"], summary["superposed_acc"], strict=True), start=1
-    ):
-        rows += [(f"ticket {number}", ticket), (f"superposition {number}", superposed)]
-    rows.append(("final", summary["final_acc"]))
-    if "test_acc" in summary:
-        rows.append(("final, on the test set", summary["test_acc"]))
-    lines = [f"{'network':<24}accuracy", *(f"{name:<24}{accuracy:8.2%}" for name, accuracy in rows), ""]
-    lines.append(f"density {summary['density']:.4f}   gain over pre-training {summary['gain']:+.2f} points")
-    if summary["gain_over_ticket"] is not None:
-        lines[-1] += f", over the last ticket {summary['gain_over_ticket']:+.2f} points"
-    if "training_flops_of_dense" in summary:
-        costs = ", ".join(
-            f"{summary[f'{name}_of_dense']:.3f} of the {name.replace('_', ' ').replace('flops', 'FLOPs')}"
-            for name in ("parameters", "inference_flops", "training_flops")
-        )
-        lines.append(f"of the dense network: {costs}")
-    lines.append(f"{summary['total_seconds']:.0f} s; files in {folder}")
-    return "\n".join(lines)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -48,8 +26,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         UsageError: if a path is no run, or matplotlib is missing.
         FaultError: if a file is damaged or cannot be written.
     """
-    from sparselearning.flags import Parser  # here: flags imports experiment, which prints run_table
-
     parser = Parser(__doc__.splitlines()[0])
     parser.prog = "python -m sparselearning.report"
     parser.add_argument(

@@ -11,13 +11,14 @@ from typing import Any
 
 from torch import Tensor
 
+from sparselearning import flags
 from sparselearning.checkpoint import RunFolder, load_torch
 from sparselearning.errors import FaultError, UsageError
 
 Types = Mapping[str, Any]
 NUMBER: Any = (int, float)
 OPTIONAL_NUMBER = (int, float, type(None))
-CONFIG = {"flags": dict}
+NO_FLAGS = {"command", "versions", "device", "threads", "world_size", "network"}
 FLAGS = {"seed": int, "sparse": bool, "fix": bool, "method": str, "growth": str, "indicate_method": str}
 METRICS = dict.fromkeys(("epoch", "lr", "train_loss", "train_acc", "eval_loss", "eval_acc", "density"), NUMBER)
 METRICS |= {"ticket": OPTIONAL_NUMBER}
@@ -144,8 +145,9 @@ def read_run(path: Path) -> Run:
         FaultError: if one is damaged or cannot be read.
     """
     folder = RunFolder(path)
-    config = _read_json(folder.config, CONFIG)
-    _check(config["flags"], FLAGS, str(folder.config))
+    config = _read_json(folder.config, FLAGS)
+    flag_values = {name: value for name, value in config.items() if name not in NO_FLAGS}
+    environment = {"device": config.get("device"), **config.get("versions", {})}
     metrics = _read_jsonl(folder.metrics, METRICS)
     if not metrics:
         raise FaultError(f"{folder.metrics} holds no finished epoch")
@@ -161,7 +163,7 @@ def read_run(path: Path) -> Run:
         _check(row, TICKETS, str(folder.summary))
         if row["ticket"] not in cycles:
             raise FaultError(f"{folder.metrics} is damaged: it has no epoch of ticket {row['ticket']}")
-    return Run(folder, config["flags"], config.get("environment", {}), metrics, tickets, summary)
+    return Run(folder, flag_values, environment, metrics, tickets, summary)
 
 
 def masked_weights(path: Path) -> dict[str, Tensor]:
@@ -272,16 +274,15 @@ def _effective_flags(run: Run) -> tuple[dict[str, Any], dict[str, Any]]:
     """
     without_effect, sparse, ticket = _flag_kinds()
     skipped = without_effect | {"seed", "indicate_method", "epochs"} | (set() if run.flags["sparse"] else sparse)
-    flags = {name: value for name, value in run.flags.items() if name not in skipped or name == "sparse"}
-    recipe = {name: value for name, value in flags.items() if name not in ticket}
+    effective = {name: value for name, value in run.flags.items() if name not in skipped or name == "sparse"}
+    recipe = {name: value for name, value in effective.items() if name not in ticket}
     recipe["epochs"] = run.metrics[-1]["epoch"] + 1
-    return recipe, {} if run.is_plain else {name: value for name, value in flags.items() if name in ticket}
+    return recipe, {} if run.is_plain else {name: value for name, value in effective.items() if name in ticket}
 
 
 @cache
 def _flag_kinds() -> tuple[set[str], set[str], set[str]]:
     """Names of the flags without effect on results, of those about masks, and of those about tickets."""
-    from sparselearning import flags  # here, because it imports experiment, which prints this package's tables
 
     def names(add: Callable[[argparse.ArgumentParser], None]) -> set[str]:
         parser = argparse.ArgumentParser()

@@ -232,7 +232,7 @@ def test_lines_with_bn_re_estimated_end_at_the_superposition_that_has_it_too(run
 
 def test_tickets_of_a_dense_run_are_not_pruned_and_all_pairs_have_lines(run):
     config = json.loads((run / "config.json").read_text())
-    config["flags"] |= {"sparse": False}
+    config |= {"sparse": False}
     (run / "config.json").write_text(json.dumps(config))
     for number in range(MEMBERS):
         path = run / "tickets" / f"ticket_{number}.pth"

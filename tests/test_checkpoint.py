@@ -112,7 +112,7 @@ def test_a_folder_under_a_file_is_one_sentence(tmp_path):
 
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs /proc")
 def test_a_place_where_no_folder_can_be_made_is_one_sentence():
-    with pytest.raises(FaultError, match="cannot write /proc/nowhere/run/config.json"):
+    with pytest.raises(FaultError, match=r"cannot write /proc/nowhere/run/config\.json"):
         write_json(Path("/proc/nowhere/run/config.json"), {})
 
 

@@ -662,7 +662,7 @@ def test_cifar_in_two_processes_equals_one(cifar_runs, tmp_path):
             assert torch.equal(together[name], value), name
         else:
             assert (together[name] - value).abs().max() < 1e-5, name
-    assert json.loads((cifar_runs / "undisturbed" / "config.json").read_text())["environment"]["world_size"] == 2
+    assert json.loads((cifar_runs / "undisturbed" / "config.json").read_text())["world_size"] == 2
 
 
 def test_cifar_stops_on_sigterm_to_the_launcher_and_resumes_exactly(cifar_runs):

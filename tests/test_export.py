@@ -312,7 +312,7 @@ def run(tmp_path) -> Path:
 
 def write_config(run: Path, **changes: object) -> None:
     record = {"arguments": {"width": 16}, "input_shape": [3, 8, 8], **changes}
-    config = {"flags": {"model": "tiny", "data": "somewhere/pictures.npz"}, "network": record}
+    config = {"model": "tiny", "data": "somewhere/pictures.npz", "network": record}
     (run / "config.json").write_text(json.dumps(config))
 
 

@@ -132,7 +132,7 @@ def check_published_run(folder, tickets, density):
     summary = json.loads(folder.summary.read_text())
     assert summary["final_acc"] == ticket_rows[-1]["superposed_acc"]
     assert all(accuracy * VAL_IMAGES % 1 == 0 for accuracy in [*summary["ticket_acc"], *summary["superposed_acc"]])
-    assert json.loads(folder.config.read_text())["environment"]["world_size"] == 2
+    assert json.loads(folder.config.read_text())["world_size"] == 2
 
     current, previous = load_torch(folder.current), load_torch(folder.previous)
     size = sum(mask.numel() for mask in current["masks"].values())

@@ -26,7 +26,7 @@ def write_run(folder, final=0.9, tickets=2, epochs=4, finished=True, explored=No
     """Pre-training to 80 %, then tickets of one epoch and 85 % each; what they superpose into ends at ``final``."""
     folder.mkdir(parents=True)
     plain = {} if tickets else {"cycle_rate": 0.0}
-    config = {"flags": FLAGS | plain | flags, "environment": {"device": "cpu", "torch": "2.11"}}
+    config = FLAGS | plain | flags | {"device": "cpu", "versions": {"torch": "2.11"}}
     (folder / "config.json").write_text(json.dumps(config))
     first_cycle = epochs - tickets
     rows = [
@@ -363,7 +363,7 @@ def test_wrong_calls_are_told_in_a_sentence(tmp_path):
     ("file", "text", "sentence"),
     [
         ("config.json", "{", "config.json is damaged: "),
-        ("config.json", '{"flags": {}}', "config.json is damaged or no run's: seed is missing"),
+        ("config.json", '{}', "config.json is damaged or no run's: seed is missing"),
         ("metrics.jsonl", "", "metrics.jsonl holds no finished epoch"),
         ("metrics.jsonl", "[1]\n", "metrics.jsonl, line 1, is damaged: it holds no named values"),
         ("metrics.jsonl", '{"epoch": "one"}\n', "line 1, is damaged or no run's: epoch is 'one'"),

@@ -192,9 +192,11 @@ def test_an_interrupt_goes_to_the_run_and_stops_the_sweep(out, capsys):
 def interrupt_once_there(path):
     def interrupt():
         give_up = time.monotonic() + 20
-        while not path.exists() and time.monotonic() < give_up:
+        while time.monotonic() < give_up:
+            if path.exists():
+                os.kill(os.getpid(), signal.SIGINT)
+                return
             time.sleep(0.02)
-        os.kill(os.getpid(), signal.SIGINT)
 
     threading.Thread(target=interrupt, daemon=True).start()
 
@@ -217,7 +219,7 @@ def test_each_gpu_has_one_run_at_a_time(out, capfd):
 
 def test_a_folder_with_a_run_of_other_flags_is_left_alone(out):
     words = sweep.planned("rigl", 7, SHARED, out, control=False).flags
-    config = flags.as_config(main_suptickets.parse(words), words)
+    config = flags.values(main_suptickets.parse(words))
     folder = out / "rigl" / "seed7"
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config))

@@ -7,9 +7,7 @@ from sparselearning.errors import UsageError
 from .resnet import ResNet
 
 
-def cifar_resnet(
-    depth: int, width: int = 16, *, num_classes: int, in_channels: int, image_size: int
-) -> ResNet:
+def cifar_resnet(depth: int, width: int = 16, *, num_classes: int, in_channels: int, image_size: int) -> ResNet:
     """cifar_resnet_N[_W]: N = 6n + 2 layers, three stages of n basic blocks, widths W-2W-4W.
 
     Where a stage changes the shape, the shortcut is a 1x1 convolution with BatchNorm (the paper's option B).

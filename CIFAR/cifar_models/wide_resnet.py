@@ -49,9 +49,7 @@ class WideResNet(nn.Module):
         return self.fc(x.mean(dim=(2, 3)))
 
 
-def wide_resnet(
-    depth: int, widening: int, *, num_classes: int, in_channels: int, image_size: int
-) -> WideResNet:
+def wide_resnet(depth: int, widening: int, *, num_classes: int, in_channels: int, image_size: int) -> WideResNet:
     """wrn-D-K: D = 6n + 4 layers, three stages of n blocks, widths 16K-32K-64K, no dropout.
 
     ``image_size`` is free, for the pooling is global.
