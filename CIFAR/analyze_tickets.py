@@ -20,8 +20,7 @@ from typing import Any, NamedTuple
 import main_suptickets
 import torch
 import torch.nn.functional as F
-from cifar_data import Data, load_data
-from cifar_models import build_model
+from cifar_data import Data
 from torch import Tensor, nn
 
 from sparselearning import experiment, flags
@@ -207,18 +206,7 @@ class Bench:
         runtime = flags.runtime(args)
         device = runtime.start()
         runtime = runtime.resolved(device)
-        data = load_data(
-            args.data,
-            data_dir=args.data_dir,
-            batch_size=args.batch_size,
-            test_batch_size=args.test_batch_size,
-            valid_split=args.valid_split,
-            seed=args.seed,
-            device=device,
-            memory_format=runtime.memory_format,
-        )
-        model = build_model(args.model, data.num_classes, data.channels, data.image_size)
-        model = model.to(device, memory_format=runtime.memory_format)
+        data, model = main_suptickets.load(args, runtime, device)
         network = torch.compile(model) if runtime.compile else model
         labels = torch.cat([batch.labels for batch in data.evaluation.epoch(0)])
         return cls(model, network, data, runtime.precision(), device, labels)

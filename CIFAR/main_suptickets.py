@@ -12,8 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from cifar_data import data_help, load_data
+from cifar_data import Data, data_help, load_data
 from cifar_models import build_model, model_names
+from torch import nn
 
 from sparselearning import distributed, experiment, flags, launch
 from sparselearning.checkpoint import RunFolder, seed_everything
@@ -118,23 +119,7 @@ def run(args: argparse.Namespace, argv: Sequence[str] | None) -> None:
     for warning in warnings if distributed.is_main() else []:
         print(f"note: {warning}", file=sys.stderr)
 
-    seed_everything(args.seed)
-    with distributed.main_first():
-        data = load_data(
-            args.data,
-            data_dir=args.data_dir,
-            batch_size=args.batch_size,
-            test_batch_size=args.test_batch_size,
-            valid_split=args.valid_split,
-            seed=args.seed,
-            device=device,
-            rank=distributed.rank(),
-            world_size=distributed.world_size(),
-            memory_format=runtime.memory_format,
-        )
-    model = build_model(args.model, data.num_classes, data.channels, data.image_size)
-    model = model.to(device, memory_format=runtime.memory_format)
-    steps_per_epoch = len(data.train)
+    data, model = load(args, runtime, device)
     values = flags.values(args)
     network = {
         "builder": "cifar_models:build_model",
@@ -158,7 +143,7 @@ def run(args: argparse.Namespace, argv: Sequence[str] | None) -> None:
     experiment.run(
         recipe,
         flags.plan(args, budget, pretrain_lr(args, budget)),
-        flags.sparse_training(args, steps_per_epoch, budget.total_epochs),
+        flags.sparse_training(args, len(data.train), budget.total_epochs),
         runtime,
         experiment.Output(
             folder=RunFolder(flags.run_path(args, args.model, data.name, budget)),
@@ -170,6 +155,27 @@ def run(args: argparse.Namespace, argv: Sequence[str] | None) -> None:
             tensorboard=args.tensorboard,
         ),
     )
+
+
+def load(args: argparse.Namespace, runtime: experiment.Runtime, device: torch.device) -> tuple[Data, nn.Module]:
+    """Load the data and build the network, both on the device, as drawn by the run's seed."""
+    seed_everything(args.seed)
+    with distributed.main_first():
+        data = load_data(
+            args.data,
+            data_dir=args.data_dir,
+            batch_size=args.batch_size,
+            test_batch_size=args.test_batch_size,
+            valid_split=args.valid_split,
+            seed=args.seed,
+            device=device,
+            rank=distributed.rank(),
+            world_size=distributed.world_size(),
+            memory_format=runtime.memory_format,
+        )
+    model = build_model(args.model, data.num_classes, data.channels, data.image_size)
+    model = model.to(device, memory_format=runtime.memory_format)
+    return data, model
 
 
 def pretrain_lr(args: argparse.Namespace, budget: EpochBudget):

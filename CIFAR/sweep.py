@@ -25,8 +25,8 @@ import main_suptickets
 
 from sparselearning import experiment, flags, report
 from sparselearning.checkpoint import RunFolder
-from sparselearning.engine import stop_signals
 from sparselearning.errors import FaultError, UsageError
+from sparselearning.signals import stop_signals
 
 SCRIPT = Path(__file__).with_name("main_suptickets.py")
 SECONDS_BETWEEN_LOOKS = 0.1

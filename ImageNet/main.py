@@ -19,8 +19,9 @@ from torch import nn
 
 from sparselearning import distributed, experiment, flags, profiling
 from sparselearning.checkpoint import RunFolder, load_torch, seed_everything
-from sparselearning.engine import Plan, Sources
+from sparselearning.engine import Sources
 from sparselearning.errors import UsageError
+from sparselearning.plan import Plan
 from sparselearning.schedules import EpochBudget, milestone_lr
 
 FINAL_DENSITY = 0.1

@@ -38,10 +38,11 @@ from comparison import Bar, Row, Side, alternate, header, machine, plot
 from sparselearning import experiment, flags
 from sparselearning.checkpoint import RunFolder, write_json
 from sparselearning.data import Batch
-from sparselearning.engine import Plan, Sources, Trainer
+from sparselearning.engine import Sources, Trainer
 from sparselearning.errors import UsageError
 from sparselearning.experiment import Runtime, SparseTraining
 from sparselearning.masking import Masking, maskable_parameters
+from sparselearning.plan import Plan
 from sparselearning.schedules import EpochBudget
 from sparselearning.superpose import caa_factor, prune_to_density, superpose, update_bn
 from sparselearning.topology import Layer, gradual_prune

@@ -17,10 +17,12 @@ from sparselearning import distributed
 from sparselearning.checkpoint import RunFolder, find_checkpoint, load_torch, write_json
 from sparselearning.costs import layer_flops
 from sparselearning.data import Batch, BatchSource
-from sparselearning.engine import Plan, Precision, Sources, Stopped, Trainer, stop_signals
+from sparselearning.engine import Precision, Sources, Trainer
 from sparselearning.errors import FaultError, UsageError
 from sparselearning.masking import Masking
+from sparselearning.plan import Plan
 from sparselearning.progress import Progress, run_table
+from sparselearning.signals import Stopped, stop_signals
 from sparselearning.sparse_init import SPARSE_INITS
 
 AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}

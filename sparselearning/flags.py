@@ -7,10 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from sparselearning.engine import Plan
 from sparselearning.errors import UsageError
 from sparselearning.experiment import AMP, Runtime, SparseTraining
 from sparselearning.masking import METHODS, MOMENTUM_GROWTH
+from sparselearning.plan import Plan
 from sparselearning.schedules import DECAYS, EpochBudget
 from sparselearning.sparse_init import SPARSE_INITS
 from sparselearning.superpose import AVERAGING

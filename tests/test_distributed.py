@@ -35,9 +35,11 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from sparselearning import Masking, caa_factor, distributed, experiment, launch, update_bn
 from sparselearning.checkpoint import RunFolder, load_torch, seed_everything
 from sparselearning.data import Batch
-from sparselearning.engine import Plan, Sources, Stopped
+from sparselearning.engine import Sources
 from sparselearning.errors import FaultError, UsageError
+from sparselearning.plan import Plan
 from sparselearning.schedules import EpochBudget
+from sparselearning.signals import Stopped
 from sparselearning.topology import GROWTH, PRUNE, REDISTRIBUTION
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -85,10 +87,10 @@ def started(command, log, cwd=None):
         process.wait()
 
 
-def finished(command, log, cwd=None):
+def finished(command, log, cwd=None, seconds=PATIENCE):
     """Run a command to its end; return its exit status."""
     with started(command, log, cwd) as process:
-        return process.wait(PATIENCE)
+        return process.wait(seconds)
 
 
 def read_jsonl(path):
@@ -595,7 +597,25 @@ def test_a_fault_that_only_one_rank_meets_is_shown(monkeypatch, capsys):
     assert "damaged image ant/3.JPEG" in capsys.readouterr().err
 
 
-CHILD = """
+def test_a_port_in_use_is_named(monkeypatch, capsys):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    with socket.create_server(("", 0)) as other:
+        port = other.getsockname()[1]
+        assert status_of(lambda: launch.launch(["--nproc_per_node", "2", "main.py", "--master_port", str(port)])) == 1
+    assert str(port) in capsys.readouterr().err
+
+
+def test_ranks_that_do_not_find_each_other_say_so(capsys):
+    def fail():
+        raise RuntimeError("Gloo connectFullMesh failed with timed out connecting: Connection refused")
+
+    assert status_of(fail) == 1
+    assert "Traceback" not in capsys.readouterr().err
+
+
+MULTIPROC = [sys.executable, ROOT / "ImageNet" / "multiproc.py"]
+
+REPORTER = """
 import json, os, sys
 names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 print(json.dumps([[os.environ[name] for name in names], sys.argv[1:]]))
@@ -604,10 +624,9 @@ print(json.dumps([[os.environ[name] for name in names], sys.argv[1:]]))
 
 def test_two_launchers_are_two_machines(tmp_path):
     child, port = tmp_path / "child.py", str(free_port())
-    child.write_text(CHILD)
+    child.write_text(REPORTER)
     logs = [tmp_path / f"node{node}" for node in (0, 1)]
-    launcher = [sys.executable, ROOT / "ImageNet" / "multiproc.py", "--nnodes", "2", "--nproc_per_node", "1"]
-    launcher += ["--master_addr", "127.0.0.1", "--node_rank"]
+    launcher = [*MULTIPROC, "--nnodes", "2", "--nproc_per_node", "1", "--master_addr", "127.0.0.1", "--node_rank"]
     with contextlib.ExitStack() as stack:
         nodes = [
             stack.enter_context(started([*launcher, str(node), child, "-p", "500", "--master_port", port], log))
@@ -619,6 +638,30 @@ def test_two_launchers_are_two_machines(tmp_path):
         assert line == [[str(rank), "2", "0", "127.0.0.1", port], ["-p", "500", "--master_port", port]]
 
 
+MORTAL = """
+import os, pathlib, signal, sys, torch
+from sparselearning import distributed
+
+distributed.start(use_cuda=False)
+distributed.sum_over_ranks(torch.ones(1))
+if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" and distributed.is_main():
+    os.kill(os.getpid(), signal.SIGKILL)
+try:
+    ranks = int(distributed.sum_over_ranks(torch.ones(1)))
+except RuntimeError:
+    sys.exit("the other rank has gone away")
+pathlib.Path(sys.argv[1], f"rank{distributed.rank()}").write_text(str(ranks))
+distributed.stop()
+"""
+
+
+def test_ranks_find_each_other_again_after_an_elastic_restart(tmp_path):
+    (tmp_path / "child.py").write_text(MORTAL)
+    command = [*MULTIPROC, "--nproc_per_node", "2", "--max_restarts", "1", tmp_path / "child.py", tmp_path]
+    assert finished([*command, "--master_port", str(free_port())], tmp_path / "log", seconds=60) == 0
+    assert [(tmp_path / f"rank{rank}").read_text() for rank in (0, 1)] == ["2", "2"]
+
+
 # ----------------------------------------------------------------------------------------- CIFAR under torchrun
 
 # Batches of 65 cannot be halved: each step has shares of 32 and 33 images. LeNet has neither BatchNorm nor dropout.
@@ -628,30 +671,24 @@ DIGITS = shlex.split(
     "--final-prune-epoch 2 --seed 5 --update-frequency 7 --epochs 6 --cycle 2 --cycle_rate 0.7 --batch-size 65 "
     "--test-batch-size 101 --lr 0.02 --large-death-rate 0.3"
 )
+CIFAR = [ROOT / "CIFAR" / "main_suptickets.py", *DIGITS]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-CIFAR = [*TORCHRUN, ROOT / "CIFAR" / "main_suptickets.py", *DIGITS]
 
 
 @pytest.fixture(scope="module")
-def cifar_runs(tmp_path_factory):
-    """The same run undisturbed, and stopped by SIGTERM in its second cycle's first epoch and resumed."""
-    root = tmp_path_factory.mktemp("cifar")
-    assert finished([*CIFAR, "--save", root / "undisturbed"], root / "undisturbed.log") == 0
-    with started([*CIFAR, "--save", root / "stopped"], root / "stopped.log") as launcher:
-        wait_until(lambda: len(read_jsonl(root / "stopped" / "metrics.jsonl")) == 4 or launcher.poll() is not None)
-        launcher.terminate()
-        launcher.wait(PATIENCE)
-    (root / "stopped").rename(root / "to_resume")
-    return root
+def undisturbed_cifar(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cifar") / "undisturbed"
+    assert finished([*TORCHRUN, *CIFAR, "--save", folder], folder.with_suffix(".log")) == 0
+    return folder
 
 
 def is_close(value, other):
     return value == (pytest.approx(other, rel=1e-5) if isinstance(other, float) else other)
 
 
-def test_cifar_in_two_processes_equals_one(cifar_runs, tmp_path):
+def test_cifar_in_two_processes_equals_one(undisturbed_cifar, tmp_path):
     main_suptickets.main([*DIGITS, "--save", str(tmp_path)])
-    alone, together = results(tmp_path), results(cifar_runs / "undisturbed")
+    alone, together = results(tmp_path), results(undisturbed_cifar)
     assert alone.keys() == together.keys()
     for name, value in alone.items():
         if name in ("metrics", "tickets"):
@@ -662,23 +699,27 @@ def test_cifar_in_two_processes_equals_one(cifar_runs, tmp_path):
             assert torch.equal(together[name], value), name
         else:
             assert (together[name] - value).abs().max() < 1e-5, name
-    assert json.loads((cifar_runs / "undisturbed" / "config.json").read_text())["world_size"] == 2
+    assert json.loads((undisturbed_cifar / "config.json").read_text())["world_size"] == 2
 
 
-def test_cifar_stops_on_sigterm_to_the_launcher_and_resumes_exactly(cifar_runs):
-    folder, log = cifar_runs / "to_resume", cifar_runs / "stopped.log"
-    saved = load_torch(folder / "checkpoint.pth")
-    assert saved["epoch"] == 4
-    assert 0 < saved["batch"] < 18
-    assert f"stopped by SIGTERM: go on with --resume {cifar_runs / 'stopped'}" in log.read_text()
+def test_cifar_stops_on_sigterm_to_the_launcher_and_resumes_exactly(undisturbed_cifar, tmp_path):
+    folder, log = tmp_path / "run", tmp_path / "log"
+    with started([*MULTIPROC, "--nproc_per_node", "2", *CIFAR, "--save", folder], log) as launcher:
+        wait_until(lambda: len(read_jsonl(folder / "metrics.jsonl")) == 4 or launcher.poll() is not None)
+        launcher.terminate()
+        assert launcher.wait(60) == 143
+    assert f"stopped by SIGTERM: go on with --resume {folder}\n" in log.read_text()
+    assert "Traceback" not in log.read_text()
     assert list(folder.rglob("*.partial")) == []
-    resume = [*CIFAR, "--save", folder, "--resume", folder]
-    assert finished(resume, cifar_runs / "resumed.log") == 0
-    assert_identical(results(folder), results(cifar_runs / "undisturbed"))
+    stopped = load_torch(folder / "checkpoint.pth")
+    assert stopped["epoch"] == 4
+    assert 0 < stopped["batch"] < 18  # in the middle of the second cycle's first epoch
+    assert finished([*TORCHRUN, *CIFAR, "--save", folder, "--resume", folder], log) == 0
+    assert_identical(results(folder), results(undisturbed_cifar))
 
 
-def test_cifar_with_another_number_of_processes_is_refused(cifar_runs, tmp_path, capsys):
-    folder = cifar_runs / "undisturbed"
+def test_cifar_with_another_number_of_processes_is_refused(undisturbed_cifar, tmp_path, capsys):
+    folder = undisturbed_cifar
     before = {path: path.read_bytes() for path in folder.iterdir()}
     resume = [*DIGITS, "--save", str(tmp_path / "run"), "--resume", str(folder)]
     assert status_of(lambda: main_suptickets.main(resume)) == 2

@@ -27,7 +27,7 @@ from sparselearning import experiment, profiling
 from sparselearning.checkpoint import RunFolder, load_torch
 
 SCRIPTS = ROOT / "ImageNet"
-CLASSES, TRAIN_IMAGES, VAL_IMAGES = 4, 12, 8
+CLASSES, TRAIN_IMAGES, VAL_IMAGES = 4, 8, 4
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +65,7 @@ PUBLISHED["Granet"] = (
     .replace("--init-density 0.5", "--init-density 0.1")
     .replace("--indicate_method Rigl", "--indicate_method Granet")
 )
-PRETRAIN_EPOCHS, TICKETS = 2, 2
+PRETRAIN_EPOCHS, TICKETS = 2, 2  # and cycles of one epoch
 
 
 def shrunk(name, tickets=TICKETS):
@@ -73,9 +73,10 @@ def shrunk(name, tickets=TICKETS):
     cut = {
         "--arch resnet50": "--arch resnet18",
         "-b 64": "-b 2",
-        "--epochs 100": f"--epochs {PRETRAIN_EPOCHS + 2 * tickets}",
+        "--epochs 100": f"--epochs {PRETRAIN_EPOCHS + tickets}",
         "--pretrain_epoch 92": f"--pretrain_epoch {PRETRAIN_EPOCHS}",
-        "--cyclic_epochs 8": f"--cyclic_epochs {2 * tickets}",
+        "--cyclic_epochs 8": f"--cyclic_epochs {tickets}",
+        "--cycle 2": "--cycle 1",
         "--warmup 5": "--warmup 1",
         "--first_m 30": "--first_m 1",
         "--second_m 60": "--second_m 2",
@@ -99,8 +100,8 @@ def as_command(line, *more):
 
 def run_folder(home, name, tickets):
     return (
-        home / f"clone/ImageNet/saved_models/{name}/resnet18/imagenet2012/cycle_num_2/pretrain_epoch_{PRETRAIN_EPOCHS}"
-        f"/cyclic_epochs_{2 * tickets}/density_0.1/M={tickets}/ex_rate=0.5/seed17"
+        home / f"clone/ImageNet/saved_models/{name}/resnet18/imagenet2012/cycle_num_1/pretrain_epoch_{PRETRAIN_EPOCHS}"
+        f"/cyclic_epochs_{tickets}/density_0.1/M={tickets}/ex_rate=0.5/seed17"
     )
 
 
@@ -123,11 +124,10 @@ def active(masks):
 
 def check_published_run(folder, tickets, density):
     """What any run with the published numbers leaves behind; ``density`` is the one that it trains at."""
-    epochs = PRETRAIN_EPOCHS + 2 * tickets
     metrics, ticket_rows = read_jsonl(folder.metrics), read_jsonl(folder.tickets)
-    assert [row["phase"] for row in metrics] == ["pretrain"] * PRETRAIN_EPOCHS + ["cycle"] * 2 * tickets
+    assert [row["phase"] for row in metrics] == ["pretrain"] * PRETRAIN_EPOCHS + ["cycle"] * tickets
     assert [row["lr"] for row in metrics[:PRETRAIN_EPOCHS]] == pytest.approx([0.05, 0.01])  # warm-up, first milestone
-    assert [row["samples"] for row in metrics] == [TRAIN_IMAGES] * epochs
+    assert [row["samples"] for row in metrics] == [TRAIN_IMAGES] * len(metrics)
     assert [row["ticket"] for row in ticket_rows] == list(range(1, tickets + 1))
     summary = json.loads(folder.summary.read_text())
     assert summary["final_acc"] == ticket_rows[-1]["superposed_acc"]
@@ -138,9 +138,11 @@ def check_published_run(folder, tickets, density):
     size = sum(mask.numel() for mask in current["masks"].values())
     assert active(current["masks"]) == round(size * density)
     assert active(previous["masks"]) == round(size * 0.1)
-    weights = {name: previous["state_dict"][name] for name in previous["masks"]}
-    assert sum(int(weight.count_nonzero()) for weight in weights.values()) == round(size * 0.1)
-    assert summary["density"] == round(size * 0.1) / size
+    # Weights that an update grew in the very last step are still zero: only then can a union lack what the budget allows.
+    available = round(size * ticket_rows[-1]["union_density"])
+    non_zeros = sum(int(previous["state_dict"][name].count_nonzero()) for name in previous["masks"])
+    assert non_zeros == min(round(size * 0.1), available)
+    assert summary["density"] == non_zeros / size
     for saved in (current, previous):
         assert all(not saved["state_dict"][name][~mask].any() for name, mask in saved["masks"].items())
     buffers = [
@@ -212,7 +214,7 @@ def test_a_killed_rank_takes_the_job_down(killed):
     assert seconds < 60
     assert "process 1 of main.py failed with exit code -9" in printed
     assert "Traceback" not in printed
-    assert 1 <= len(read_jsonl(folder.metrics)) < PRETRAIN_EPOCHS + 2 * TICKETS
+    assert 1 <= len(read_jsonl(folder.metrics)) < PRETRAIN_EPOCHS + TICKETS
     wait_until(lambda: not processes_that_mention(folder.path), 30)  # neither ranks nor their workers stay
 
 
@@ -229,38 +231,11 @@ def test_a_killed_rank_leaves_whole_files(killed):
 
 
 @on_linux
-def test_a_killed_run_resumes_exactly_also_through_an_elastic_restart(home, rigl, killed):
+def test_a_killed_run_resumes_exactly(home, rigl, killed):
     folder, log = killed[0], home / "resumed.log"
-    line = shrunk("Rigl").replace("multiproc.py ", "multiproc.py --max_restarts 1 ")
-    resume = as_command(line, "--save", folder.path, "--resume", folder.path)
-    with started(resume, log, home / "clone" / "ImageNet") as launcher:
-        kill_when(launcher, 0, lambda: len(read_jsonl(folder.metrics)) >= 3)
-        assert launcher.wait(180) == 0, log.read_text()
+    resume = as_command(shrunk("Rigl"), "--save", folder.path, "--resume", folder.path)
+    assert finished(resume, log, home / "clone" / "ImageNet") == 0, log.read_text()
     assert_identical(results(folder.path), results(rigl[0].path))
-
-
-# ------------------------------------------------------------------------------------------------ damaged images
-
-
-def damage(home, root, rank):
-    """A copy of the data set in which an image is cut short that ``rank`` meets in its first epoch."""
-    shutil.copytree(home / "imagenet2012", root)
-    data = load_imagenet(root, batch_size=2, workers=0, seed=17, device="cpu", rank=rank, world_size=2)
-    index = data.train.batches(0)[-1][-1]
-    path = sorted(path for path in (root / "train").rglob("*.JPEG"))[index]
-    path.write_bytes(path.read_bytes()[:200])
-    return path
-
-
-def test_strict_data_names_the_image_that_one_rank_could_not_read(home, tmp_path):
-    path, log = damage(home, tmp_path / "data", rank=1), tmp_path / "log"
-    line = shrunk("Rigl").replace("../../imagenet2012/", f"{tmp_path / 'data'}")
-    status = finished(as_command(line, "--strict-data", "--save", tmp_path / "run"), log, home / "clone" / "ImageNet")
-    assert status == 1
-    printed = log.read_text()
-    assert "Traceback" not in printed
-    assert f"damaged image {path}" in printed
-    assert not (tmp_path / "run" / "checkpoint.pth").exists()
 
 
 # ----------------------------------------------------------------------------------------------- in one process
@@ -351,8 +326,16 @@ def test_measuring_speed_writes_nothing(home, tmp_path, monkeypatch, capsys, fla
     assert list(tmp_path.iterdir()) == []
 
 
+def damage(home, root):
+    """A copy of the data set with one training image cut short; its path."""
+    shutil.copytree(home / "imagenet2012", root)
+    path = root / "train" / "n2" / "1.JPEG"
+    path.write_bytes(path.read_bytes()[:200])
+    return path
+
+
 def test_a_damaged_image_is_left_out_and_counted(home, tmp_path, capsys):
-    path = damage(home, tmp_path / "data", rank=0)
+    path = damage(home, tmp_path / "data")
     assert run(*DENSE, tmp_path / "data", "--save", tmp_path / "run") == 0
     assert f"left out damaged image {path}" in (message := capsys.readouterr().err)
     assert message.count("left out") == 1
@@ -361,7 +344,7 @@ def test_a_damaged_image_is_left_out_and_counted(home, tmp_path, capsys):
 
 
 def test_strict_data_stops_at_a_damaged_image(home, tmp_path, capsys):
-    path = damage(home, tmp_path / "data", rank=0)
+    path = damage(home, tmp_path / "data")
     assert run(*DENSE, tmp_path / "data", "--save", tmp_path / "run", "--strict-data") == 1
     assert f"damaged image {path}" in capsys.readouterr().err
 

@@ -1,0 +1,75 @@
+"""When a run does what: which epoch belongs to which phase, ticket and learning rate."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from sparselearning.schedules import EpochBudget, cyclic_lr
+
+
+@dataclass(frozen=True)
+class Plan:
+    """When a run does what.
+
+    Attributes:
+        budget: epochs of pre-training and of cycles.
+        pre_train: do the pre-training part.
+        cyclic_train: do the cycles.
+        pretrain_lr: epoch to learning rate.
+        cycle_lr: ``(lr_1, lr_2)`` of the cyclic learning rate; None: the last rate of pre-training stays.
+        explore_rate: share of every layer's active weights that the exploration at the start of a cycle moves;
+            None: no exploration.
+        updates_in_cycles: whether the periodic topology updates go on in the cycles.
+        averaging: ticket number 1, 2, … to its weight in the superposition.
+        update_bn: re-estimate the superposition's BatchNorm statistics.
+        final_density: budget that a superposition is pruned back to; None: dense training.
+    """
+
+    budget: EpochBudget
+    pretrain_lr: Callable[[int], float]
+    averaging: Callable[[int], float]
+    pre_train: bool = True
+    cyclic_train: bool = True
+    cycle_lr: tuple[float, float] | None = None
+    explore_rate: float | None = None
+    updates_in_cycles: bool = True
+    update_bn: bool = False
+    final_density: float | None = None
+
+    @property
+    def first_epoch(self) -> int:
+        """Epoch that the run starts with; cycles alone start where pre-training would have ended."""
+        return 0 if self.pre_train else self.budget.pretrain_epochs
+
+    @property
+    def end_epoch(self) -> int:
+        """Epoch after the run's last one."""
+        return self.budget.total_epochs if self.cyclic_train else self.budget.pretrain_epochs
+
+    def is_cycle(self, epoch: int) -> bool:
+        """Whether an epoch belongs to a cycle."""
+        return epoch >= self.budget.pretrain_epochs
+
+    def starts_cycle(self, epoch: int) -> bool:
+        """Whether a cycle starts with this epoch."""
+        return self._in_cycle(epoch) == 0 and self.is_cycle(epoch) and epoch < self.end_epoch
+
+    def ends_cycle(self, epoch: int) -> bool:
+        """Whether a ticket is ready at the end of this epoch."""
+        return self.is_cycle(epoch) and self._in_cycle(epoch + 1) == 0
+
+    def ticket(self, epoch: int) -> int | None:
+        """Number, from 1, of the ticket that this epoch works on."""
+        if not self.is_cycle(epoch):
+            return None
+        return (epoch - self.budget.pretrain_epochs) // self.budget.cycle_epochs + 1
+
+    def lr(self, epoch: int, batch: int, batches: int) -> float:
+        """Learning rate of one batch."""
+        if not self.is_cycle(epoch):
+            return self.pretrain_lr(epoch)
+        if self.cycle_lr is None:
+            return self.pretrain_lr(max(self.budget.pretrain_epochs - 1, 0))
+        return cyclic_lr((self._in_cycle(epoch) + batch / batches) / self.budget.cycle_epochs, *self.cycle_lr)
+
+    def _in_cycle(self, epoch: int) -> int:
+        return (epoch - self.budget.pretrain_epochs) % self.budget.cycle_epochs
