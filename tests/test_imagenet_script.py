@@ -138,7 +138,7 @@ def check_published_run(folder, tickets, density):
     size = sum(mask.numel() for mask in current["masks"].values())
     assert active(current["masks"]) == round(size * density)
     assert active(previous["masks"]) == round(size * 0.1)
-    # Weights that an update grew in the very last step are still zero: only then can a union lack what the budget allows.
+    # Weights that an update grew in the very last step are still zero: only then can a union fall short of it.
     available = round(size * ticket_rows[-1]["union_density"])
     non_zeros = sum(int(previous["state_dict"][name].count_nonzero()) for name in previous["masks"])
     assert non_zeros == min(round(size * 0.1), available)

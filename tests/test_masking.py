@@ -8,12 +8,11 @@ from collections import Counter
 
 import pytest
 import torch
-import torch.multiprocessing
 from torch import nn
 
-from sparselearning import Masking, distributed, gradual_density, update_bn
+from sparselearning import Masking, gradual_density
 from sparselearning.distributions import erk_densities, layer_counts
-from sparselearning.errors import FaultError, UsageError
+from sparselearning.errors import UsageError
 from sparselearning.masking import METHODS
 from sparselearning.seeding import derive_seed
 from sparselearning.topology import GROWTH, PRUNE, REDISTRIBUTION
@@ -1191,64 +1190,3 @@ def test_one_masking_masks_one_model_with_something_to_mask():
 def test_options_are_given_by_keyword():
     with pytest.raises(TypeError):
         Masking(sgd(SmallNet()), "DST")
-
-
-# ------------------------------------------------------------------------------------------- two ranks
-
-
-def test_two_ranks_hold_the_same_masks_and_statistics(tmp_path):
-    torch.multiprocessing.spawn(_one_rank, args=(str(tmp_path / "rendezvous"),), nprocs=2)
-
-
-def _one_rank(rank, rendezvous):
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
-    assert (distributed.rank(), distributed.world_size(), distributed.is_main()) == (rank, 2, rank == 0)
-    for growth in GROWTH:
-        _train_on_two_ranks(rank, growth, method="GraNet" if growth == "random" else "DST")
-    _disagree(rank)
-    _batchnorm_on_two_ranks(rank)
-    distributed.stop()
-
-
-def _train_on_two_ranks(rank, growth, method):
-    model = distributed.wrap(SmallNet(seed=rank), torch.device("cpu"))  # the wrapper makes the weights rank 0's
-    masking = Masking(
-        sgd(model), method=method, growth=growth, update_frequency=2, init_density=0.5, final_density=0.2,
-        prune_end_step=6, seed=100 + rank,
-    )  # fmt: skip
-    masking.add_module(model)
-    assert list(masking.masks) == NAMES
-    for number in range(6):
-        torch.rand(1 + rank)  # random states that drift apart
-        backward(model, 2 * number + rank)
-        masking.step()
-        everyone = distributed.gather_objects({name: mask.tolist() for name, mask in masking.masks.items()})
-        assert everyone[0] == everyone[1]
-    assert masking.density() == (0.5 if method == "DST" else 0.2)
-    weights = distributed.gather_objects([p.tolist() for p in model.parameters()])
-    assert weights[0] == weights[1]
-
-
-def _disagree(rank):
-    model = distributed.wrap(SmallNet(), torch.device("cpu"))
-    masking = Masking(sgd(model), update_frequency=1, init_density=0.5)
-    masking.add_module(model)
-    if rank == 1:
-        mask = masking.masks["hidden.weight"]
-        mask.copy_(mask.roll(1))
-    backward(model, 0)
-    with pytest.raises(FaultError, match="ranks"):
-        masking.step()
-
-
-def _batchnorm_on_two_ranks(rank):
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4))
-    images = [5 * torch.randn(4, 2, 6, 6, generator=torch.Generator().manual_seed(n)) for n in range(3)]
-    alone = copy.deepcopy(model)
-    torch.optim.swa_utils.update_bn(images, alone)
-    update_bn(images[:2] if rank == 0 else images[2:], distributed.wrap(model, torch.device("cpu")))
-    for name in ("running_mean", "running_var"):
-        assert torch.allclose(getattr(model[1], name), getattr(alone[1], name), rtol=1e-5)
-    assert model[1].num_batches_tracked == 3

@@ -43,3 +43,13 @@ def test_library_example_runs():
     weights = [model.state_dict()[name] for name in names["masking"].masks]
     total = sum(weight.numel() for weight in weights)
     assert sum(int(weight.count_nonzero()) for weight in weights) == round(0.05 * total)
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_own_model_examples_run(number, capsys):
+    section = README[README.index("## Bring your own model") : README.index("## What a run leaves behind")]
+    code = re.findall(r"```python\n(.*?)```", section, re.DOTALL)[number]
+    torch.manual_seed(0)
+    exec(code, {"__name__": "example"})
+    printed = capsys.readouterr().out.splitlines()[-1]
+    assert ("density 0.1000" in printed) if number == 0 else (float(re.search(r"([\d.]+)%", printed)[1]) > 90)
