@@ -109,10 +109,6 @@ class Row:
                 return word
         return "FAIL"
 
-    def times_better(self, ratio: float) -> float:
-        """How many times faster a ratio is."""
-        return ratio if self.is_rate else 1 / ratio
-
     def line(self) -> str:
         """The row in the table."""
         verdicts = [f"{self._text(bar)}: {self.verdict(bar)}" for bar in self.bars]
@@ -184,21 +180,22 @@ def plot(rows: Sequence[Row], title: str, path: Path) -> None:
 
     rows = [row for row in rows if row.unit != "MB"]
     with style.context(STYLE):
-        figure = Figure(figsize=(7.5, 1.2 + 0.32 * len(rows)))
+        figure = Figure(figsize=(7.5, 1.2 + 0.3 * len(rows)))
         axes = figure.subplots()
         for place, row in enumerate(rows):
-            better = [row.times_better(ratio) for ratio in row.ratios]
-            axes.barh(place, median(better), color=BLUE, height=0.6)
-            axes.hlines(place, min(better), max(better), color="black", linewidth=1)
-            label = f"{median(better):.3g} times"
-            axes.annotate(label, (max(better), place), (4, 0), textcoords="offset points", va="center", fontsize=8)
-            limits = [row.times_better(bar.limit) for bar in row.bars if not bar.of_figure]
-            axes.vlines(limits, place - 0.42, place + 0.42, color=VERMILION, linewidth=2)
+            faster = [ratio if row.is_rate else 1 / ratio for ratio in row.ratios]
+            limits = [bar.limit if row.is_rate else 1 / bar.limit for bar in row.bars if not bar.of_figure]
+            axes.vlines(limits, place - 0.35, place + 0.35, color=VERMILION, linewidth=2)
+            axes.hlines(place, min(faster), max(faster), color=BLUE, linewidth=2)
+            axes.plot(median(faster), place, "o", color=BLUE, markersize=6)
+            label = f"{median(faster):.3g} x"
+            axes.annotate(label, (max(faster), place), (7, 0), textcoords="offset points", va="center", fontsize=8)
         axes.axvline(1, color="black", linewidth=0.8)
         axes.set_yticks(range(len(rows)), [row.what for row in rows])
         axes.invert_yaxis()
         axes.set_xscale("log")
+        axes.xaxis.set_major_formatter("{x:g}")
         axes.margins(x=0.15)
-        axes.set_xlabel("times faster than the reference (black: range of the rounds; red: to reach)")
+        axes.set_xlabel("times faster than the reference (line: range of the rounds; red: to reach)")
         figure.suptitle(title, fontsize=7, wrap=True)
         figure.savefig(path)

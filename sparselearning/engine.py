@@ -153,7 +153,7 @@ class Trainer:
         self._price_training()
         try:
             if self.superposition is None and self.epoch == self.plan.budget.pretrain_epochs:  # cycles alone
-                self._adopt_pretrained(self.evaluate()[1])
+                self._adopt_pretrained(self.evaluate()[1], epochs=self.epoch)
                 self._open_cycle()
             while self.epoch < self.plan.end_epoch:
                 if not self.trained:
@@ -261,7 +261,7 @@ class Trainer:
         self.metrics.append(row)
         self.progress.epoch(row)
         if epoch + 1 == plan.budget.pretrain_epochs:
-            self._adopt_pretrained(eval_acc)
+            self._adopt_pretrained(eval_acc, epochs=epoch + 1)
         if ticket_row:
             self.tickets.append(ticket_row)
             self.progress.ticket(ticket_row)
@@ -269,7 +269,7 @@ class Trainer:
             write_jsonl(self.folder.metrics, self.metrics)
             if ticket_row:
                 write_jsonl(self.folder.tickets, self.tickets)
-                self._write_networks(ticket_row["ticket"])
+                self._write_networks(ticket_row["ticket"], epochs=epoch + 1)
         self.epoch, self.batch, self.trained = epoch + 1, 0, False
         self._tally.zero_()
         self._seconds = self._flops = 0.0
@@ -278,13 +278,13 @@ class Trainer:
 
     # -------------------------------------------------------------------------------- tickets and superposing
 
-    def _adopt_pretrained(self, accuracy: float) -> None:
+    def _adopt_pretrained(self, accuracy: float, epochs: int) -> None:
         """Let the network as it is be the first superposition."""
         self.superposition = _clone(self.model.state_dict())
         self.superposition_masks = {name: mask.clone() for name, mask in self._masks().items()}
         self.pretrain_acc = accuracy
         if distributed.is_main():
-            self._write_networks(0)
+            self._write_networks(0, epochs)
 
     def _open_cycle(self) -> None:
         """Explore connections if a cycle starts here, on the last batch's gradients (or a first batch's, if none)."""
@@ -412,10 +412,10 @@ class Trainer:
     def _masks(self) -> dict[str, Tensor]:
         return self.masking.masks if self.masking else {}
 
-    def _write_networks(self, ticket: int) -> None:
+    def _write_networks(self, ticket: int, epochs: int) -> None:
         assert self.superposition is not None
-        current = {"state_dict": self.model.state_dict(), "masks": self._masks(), "epoch": self.epoch + 1}
-        previous = {"state_dict": self.superposition, "masks": self.superposition_masks, "epoch": self.epoch + 1}
+        current = {"state_dict": self.model.state_dict(), "masks": self._masks(), "epoch": epochs}
+        previous = {"state_dict": self.superposition, "masks": self.superposition_masks, "epoch": epochs}
         save_torch(self.folder.current, current)
         save_torch(self.folder.previous, previous)
         if self.keep_tickets:

@@ -239,12 +239,14 @@ class Masking:
         """
         if prune_rate is not None and not 0 <= prune_rate <= 1:
             raise UsageError(f"prune_rate lies in [0, 1], not {prune_rate}")
+        self._check_has_model()
         layers = self._layers()
         self._explore(layers, prune_rate)
         self._settle(layers)
 
     def density(self) -> float:
         """Active over maskable weights, exactly."""
+        self._check_has_model()
         return sum(self.active_counts().values()) / sum(mask.numel() for mask in self.masks.values())
 
     def active_counts(self) -> dict[str, int]:
@@ -392,6 +394,10 @@ class Masking:
                 layer.momentum = _flat(self._dense_momentum(name), weight)
             layers.append(layer)
         return layers
+
+    def _check_has_model(self) -> None:
+        if not self.masks:
+            raise UsageError("there are no masks yet: call add_module first")
 
     def _gradients_are_finite(self) -> bool:
         """Whether the scaler let the optimizer take its step: it skips steps with any gradient that is not finite."""

@@ -54,7 +54,7 @@ def select_largest(score: Callable[..., Tensor], layers: Sequence[tuple[Tensor, 
         Per layer a flat boolean tensor with the chosen ones true. Ties go to the earlier layer and position.
 
     Raises:
-        ValueError: if fewer than ``k`` may be chosen, or scores are NaN.
+        ValueError: if fewer than ``k`` may be chosen.
     """
     if k == 0:
         return [torch.zeros_like(tensors[0], dtype=torch.bool) for tensors in layers]
