@@ -183,7 +183,9 @@ class TensorLoader:
     def __len__(self) -> int:
         """Batches per epoch, the same number on every process."""
         full, left = divmod(self.num_samples, self._batch_size)
-        return full + (left >= self._world_size)
+        # BatchNorm cannot train on one image at 1x1 pixels: so few join the batch before.
+        fewest = self._world_size * (1 if self._augmentation is None else 2)
+        return full + (left >= fewest or full == 0)
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """Yield this process's share of batches ``start``, ``start + 1``, … of an epoch (both from 0)."""

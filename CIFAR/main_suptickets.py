@@ -19,7 +19,9 @@ from torch import nn
 from sparselearning import distributed, experiment, flags, launch
 from sparselearning.checkpoint import RunFolder, seed_everything
 from sparselearning.engine import Sources
+from sparselearning.errors import UsageError
 from sparselearning.schedules import EpochBudget, epoch_budget, milestone_lr
+from sparselearning.sparse_init import SPARSE_INITS
 
 OPTIMIZERS = {
     "sgd": lambda parameters, args: torch.optim.SGD(
@@ -58,6 +60,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.mgpu and not launch.is_launched():
         launch.launch_on_all_gpus(sys.argv[1:] if argv is None else argv)
         return
+    starts_from_weights = not args.pre_train or SPARSE_INITS[args.sparse_init].needs_trained_weights
+    if args.iters > 1 and args.resume and not starts_from_weights:
+        raise UsageError("--resume goes on with one run: give its --seed in place of --iters")
     for i in range(args.iters):
         one = copy.copy(args)
         one.seed = args.seed + i
@@ -112,7 +117,7 @@ def run(args: argparse.Namespace, argv: Sequence[str] | None) -> None:
     """Do one run of one seed."""
     warnings = flags.check(args, momentum_is_zero=args.optimizer == "sgd" and args.momentum == 0)
     budget = epoch_budget(args.epochs * args.multiplier, args.cycle_rate, args.cycle)
-    warnings += flags.budget_note(args, budget) + flags.pruning_window_warning(args, budget.pretrain_epochs)
+    warnings += flags.check_budget(args, budget) + flags.pruning_window_warning(args, budget.pretrain_epochs)
     runtime = flags.runtime(args)
     device = runtime.start()
     runtime = runtime.resolved(device)
@@ -135,10 +140,9 @@ def run(args: argparse.Namespace, argv: Sequence[str] | None) -> None:
     recipe = experiment.Recipe(
         model=model,
         optimizer=OPTIMIZERS[args.optimizer](model.parameters(), args),
-        sources=Sources(train=data.train, train_once=data.train, evaluation=data.evaluation),
+        sources=Sources(data.train, data.train, data.evaluation, data.test if args.valid_split else None),
         sample_shape=(data.channels, data.image_size, data.image_size),
         class_balanced_batch=lambda: data.train.class_balanced_batch(args.batch_size, args.seed),
-        test=data.test if args.valid_split else None,
     )
     experiment.run(
         recipe,

@@ -183,7 +183,7 @@ def check(args: argparse.Namespace, budget: EpochBudget) -> list[str]:
     if args.evaluate or measures_only(args):
         args.pre_train = args.pre_train or not args.cyclic_train
     warnings = flags.check(args, momentum_is_zero=args.momentum == 0)
-    return warnings + flags.budget_note(args, budget) + flags.pruning_window_warning(args, budget.pretrain_epochs)
+    return warnings + flags.check_budget(args, budget) + flags.pruning_window_warning(args, budget.pretrain_epochs)
 
 
 def resolve_density(density: float | None, final_density: float | None) -> float:

@@ -447,7 +447,7 @@ def title(setting: Setting) -> str:
     where = here["device"] if setting.device.type == "cuda" else f"{here['cpu']}, {here['threads']} threads"
     return (
         f"{setting.model}, {setting.classes} classes, batch {setting.batch_size}, density {setting.density:g}; "
-        f"{where}; torch {here['torch']}; commit {here['commit']}"
+        f"{where}; torch {here['versions']['torch']}; commit {here['commit']}"
     )
 
 

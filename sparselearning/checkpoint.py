@@ -107,10 +107,10 @@ class RunFolder:
         return self.path / "checkpoints" / f"epoch_{epoch}.pth"
 
     def make_room(self) -> Path | None:
-        """Move an earlier run of the same name aside; return where it went."""
+        """Move an earlier run of the same name aside; return where it went. Other files in the folder stay."""
         if self.path.exists() and not self.path.is_dir():
             raise FaultError(f"{self.path} is to be a run's folder, but a file stands there")
-        if not self.path.exists() or not any(self.path.iterdir()):
+        if not any(file.exists() for file in (self.config, self.metrics, self.summary, self.checkpoint)):
             return None
         if self.path.resolve() == Path.cwd():
             raise UsageError(f"{self.path} is the present folder, and not empty: name another one for the run")
@@ -122,6 +122,18 @@ class RunFolder:
         except OSError as error:
             raise FaultError(f"cannot move the earlier run {self.path} aside: {error.strerror}") from error
         return aside
+
+    def copy_from(self, source: Path) -> None:
+        """Bring along the files of a run that goes on here.
+
+        Raises:
+            FaultError: if one cannot be read or written.
+        """
+        try:
+            if RunFolder(source).config.exists():
+                shutil.copytree(source, self.path, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.partial"))
+        except (OSError, shutil.Error) as error:
+            raise FaultError(f"cannot copy the run {source} to {self.path}: {error}") from error
 
 
 def find_checkpoint(path: Path) -> Path:

@@ -5,6 +5,7 @@
 and begun anew if it is interrupted.
 """
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -37,11 +38,13 @@ class Sources:
         train: shuffled and augmented.
         train_once: the same, every sample once over all ranks; for BatchNorm statistics.
         evaluation: what epochs, tickets and superpositions are measured on.
+        test: the test set, touched once, at the end; None if the evaluation set is the test set.
     """
 
     train: BatchSource
     train_once: BatchSource
     evaluation: BatchSource
+    test: BatchSource | None = None
 
 
 @dataclass(frozen=True)
@@ -121,6 +124,7 @@ class Trainer:
         self.maskable = list(masking.masks if masking else maskable_parameters(model))
         self.epoch = plan.first_epoch
         self.batch = 0
+        self.continues = False  # a run that was stopped before
         self.trained = False  # the epoch's batches are done, what follows them is not
         self.superposition: State | None = None
         self.superposition_masks: dict[str, Tensor] = {}
@@ -159,13 +163,17 @@ class Trainer:
                 if not self.trained:
                     self._train_epoch()
                 self._finish_epoch()
+            summary = self._summary()
+            if self.sources.test is not None:
+                summary["test_acc"] = self._evaluate_superposition(self.sources.test)[1]
+            summary["total_seconds"] = self._total_seconds()
         except _StopRequested as request:
             self._check_finite()
             self.save_checkpoint()
             raise Stopped(request.number, self.folder.checkpoint) from None
         finally:
             self.progress.close()
-        return self._summary()
+        return summary
 
     def _train_epoch(self) -> None:
         batches = len(self.sources.train)
@@ -200,7 +208,10 @@ class Trainer:
         if update_due or self.device.type == "cpu":
             self._check_finite()
         if self.masking:
-            self.masking.step(self.precision.scaler)
+            try:
+                self.masking.step(self.precision.scaler)
+            except ValueError as error:  # no selection among NaN
+                raise self._diverged(self.batch) from error
         elif self.precision.scaler:
             self.precision.scaler.step(self.optimizer)
             self.precision.scaler.update()
@@ -238,8 +249,16 @@ class Trainer:
         """Evaluate, superpose at the end of a cycle, and commit; begun anew if it is interrupted."""
         self._check_finite()
         epoch, plan = self.epoch, self.plan
+        rng = rng_state(self.device)
+        try:
+            eval_loss, eval_acc = self.evaluate()
+            if not math.isfinite(eval_loss):
+                raise self._diverged(self.batch)
+            ticket_row = self._superpose_ticket(eval_acc) if plan.ends_cycle(epoch) else None
+        except _StopRequested:
+            set_rng_state(rng, self.device)  # dropout draws while BatchNorm is re-estimated
+            raise
         loss_sum, hits, samples = distributed.sum_over_ranks(self._tally.clone()).tolist()
-        eval_loss, eval_acc = self.evaluate()
         row = {
             "phase": "cycle" if plan.is_cycle(epoch) else "pretrain",
             "epoch": epoch,
@@ -256,8 +275,6 @@ class Trainer:
             "seconds": self._seconds,
             "images_per_second": samples / self._seconds,
         }
-        ticket_row = self._superpose_ticket(eval_acc) if plan.ends_cycle(epoch) else None
-
         self.metrics.append(row)
         self.progress.epoch(row)
         if epoch + 1 == plan.budget.pretrain_epochs:
@@ -356,7 +373,7 @@ class Trainer:
         with self.precision.context(self.device):
             return network(batch.images).float()
 
-    def evaluate_superposition(self, source: BatchSource) -> tuple[float, float]:
+    def _evaluate_superposition(self, source: BatchSource) -> tuple[float, float]:
         """Mean loss and accuracy of the superposition so far."""
         assert self.superposition is not None
         with self._borrowed(self.superposition):
@@ -385,16 +402,23 @@ class Trainer:
             raise _StopRequested(number)
 
     def _check_finite(self) -> None:
-        bad = distributed.max_over_ranks(int(self._bad_batch)) if self.trained else int(self._bad_batch)
-        if bad < 0:
-            return
+        """Stop if a loss of this epoch was not finite or, after its last batch, if the weights are not."""
+        bad = int(self._bad_batch)
+        if self.trained:
+            bad = distributed.max_over_ranks(bad)
+            if bad < 0 and not all(parameter.isfinite().all() for parameter in self.model.parameters()):
+                bad = self.batch
+        if bad >= 0:
+            raise self._diverged(bad)
+
+    def _diverged(self, batch: int) -> FaultError:
         last = (
             f"the last good checkpoint is {self.folder.checkpoint}"
             if self.folder.checkpoint.exists()
             else "there is no checkpoint yet"
         )
-        raise FaultError(
-            f"the loss is not finite any more at epoch {self.epoch}, step {bad} of {len(self.sources.train)}; {last} "
+        return FaultError(
+            f"the loss is not finite any more at epoch {self.epoch}, step {batch} of {len(self.sources.train)}; {last} "
             "(a smaller learning rate may help)"
         )
 
@@ -439,7 +463,6 @@ class Trainer:
             "gain": 100 * (final_acc - self.pretrain_acc),
             "gain_over_ticket": 100 * (final_acc - ticket_acc[-1]) if ticket_acc else None,
             "images_per_second": images / seconds if seconds else None,
-            "total_seconds": self._total_seconds(),
             **({"explored": self.metrics[-1]["explored"]} if self.metrics else {}),
             **self._costs(self.superposition),
         }
@@ -484,7 +507,8 @@ class Trainer:
     def save_checkpoint(self) -> None:
         """Write all that :meth:`load_checkpoint` needs to go on bit by bit from here. Called by all ranks."""
         gradients = None
-        if self.trained and self.plan.explore_rate is not None and self.plan.starts_cycle(self.epoch + 1):
+        at_end = self.batch == len(self.sources.train)
+        if at_end and self.plan.explore_rate is not None and self.plan.starts_cycle(self.epoch + 1):
             gradients = {name: p.grad for name, p in self.model.named_parameters() if p.grad is not None}
         ranks = distributed.gather_objects(
             {
@@ -544,9 +568,14 @@ class Trainer:
         set_rng_state(own["rng"], self.device)
 
     def load_training_state(self, saved: Mapping[str, Any]) -> None:
-        """Take over weights, momentum, masks and step counter of a checkpoint, not its position."""
+        """Take over weights, momentum, masks and step counter of a checkpoint, not its position.
+
+        The optimizer keeps its own settings; of another kind of optimizer nothing is taken over.
+        """
         self.model.load_state_dict(saved["state_dict"])
-        self.optimizer.load_state_dict(saved["optimizer"])
+        own = self.optimizer.state_dict()
+        if [group.keys() for group in own["param_groups"]] == [g.keys() for g in saved["optimizer"]["param_groups"]]:
+            self.optimizer.load_state_dict(own | {"state": saved["optimizer"]["state"]})
         if self.masking and saved["masking"]:
             self.masking.load_state_dict(saved["masking"])
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from sparselearning import distributed
 from sparselearning.checkpoint import RunFolder, find_checkpoint, load_torch, write_json
 from sparselearning.costs import layer_flops
-from sparselearning.data import Batch, BatchSource
+from sparselearning.data import Batch
 from sparselearning.engine import Precision, Sources, Trainer
 from sparselearning.errors import FaultError, UsageError
 from sparselearning.masking import Masking
@@ -119,7 +119,6 @@ class Recipe:
         model: on the device.
         optimizer: over its parameters.
         sources: training and evaluation batches.
-        test: the test set, touched once, at the end; None if the evaluation set is the test set.
         sample_shape: of one input, e.g. ``(3, 32, 32)``.
         class_balanced_batch: draws the batch that masks by gradient (``snip``, ``prune_and_grow_*``) are drawn from.
         label_smoothing: of the training loss.
@@ -130,7 +129,6 @@ class Recipe:
     sources: Sources
     sample_shape: tuple[int, ...]
     class_balanced_batch: Callable[[], Batch]
-    test: BatchSource | None = None
     label_smoothing: float = 0.0
 
 
@@ -205,9 +203,12 @@ def prepare(
         config=output.identity,
         stop_signal=stop_signal,
     )
+    if masking and not plan.pre_train and plan.final_density and masking.density() > plan.final_density:
+        print(f"note: the weights to start from are denser than the budget of {plan.final_density}", file=sys.stderr)
     if saved is not None:
         if continues:
             trainer.load_checkpoint(saved)
+            trainer.continues = True
         elif not plan.pre_train and "optimizer" in saved:
             trainer.load_training_state(saved)
     return trainer
@@ -223,14 +224,14 @@ def run(recipe: Recipe, plan: Plan, sparse: SparseTraining | None, runtime: Runt
     """
     with stop_signals() as stop_signal:
         trainer = prepare(recipe, plan, sparse, runtime, output, stop_signal)
-        _open_folder(output)
+        _open_folder(output, trainer)
         summary = trainer.run()
-    if recipe.test is not None:
-        summary["test_acc"] = trainer.evaluate_superposition(recipe.test)[1]
-    if distributed.is_main():
-        write_json(output.folder.summary, summary)
-        print(run_table(summary, output.folder.path))
-    distributed.barrier()
+        if distributed.is_main():
+            write_json(output.folder.summary, summary)
+            print(run_table(summary, output.folder.path))
+        distributed.barrier()
+        if stop_signal():  # it came too late to stop this run, but the next one is not to start
+            raise Stopped(stop_signal(), output.folder.checkpoint)
     return summary
 
 
@@ -251,7 +252,7 @@ def run_script(main: Callable[[], None]) -> None:
             raise
         message, code = "error: another process of this run has gone away", 1
     except KeyboardInterrupt:
-        message, code = "stopped before training began: nothing was written", 130
+        message, code = "stopped", 130
     if distributed.is_main() or code == UsageError.exit_code:
         print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr, flush=True)
     distributed.stop()
@@ -319,14 +320,21 @@ def load_weights(model: nn.Module, saved: Mapping[str, Any], source: Path | None
     model.load_state_dict(state)
 
 
-def _open_folder(output: Output) -> None:
-    """Make the run's folder and write ``config.json``; another run of the same name moves aside."""
+def _open_folder(output: Output, trainer: Trainer) -> None:
+    """Make the run's folder and write ``config.json``; another run there moves aside.
+
+    A run that goes on keeps its files, and brings them along into another folder.
+    """
     if distributed.is_main():
         folder = output.folder
-        resumed = output.resume and find_checkpoint(output.resume).resolve().parent
-        if resumed != folder.path.resolve() and (aside := folder.make_room()):
-            print(f"note: an earlier run stood in {folder.path}: moved to {aside}", file=sys.stderr)
-        write_json(folder.config, output.config)
+        source = find_checkpoint(output.resume).parent if output.resume and trainer.continues else None
+        if source is None or source.resolve() != folder.path.resolve():
+            if aside := folder.make_room():
+                print(f"note: an earlier run stood in {folder.path}: moved to {aside}", file=sys.stderr)
+            if source:
+                folder.copy_from(source)
+        if not folder.config.exists():
+            write_json(folder.config, output.config)
     distributed.barrier()
 
 

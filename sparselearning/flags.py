@@ -267,8 +267,18 @@ def pruning_window_warning(args: argparse.Namespace, pretrain_epochs: int) -> li
     return [f"gradual pruning ends at epoch {end}, after the {pretrain_epochs} epochs of pre-training"]
 
 
-def budget_note(args: argparse.Namespace, budget: EpochBudget) -> list[str]:
-    """Tell the user when the cycles asked for do not come to one."""
+def check_budget(args: argparse.Namespace, budget: EpochBudget) -> list[str]:
+    """Tell the user when the cycles asked for do not come to one.
+
+    Raises:
+        UsageError: if nothing is left to do.
+    """
+    if not args.pre_train and not budget.tickets:
+        raise UsageError(f"nothing to do: the cyclic part is shorter than one cycle of {budget.cycle_epochs} epochs")
+    if not args.cyclic_train and not budget.pretrain_epochs:
+        raise UsageError(
+            "nothing to do: no epochs are left for pre-training beside the cycles, and they are not asked for"
+        )
     if not args.cyclic_train or budget.tickets:
         return []
     return [

@@ -130,10 +130,9 @@ def recipe(dropout=0.0, optimizer="sgd", train=None, test=None, memory_format=to
     return Recipe(
         model=model,
         optimizer=OPTIMIZERS[optimizer](model.parameters()),
-        sources=Sources(train=train, train_once=train, evaluation=Batches(13, 8, seed=1)),
+        sources=Sources(train=train, train_once=train, evaluation=Batches(13, 8, seed=1), test=test),
         sample_shape=(2, 5, 5),
         class_balanced_batch=lambda: next(Batches(9, 9).epoch(0)),
-        test=test,
     )
 
 

@@ -313,9 +313,9 @@ def test_a_pruning_window_past_pretraining_is_warned_about():
 def test_too_few_epochs_for_a_cycle_are_told():
     args = parse(RUN + "--epochs 30")
     assert epoch_budget(30, 0.2, 8) == EpochBudget(30, 8, 0)
-    assert "8 epochs" in flags.budget_note(args, EpochBudget(30, 8, 0))[0]
-    assert flags.budget_note(args, EpochBudget(22, 8, 1)) == []
-    assert flags.budget_note(parse("--sparse --pre_train"), EpochBudget(30, 8, 0)) == []
+    assert "8 epochs" in flags.check_budget(args, EpochBudget(30, 8, 0))[0]
+    assert flags.check_budget(args, EpochBudget(22, 8, 1)) == []
+    assert flags.check_budget(parse("--sparse --pre_train"), EpochBudget(30, 8, 0)) == []
 
 
 # --------------------------------------------------------------------------------------- what flags mean and do

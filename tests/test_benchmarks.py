@@ -1,0 +1,155 @@
+"""The speed benchmark runs, its references compute what the library does, and verdicts follow from figures."""
+
+import importlib.util
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from sparselearning.errors import UsageError
+from sparselearning.superpose import prune_to_density
+from sparselearning.topology import Layer, gradual_prune
+
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+
+import references
+import speed
+from comparison import Bar, Row, Side, alternate
+
+TINY = speed.Setting(
+    model="cifar_resnet_8",
+    classes=4,
+    batch_size=4,
+    density=0.1,
+    images=8,
+    repeats=1,
+    compile=False,
+    device=torch.device("cpu"),
+)
+
+
+def test_one_command_measures_everything(tmp_path, capsys):
+    out, plot = tmp_path / "speed.json", tmp_path / "speed.png"
+    argv = ["--model", "cifar_resnet_8", "--classes", "4", "--batch-size", "4", "--images", "8", "--repeats", "1"]
+    argv += ["--device", "cpu", "--no-compile"]
+    argv += ["--out", str(out)]
+    if importlib.util.find_spec("matplotlib"):
+        argv += ["--plot", str(plot)]
+    speed.main(argv)
+
+    report, table = json.loads(out.read_text()), capsys.readouterr().out
+    rows = {row["what"]: row for row in report["rows"]}
+    assert rows.keys() >= {what for what in speed.BARS if "compiled" not in what}
+    for what, row in rows.items():
+        assert what in table
+        assert len(row["this"]) == len(row["reference"]) == 1
+        assert row["ratio"]["median"] == row["this"][0] / row["reference"][0] > 0
+        assert row["bars"] == []  # they are ResNet50's
+    assert report["machine"]["versions"]["torch"] == torch.__version__
+    assert plot.exists() == ("--plot" in argv)
+
+
+def test_bars_name_rows_of_resnet50():
+    resnet50 = replace(TINY, model="ResNet50", classes=100)
+    assert speed.bars(resnet50, "mask application") == [Bar(0.25)]
+    assert speed.bars(resnet50, "BatchNorm pass") == []
+    assert speed.bars(TINY, "mask application") == []
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_cuda_is_refused():
+    with pytest.raises(UsageError, match="--device cpu"):
+        speed.main(["--device", "cuda"])
+
+
+class TestReferences:
+    def test_apply_as_the_library_does(self):
+        ours, theirs = speed.SparseNetwork(TINY), speed.SparseNetwork(TINY)
+        masks = theirs.float_masks()
+        for network in (ours, theirs):
+            network.optimizer.step()
+        ours.masking.apply_masks()
+        masks.apply()
+        for name, weight in ours.weights.items():
+            assert torch.equal(weight, theirs.weights[name])
+            momenta = [n.optimizer.state[n.weights[name]]["momentum_buffer"] for n in (ours, theirs)]
+            assert torch.equal(*momenta)
+
+    def test_prune_and_grow_as_the_library_does(self):
+        ours, theirs = speed.SparseNetwork(TINY), speed.SparseNetwork(TINY)
+        masks = theirs.float_masks()
+        ours.masking.truncate_weights()
+        masks.prune_and_grow(speed.PRUNE_RATE, "gradient")
+        for name, mask in ours.masking.masks.items():
+            assert torch.equal(mask.float(), masks.masks[name])
+            assert torch.equal(ours.weights[name], theirs.weights[name])
+
+    def test_grow_at_random_as_many_as_were_removed(self):
+        network = speed.SparseNetwork(TINY)
+        masks = network.float_masks()
+        masks.prune_and_grow(speed.PRUNE_RATE, "random")
+        for name, mask in network.masking.masks.items():
+            assert masks.masks[name].sum() == mask.sum()
+            assert not torch.equal(masks.masks[name], mask.float()) or mask.all()
+
+    def test_prune_as_the_library_does(self):
+        network = speed.SparseNetwork(TINY)
+        state, names = network.model.state_dict(), list(network.weights)
+        ours, masks = prune_to_density(state, names, 0.05)
+        theirs = references.prune_to_density(state, names, 0.05)
+        assert all(torch.equal(ours[name], theirs[name]) for name in state)
+
+        weights = [state[name] for name in names]
+        layers = [
+            Layer(weight.flatten(), network.masking.masks[name].flatten().clone())
+            for name, weight in zip(names, weights, strict=True)
+        ]
+        gradual_prune(layers, 0.05, uniform=False)
+        kept = references.gradual_prune(weights, list(network.masking.masks.values()), 0.05)
+        for layer, mask, name in zip(layers, kept, names, strict=True):
+            assert torch.equal(layer.mask, mask.flatten())
+            assert torch.equal(mask, masks[name])
+
+
+class TestComparison:
+    def test_sides_take_turns_after_a_round_that_is_not_counted(self):
+        log = []
+        sides = [
+            Side(lambda: log.append("a"), prepare=lambda: log.append("prepare a")),
+            Side(lambda: log.append("b"), work=10),
+        ]
+        seconds = alternate(sides, 2, torch.device("cpu"))
+        assert log == ["prepare a", "a", "b"] * 3
+        assert [len(samples) for samples in seconds] == [2, 2]
+
+    def test_ratios_are_taken_round_by_round(self):
+        row = Row.of_times("x", [0.001, 0.002, 0.003], [0.002, 0.004, 0.003])
+        assert row.this == [1, 2, 3]
+        assert row.ratios == [0.5, 0.5, 1]
+        assert row.as_json()["ratio"] == {"median": 0.5, "min": 0.5, "max": 1}
+
+    @pytest.mark.parametrize(
+        ("bar", "verdict"),
+        [
+            (Bar(0.5), "pass"),
+            (Bar(0.49), "FAIL"),
+            (Bar(0.6, stretch=0.5), "stretch"),
+            (Bar(0.6, stretch=0.4), "pass"),
+            (Bar(20, of_figure=True), "pass"),
+            (Bar(9, of_figure=True), "FAIL"),
+        ],
+    )
+    def test_of_times_less_is_better(self, bar, verdict):
+        assert Row("x", "ms", [10.0], [20.0]).verdict(bar) == verdict
+
+    @pytest.mark.parametrize(
+        ("bar", "verdict"),
+        [(Bar(2), "pass"), (Bar(2.1), "FAIL"), (Bar(1, stretch=2), "stretch"), (Bar(41, of_figure=True), "FAIL")],
+    )
+    def test_of_rates_more_is_better(self, bar, verdict):
+        row = Row("x", "images/s", [40.0], [20.0], [bar])
+        assert row.verdict(bar) == verdict
+        assert verdict in row.line()
