@@ -165,7 +165,7 @@ class Trainer:
                 self._finish_epoch()
             summary = self._summary()
             if self.sources.test is not None:
-                summary["test_acc"] = self._evaluate_superposition(self.sources.test)[1]
+                summary["test_acc"] = self.evaluate_superposition(self.sources.test)[1]
             summary["total_seconds"] = self._total_seconds()
         except _StopRequested as request:
             self._check_finite()
@@ -373,7 +373,7 @@ class Trainer:
         with self.precision.context(self.device):
             return network(batch.images).float()
 
-    def _evaluate_superposition(self, source: BatchSource) -> tuple[float, float]:
+    def evaluate_superposition(self, source: BatchSource) -> tuple[float, float]:
         """Mean loss and accuracy of the superposition so far."""
         assert self.superposition is not None
         with self._borrowed(self.superposition):
