@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from sparselearning.errors import UsageError
+from sparselearning.errors import FaultError, UsageError
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 
@@ -39,6 +39,7 @@ def start(use_cuda: bool) -> torch.device:
 
     Raises:
         UsageError: if this machine runs more processes than it has GPUs.
+        FaultError: if the ranks cannot find each other.
     """
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     local_world = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -46,10 +47,42 @@ def start(use_cuda: bool) -> torch.device:
         check_gpus(local_world)
         torch.cuda.set_device(local_rank)
     device = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if world > 1 and not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if use_cuda else "gloo"
-        dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT, device_id=device if use_cuda else None)
+        try:
+            _join(backend, device, one_machine=local_world == world)
+        except RuntimeError as error:
+            where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+            raise FaultError(
+                f"the {world} processes cannot find each other at {where}: {_first_line(error)}"
+            ) from error
     return device
+
+
+def _join(backend: str, device: torch.device, one_machine: bool) -> None:
+    store, number, world = next(dist.rendezvous("env://", timeout=COLLECTIVE_TIMEOUT))
+    if one_machine:
+        # A restarted attempt meets in a store that still holds the addresses of the dead one: keep them apart. The
+        # count is each machine's own, so several machines, which may count differently, do without.
+        store = dist.PrefixStore(f"attempt {restarts()}", store)
+    dist.init_process_group(
+        backend,
+        store=store,
+        rank=number,
+        world_size=world,
+        timeout=COLLECTIVE_TIMEOUT,
+        device_id=device if device.type == "cuda" else None,
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def restarts() -> int:
+    """How often the launcher has restarted the processes of this run."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
 
 
 def check_gpus(processes: int) -> None:
@@ -77,8 +110,8 @@ def main_first() -> Iterator[None]:
 
 
 def is_lost_contact(error: RuntimeError) -> bool:
-    """Whether an error says that another rank has gone away."""
-    return dist.is_initialized() and (isinstance(error, dist.DistError) or "gloo" in str(error).lower())
+    """Whether an error says that another rank has gone away or cannot be reached."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error).lower()
 
 
 def stop() -> None:

@@ -5,12 +5,12 @@ import platform
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torchvision
 from torch import Tensor, nn
 
 from sparselearning import distributed
@@ -172,6 +172,7 @@ def prepare(
         FaultError: if it cannot be read.
     """
     device = next(recipe.model.parameters()).device
+    runtime = runtime.resolved(device)
     saved = load_torch(find_checkpoint(output.resume)) if output.resume else None
     continues = saved is not None and _continues(saved, plan, sparse, output)
     if saved is not None and not continues:
@@ -203,7 +204,13 @@ def prepare(
         config=output.identity,
         stop_signal=stop_signal,
     )
-    if masking and not plan.pre_train and plan.final_density and masking.density() > plan.final_density:
+    if (
+        distributed.is_main()
+        and masking
+        and not plan.pre_train
+        and plan.final_density
+        and masking.density() > plan.final_density
+    ):
         print(f"note: the weights to start from are denser than the budget of {plan.final_density}", file=sys.stderr)
     if saved is not None:
         if continues:
@@ -222,6 +229,8 @@ def run(recipe: Recipe, plan: Plan, sparse: SparseTraining | None, runtime: Runt
         FaultError: if training or the disk fails.
         Stopped: on SIGINT or SIGTERM, after writing the checkpoint.
     """
+    if distributed.restarts() and output.resume is None and output.folder.checkpoint.exists():
+        output = replace(output, resume=output.folder.path)
     with stop_signals() as stop_signal:
         trainer = prepare(recipe, plan, sparse, runtime, output, stop_signal)
         _open_folder(output, trainer)
@@ -250,10 +259,10 @@ def run_script(main: Callable[[], None]) -> None:
     except RuntimeError as error:
         if not distributed.is_lost_contact(error):
             raise
-        message, code = "error: another process of this run has gone away", 1
+        message, code = "error: another process of this run has gone away or cannot be reached", 1
     except KeyboardInterrupt:
         message, code = "stopped", 130
-    if distributed.is_main() or code == UsageError.exit_code:
+    if distributed.is_main() or code in (UsageError.exit_code, FaultError.exit_code):  # a fault may be one rank's own
         print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr, flush=True)
     distributed.stop()
     sys.exit(code)
@@ -344,7 +353,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
-            "torchvision": torchvision.__version__,
+            "torchvision": version("torchvision"),
             "numpy": np.__version__,
         },
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({platform.machine()})",

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 
 import torch
+from torch.distributed import DistNetworkError
 from torch.distributed import run as torchrun
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -20,13 +21,14 @@ def launch(argv: Sequence[str]) -> None:
     A ``--master_port`` among the script's arguments takes effect unless the launcher has one of its own.
 
     Raises:
-        UsageError: if a machine has fewer GPUs than processes.
-        FaultError: if a process fails; the others are stopped.
+        UsageError: if a machine has fewer GPUs than processes, or a process says that the call is wrong.
+        FaultError: if a process fails, upon which the others are stopped, or the port is in use.
         SystemExit: 128 plus the signal that stopped the launcher.
     """
     args = torchrun.get_args_parser().parse_args(argv)
-    if args.master_port is None:
-        args.master_port = _port_of_script(args.training_script_args)
+    own_flags = argv[: list(argv).index(args.training_script)]
+    if not any(flag.startswith(("--master_port", "--master-port")) for flag in own_flags):
+        args.master_port = _port_of_script(args.training_script_args) or args.master_port
     if torch.cuda.is_available() and "--no-cuda" not in args.training_script_args and args.nproc_per_node.isdigit():
         distributed.check_gpus(int(args.nproc_per_node))
     if "OMP_NUM_THREADS" not in os.environ and args.nproc_per_node.isdigit():
@@ -35,10 +37,13 @@ def launch(argv: Sequence[str]) -> None:
         torchrun.run(args)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
-        raise FaultError(
+        kind = UsageError if failure.exitcode == UsageError.exit_code else FaultError
+        raise kind(
             f"process {rank} of {args.training_script} failed with exit code {failure.exitcode} and took the job down; "
             "its messages stand above"
         ) from error
+    except DistNetworkError as error:
+        raise FaultError(f"cannot listen on port {args.master_port}: choose another --master_port") from error
     except SignalException as stop:
         sys.exit(128 + stop.sigval)
 

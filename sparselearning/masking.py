@@ -468,8 +468,11 @@ def _flat(tensor: Tensor, reference: Tensor) -> Tensor:
 
 def _fingerprint(mask: Tensor) -> Tensor:
     """One integer that tells apart flat masks which differ anywhere, with overwhelming probability."""
-    positions = mask.nonzero().squeeze(1)
-    return (positions * 0x9E3779B97F4A7C1).bitwise_xor(positions >> 7).sum()
+    mixed = mask.nonzero().squeeze(1) + 1
+    for factor in (0x1E3779B97F4A7C15, 0x3F58476D1CE4E5B9):  # each position becomes an unrelated 64-bit number
+        mixed = mixed * factor
+        mixed = mixed.bitwise_xor(mixed >> 29)
+    return mixed.sum()
 
 
 def _momentum_coefficients(optimizer: torch.optim.Optimizer) -> dict[Tensor, dict[str, float]]:

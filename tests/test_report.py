@@ -363,7 +363,7 @@ def test_wrong_calls_are_told_in_a_sentence(tmp_path):
     ("file", "text", "sentence"),
     [
         ("config.json", "{", "config.json is damaged: "),
-        ("config.json", '{}', "config.json is damaged or no run's: seed is missing"),
+        ("config.json", "{}", "config.json is damaged or no run's: seed is missing"),
         ("metrics.jsonl", "", "metrics.jsonl holds no finished epoch"),
         ("metrics.jsonl", "[1]\n", "metrics.jsonl, line 1, is damaged: it holds no named values"),
         ("metrics.jsonl", '{"epoch": "one"}\n', "line 1, is damaged or no run's: epoch is 'one'"),
