@@ -57,6 +57,8 @@ DEMO = {
 def main(argv: Sequence[str] | None = None) -> None:
     """Run once, or ``--iters`` times with one seed after the other."""
     args = parse(argv)
+    if args.mgpu and args.no_cuda:
+        raise UsageError("--mgpu uses all GPUs and --no-cuda none: give one of them")
     if args.mgpu and not launch.is_launched():
         launch.launch_on_all_gpus(sys.argv[1:] if argv is None else argv)
         return

@@ -130,7 +130,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     files.add_argument("--gather-checkpoints", action="store_true", help="keep the checkpoint of every epoch")
     launch = parser.add_argument_group("processes")
     launch.add_argument("--master_port", type=flags.positive, help="read by multiproc.py, which starts the processes")
-    launch.add_argument("--local_rank", type=flags.non_negative, help="number on this machine, from old launchers")
+    launch.add_argument(
+        "--local_rank", "--local-rank", type=flags.non_negative, help="number on this machine, from old launchers"
+    )
     other = parser.add_argument_group("instead of training")
     other.add_argument("--evaluate", action="store_true", help="evaluate --resume or --pretrained-weights and stop")
     other.add_argument("--prof", action="store_true", help="profile a few training steps and stop")
@@ -160,11 +162,13 @@ def epoch_budget(args: argparse.Namespace) -> EpochBudget:
             f"--epochs {args.epochs} is not --pretrain_epoch {args.pretrain_epoch} + --cyclic_epochs "
             f"{args.cyclic_epochs} = {total}: change them together"
         )
-    if args.cyclic_epochs % args.cycle:
+    pretrain, cyclic = args.pretrain_epoch * args.multiplier, args.cyclic_epochs * args.multiplier
+    tickets = cyclic // args.cycle
+    if tickets == 0:  # less than one cycle: all epochs pre-train
+        return EpochBudget(pretrain + cyclic, args.cycle, 0)
+    if cyclic % args.cycle:
         raise UsageError(f"--cyclic_epochs {args.cyclic_epochs} is no whole number of --cycle {args.cycle} epochs")
-    return EpochBudget(
-        args.pretrain_epoch * args.multiplier, args.cycle, args.cyclic_epochs * args.multiplier // args.cycle
-    )
+    return EpochBudget(pretrain, args.cycle, tickets)
 
 
 def check(args: argparse.Namespace, budget: EpochBudget) -> list[str]:
@@ -215,8 +219,8 @@ def make_optimizer(model: nn.Module, args: argparse.Namespace) -> torch.optim.Op
 
 def pretrain_lr(args: argparse.Namespace, epoch: int) -> float:
     """Learning rate of a pre-training epoch."""
-    milestones = [args.multiplier * epoch for epoch in (args.first_m, args.second_m, args.third_m)]
-    return milestone_lr(epoch, args.lr, milestones, args.warmup)
+    milestones = [args.multiplier * milestone for milestone in (args.first_m, args.second_m, args.third_m)]
+    return milestone_lr(epoch, args.lr, milestones, args.warmup * args.multiplier)
 
 
 def evaluate(recipe: experiment.Recipe, plan: Plan, runtime: experiment.Runtime, output: experiment.Output) -> None:

@@ -20,7 +20,7 @@ from sparselearning import distributed
 from sparselearning.checkpoint import RunFolder, copy_whole, rng_state, save_torch, set_rng_state, write_jsonl
 from sparselearning.costs import cost_summary, inference_flops, layer_densities, training_flops
 from sparselearning.data import Batch, BatchSource
-from sparselearning.errors import FaultError
+from sparselearning.errors import FaultError, UsageError
 from sparselearning.masking import Masking, maskable_parameters
 from sparselearning.plan import Plan
 from sparselearning.progress import Progress
@@ -210,6 +210,8 @@ class Trainer:
         if self.masking:
             try:
                 self.masking.step(self.precision.scaler)
+            except UsageError:
+                raise
             except ValueError as error:  # no selection among NaN
                 raise self._diverged(self.batch) from error
         elif self.precision.scaler:
@@ -222,14 +224,14 @@ class Trainer:
         if update_due:
             self._price_training()
 
-    def _backward(self, batch: Batch) -> tuple[Tensor, Tensor]:
+    def _backward(self, batch: Batch, scaled: bool = True) -> tuple[Tensor, Tensor]:
         """Gradients of one batch, averaged over the ranks; returns its logits and mean loss."""
         self.optimizer.zero_grad()
         with self.precision.context(self.device):
             logits = self.network(batch.images)
             loss = F.cross_entropy(logits, batch.labels, label_smoothing=self.label_smoothing)
         weighted = loss if batch.weight == 1 else loss * batch.weight
-        if self.precision.scaler:
+        if self.precision.scaler and scaled:
             weighted = self.precision.scaler.scale(weighted)
         weighted.backward()
         return logits, loss
@@ -309,6 +311,11 @@ class Trainer:
             return
         if all(parameter.grad is None for parameter in self.model.parameters()):
             self.backward(next(iter(self.sources.train.epoch(self.epoch))))
+        if not self.masking.gradients_are_finite():
+            # Scaled float16 gradients may overflow; the optimizer skips such steps, but here they are all there is.
+            self._backward(next(iter(self.sources.train.epoch(self.epoch))), scaled=False)
+            if not self.masking.gradients_are_finite():
+                raise self._diverged(self.batch)
         self.masking.truncate_weights(self.plan.explore_rate)
         self._price_training()
 
@@ -568,7 +575,7 @@ class Trainer:
         set_rng_state(own["rng"], self.device)
 
     def load_training_state(self, saved: Mapping[str, Any]) -> None:
-        """Take over weights, momentum, masks and step counter of a checkpoint, not its position.
+        """Take over weights, momentum, masks and step counter of a checkpoint, not its position or seed.
 
         The optimizer keeps its own settings; of another kind of optimizer nothing is taken over.
         """
@@ -577,7 +584,7 @@ class Trainer:
         if [group.keys() for group in own["param_groups"]] == [g.keys() for g in saved["optimizer"]["param_groups"]]:
             self.optimizer.load_state_dict(own | {"state": saved["optimizer"]["state"]})
         if self.masking and saved["masking"]:
-            self.masking.load_state_dict(saved["masking"])
+            self.masking.load_state_dict(saved["masking"] | {"seed": self.masking.seed})
 
 
 class _StopRequested(Exception):

@@ -177,7 +177,7 @@ def prepare(
     continues = saved is not None and _continues(saved, plan, sparse, output)
     if saved is not None and not continues:
         load_weights(recipe.model, saved, output.resume)
-    masking = None
+    masking, init = None, "resume"
     if sparse:
         init = sparse.sparse_init
         if continues:
@@ -216,7 +216,7 @@ def prepare(
         if continues:
             trainer.load_checkpoint(saved)
             trainer.continues = True
-        elif not plan.pre_train and "optimizer" in saved:
+        elif not plan.pre_train and "optimizer" in saved and init == "resume":
             trainer.load_training_state(saved)
     return trainer
 

@@ -18,9 +18,15 @@ from sparselearning.topology import GROWTH, PRUNE, REDISTRIBUTION
 
 # Flags that change where a run's files lie or what it shows, not what it computes: a resumed run may differ in them.
 WITHOUT_EFFECT_ON_RESULTS = {
-    "data_dir", "demo", "gather_checkpoints", "indicate_method", "iters", "keep_tickets", "local_rank", "log_interval",
-    "master_port", "mgpu", "print_freq", "resume", "save", "tensorboard", "workers",
+    "benchmark_inference", "benchmark_training", "data_dir", "demo", "evaluate", "gather_checkpoints",
+    "indicate_method", "iters", "keep_tickets", "local_rank", "log_interval", "master_port", "mgpu", "print_freq",
+    "prof", "resume", "save", "tensorboard", "workers",
 }  # fmt: skip
+
+
+class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
 
 
 class Parser(argparse.ArgumentParser):
@@ -30,7 +36,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(
             description=description,
             epilog=epilog,
-            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+            formatter_class=_Formatter,
             allow_abbrev=False,
         )
 
@@ -103,7 +109,10 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--keep-tickets", action="store_true", help="save every ticket, in tickets/ of the run's folder")
     group.add_argument("--tensorboard", type=Path, metavar="DIR", help="write TensorBoard scalars there as well")
     group.add_argument(
-        "--multiplier", type=positive, default=1, help="stretch epochs, milestones and pruning window this many times"
+        "--multiplier",
+        type=positive,
+        default=1,
+        help="stretch epochs, milestones, warm-up and pruning window this many times",
     )
     group.add_argument("--no-cuda", action="store_true", help="train on the CPU even if there is a GPU")
     group = parser.add_argument_group("speed")
@@ -251,6 +260,8 @@ def check(args: argparse.Namespace, momentum_is_zero: bool) -> list[str]:
                 f"--sparse-init GMP starts dense, but the pruning schedule at --init-density {args.init_density}: "
                 "give --init-density 1 for a schedule from dense"
             )
+    elif args.sparse_init == "GMP":
+        warnings.append("--sparse-init GMP starts dense and DST stays so; only the superposition is cut to the budget")
     elif args.init_density != args.final_density:
         warnings.append(
             f"DST keeps --init-density {args.init_density}; only the superposition is cut to --final-density "

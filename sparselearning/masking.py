@@ -42,7 +42,9 @@ METHODS = {
     "GMP_uniform": Method(gradual=True, uniform=True, grows=False),
 }
 
+GRADIENT_GROWTH = ("gradient",)
 MOMENTUM_GROWTH = ("momentum", "momentum_neuron")
+"""Modes of growth that read dense gradients, and those that read dense momentum."""
 
 
 def maskable_parameters(model: nn.Module, keep_first_dense: bool = False) -> dict[str, nn.Parameter]:
@@ -218,7 +220,7 @@ class Masking:
             scaler.update()
         self.steps += 1
         due, tracks = self.update_due(self.steps), self.growth in MOMENTUM_GROWTH
-        skipped = scaler is not None and (due or tracks) and not self._gradients_are_finite()
+        skipped = scaler is not None and (due or tracks) and not self.gradients_are_finite()
         if tracks and not skipped:
             self._decay_off_mask_momentum()
         self.apply_masks()
@@ -271,7 +273,7 @@ class Masking:
             return 0
         waits = self.method.gradual and self.steps < self.prune_start_step
         updates = self.updates_enabled and self.method.grows and not waits
-        return self.update_frequency if updates and self.growth == "gradient" else None
+        return self.update_frequency if updates and self.growth in GRADIENT_GROWTH else None
 
     def scheduled_density(self) -> float:
         """Density that a gradual method prunes to at this step."""
@@ -372,10 +374,10 @@ class Masking:
     def _layers(self) -> list[Layer]:
         """Flat views of every masked weight with what the chosen modes read."""
         matrices = [name for name, weight in self._parameters.items() if weight.dim() == 2]
-        needs_gradient = self.growth == "gradient"
+        needs_gradient = self.growth in GRADIENT_GROWTH
         needs_momentum = self.growth in MOMENTUM_GROWTH or self.redistribution == "momentum"
         if needs_gradient and all(weight.grad is None for weight in self._parameters.values()):
-            raise UsageError("gradient growth needs gradients: run a backward pass before")
+            raise UsageError(f"{self.growth} growth needs gradients: run a backward pass before")
         layers = []
         for name, weight in self._parameters.items():
             if self.masks[name].stride() != weight.stride():  # the model changed its memory format
@@ -399,8 +401,8 @@ class Masking:
         if not self.masks:
             raise UsageError("there are no masks yet: call add_module first")
 
-    def _gradients_are_finite(self) -> bool:
-        """Whether the scaler let the optimizer take its step: it skips steps with any gradient that is not finite."""
+    def gradients_are_finite(self) -> bool:
+        """Whether all gradients of the optimizer's parameters are finite; a loss scaler skips steps where not."""
         parameters = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
         return bool(torch.stack([p.grad.isfinite().all() for p in parameters]).all())
 

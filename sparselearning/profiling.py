@@ -1,4 +1,4 @@
-"""How fast a trainer's steps are, and where their time goes. Nothing is written but the profile."""
+"""How fast a trainer's steps are, and where their time goes. Nothing is written."""
 
 import itertools
 import time

@@ -318,10 +318,9 @@ def prune_and_grow(
 def gradual_prune(layers: Sequence[Layer], density: float, uniform: bool) -> None:
     """Remove the smallest weights until exactly ``round(size · density)`` are active; changes the masks in place.
 
-    Global magnitude over all layers (GraNet, sec. 3.2), or ``uniform``: every layer at the same density, except
-    that below a density of 0.2 the classifier stays at 0.2 and the others take
-    up the difference. A layer that is already sparser than its target keeps what it has. Does nothing where the
-    masks are at the density, or below it.
+    Global magnitude over all layers (GraNet, sec. 3.2), or ``uniform``: every layer at the same density, except that
+    below a density of 0.2 the classifier stays at 0.2 and the others take up the difference. A layer that is already
+    sparser than its target keeps what it has. Does nothing where the masks are at the density, or below it.
     """
     active = active_counts(layers)
     target = active_count(sum(layer.mask.numel() for layer in layers), density)

@@ -53,3 +53,15 @@ def test_own_model_examples_run(number, capsys):
     exec(code, {"__name__": "example"})
     printed = capsys.readouterr().out.splitlines()[-1]
     assert ("density 0.1000" in printed) if number == 0 else (float(re.search(r"([\d.]+)%", printed)[1]) > 90)
+
+
+def test_sweep_line_is_a_sweep(monkeypatch, capsys, tmp_path):
+    import sweep
+
+    monkeypatch.chdir(tmp_path)
+    line = re.search(r"^python CIFAR/sweep.py (.*)$", README, re.MULTILINE)[1]
+    flags, rest = line.split(" -- ")
+    sweep.main([*flags.split(), "--dry-run", "--", *rest.split()])
+    assert (
+        capsys.readouterr().out.count("main_suptickets.py") == 18
+    )  # three methods, three seeds, each with its control
