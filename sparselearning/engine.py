@@ -183,6 +183,7 @@ class Trainer:
             self.masking.updates_enabled &= plan.updates_in_cycles
             self._price_training()
         began = time.perf_counter()
+        images = 0  # since this call began: a resumed epoch's rate is its own
         try:
             for batch in self.sources.train.epoch(self.epoch, self.batch):
                 lr = plan.lr(self.epoch, self.batch, batches)
@@ -190,9 +191,10 @@ class Trainer:
                     group["lr"] = lr
                 self.train_batch(batch)
                 self.batch += 1
+                images += len(batch.labels)
                 self.progress.batch()
                 if self.batch % self.log_interval == 0:
-                    self._show(lr)
+                    self._show(lr, distributed.world_size() * images / (time.perf_counter() - began))
                 self._heed_signals()
         finally:
             self._seconds += time.perf_counter() - began
@@ -429,13 +431,14 @@ class Trainer:
             "(a smaller learning rate may help)"
         )
 
-    def _show(self, lr: float) -> None:
+    def _show(self, lr: float, images_per_second: float) -> None:
         self._check_finite()
         loss_sum, hits, samples = self._tally.tolist()
         phase = "cycle" if self.plan.is_cycle(self.epoch) else "pretrain"
         figures = {"lr": lr, "loss": loss_sum / samples, "accuracy": hits / samples}
         if self.masking:
             figures["density"] = self.masking.density()
+        figures["images/s"] = images_per_second
         self.progress.within_epoch(phase, self.epoch, self.batch, len(self.sources.train), figures)
 
     # ------------------------------------------------------------------------------------------------- files

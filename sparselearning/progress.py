@@ -31,9 +31,10 @@ class Progress:
         self._speaks = distributed.is_main()
         self._bar = tqdm(
             unit="batch",
+            delay=0.5,  # no empty bar before the total is known
             dynamic_ncols=True,
             disable=not (self._speaks and sys.stderr.isatty()),
-            bar_format="{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}] {postfix}",
+            bar_format="{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]{postfix}",
         )
         self._last_line = time.monotonic()
 
