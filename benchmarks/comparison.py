@@ -1,6 +1,7 @@
 """Two sides measured in turn, their ratio held against bars, and all of it as a table, JSON and a picture."""
 
 import platform
+import re
 import subprocess
 import time
 from collections.abc import Callable, Sequence
@@ -162,13 +163,15 @@ def commit() -> str:
 
 
 def cpu_name() -> str:
-    """Model name of the processor."""
+    """Model name of the processor, with what it has for bfloat16: that decides whether bf16 pays on it."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        text = Path("/proc/cpuinfo").read_text()
     except OSError:
-        lines = []
-    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or platform.machine())
+        text = ""
+    entries = dict(re.findall(r"^(\S[^\t:]*)\s*: (.+)$", text, re.MULTILINE))
+    name = entries.get("model name") or platform.processor() or platform.machine()
+    units = [flag for flag in ("avx512_bf16", "amx_bf16") if flag in entries.get("flags", "").split()]
+    return f"{name} ({', '.join(units) or 'no bf16 units'})"
 
 
 def plot(rows: Sequence[Row], title: str, path: Path) -> None:
@@ -188,8 +191,10 @@ def plot(rows: Sequence[Row], title: str, path: Path) -> None:
             axes.vlines(limits, place - 0.35, place + 0.35, color=VERMILION, linewidth=2)
             axes.hlines(place, min(faster), max(faster), color=BLUE, linewidth=2)
             axes.plot(median(faster), place, "o", color=BLUE, markersize=6)
-            label = f"{median(faster):.3g} x"
-            axes.annotate(label, (max(faster), place), (7, 0), textcoords="offset points", va="center", fontsize=8)
+            axes.annotate(
+                f"{median(faster):.3g} x", (max(faster), place), (7, 0), textcoords="offset points", va="center",
+                fontsize=8, bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5},
+            )  # fmt: skip
         axes.axvline(1, color="black", linewidth=0.8)
         axes.set_yticks(range(len(rows)), [row.what for row in rows])
         axes.invert_yaxis()
