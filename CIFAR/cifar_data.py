@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sparselearning.data import Batch
+from sparselearning.data import Batch, class_balanced
 from sparselearning.errors import FaultError, UsageError
 from sparselearning.seeding import derive_seed
 
@@ -203,15 +203,7 @@ class TensorLoader:
         if not 1 <= size <= self.num_samples:
             raise UsageError(f"cannot draw {size} images from a training set of {self.num_samples}")
         generator = torch.Generator().manual_seed(derive_seed(seed, "class-balanced batch"))
-        shuffled = torch.randperm(self.num_samples, generator=generator)
-        labels = self._labels.cpu()[shuffled]
-        # Deal the shuffled images class by class: turn t goes to the t-th image of each class.
-        by_class = labels.argsort(stable=True)
-        counts = labels.bincount()
-        first_of_class = (counts.cumsum(0) - counts).repeat_interleave(counts)
-        turn = torch.empty_like(labels)
-        turn[by_class] = torch.arange(self.num_samples) - first_of_class
-        chosen = shuffled[turn.argsort(stable=True)[:size]].to(self._labels.device)
+        chosen = class_balanced(self._labels.cpu(), size, generator).to(self._labels.device)
         return Batch(self._normalised(self._unpadded()[chosen]), self._labels[chosen])
 
     def _stored_batches(self, start: int) -> Iterator[Batch]:

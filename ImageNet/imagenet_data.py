@@ -27,7 +27,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS, pil_loader
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-from sparselearning.data import Batch
+from sparselearning.data import Batch, class_balanced
 from sparselearning.errors import FaultError, UsageError
 from sparselearning.seeding import derive_seed
 
@@ -320,13 +320,8 @@ class FolderLoader:
         if not 1 <= size <= self.num_samples:
             raise UsageError(f"cannot draw {size} images from the {self.num_samples} of {self._files.folder}")
         generator = torch.Generator().manual_seed(derive_seed(seed, "class-balanced"))
-        order = torch.randperm(self.num_samples, generator=generator).numpy()
-        labels = self._files.labels[order]
-        # The classes take turns: turn t brings the t-th image of each class, in the order of the shuffle.
-        turns = np.empty_like(labels)
-        turns[labels.argsort(kind="stable")] = np.concatenate([np.arange(n) for n in np.bincount(labels)])
+        chosen = class_balanced(torch.from_numpy(self._files.labels), size, generator).tolist()
         views = _Views(self._files, self._view, seed, epoch=0)
-        chosen = order[turns.argsort(kind="stable")[:size]].tolist()
         images, labels, damaged = _collate([views[index] for index in chosen])
         self._note(damaged)
         if len(labels) == 0:

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 
@@ -30,3 +31,21 @@ class BatchSource(Protocol):
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """Yield batches ``start``, ``start + 1``, … of an epoch, the same ones whatever ``start`` is."""
+
+
+def class_balanced(labels: Tensor, size: int, generator: torch.Generator) -> Tensor:
+    """Draw ``size`` indices into ``labels`` without replacement, as many of each class as of any other.
+
+    The counts of two classes differ by at most one, but for classes that have no more to give.
+
+    Args:
+        labels: int64 [N], on the CPU.
+        size: at most N.
+        generator: of the shuffle, on the CPU.
+    """
+    order = torch.randperm(len(labels), generator=generator)
+    shuffled = labels[order]
+    # The classes take turns: turn t brings the t-th of each class, in the order of the shuffle.
+    turns = torch.empty_like(shuffled)
+    turns[shuffled.argsort(stable=True)] = torch.cat([torch.arange(n) for n in shuffled.bincount().tolist()])
+    return order[turns.argsort(stable=True)[:size]]

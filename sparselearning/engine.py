@@ -238,11 +238,6 @@ class Trainer:
         weighted.backward()
         return logits, loss
 
-    def backward(self, batch: Batch) -> None:
-        """Leave the gradients of one batch at the parameters, for masks that are drawn by them."""
-        self.network.train()
-        self._backward(batch)
-
     @staticmethod
     def _count(logits: Tensor, labels: Tensor, mean_loss: Tensor, tally: Tensor) -> None:
         hits = (logits.argmax(dim=1) == labels).sum()
@@ -312,7 +307,8 @@ class Trainer:
         if self.plan.explore_rate is None or not self.masking or not self.plan.starts_cycle(self.epoch):
             return
         if all(parameter.grad is None for parameter in self.model.parameters()):
-            self.backward(next(iter(self.sources.train.epoch(self.epoch))))
+            self.network.train()
+            self._backward(next(iter(self.sources.train.epoch(self.epoch))))
         if not self.masking.gradients_are_finite():
             # Scaled float16 gradients may overflow; the optimizer skips such steps, but here they are all there is.
             self._backward(next(iter(self.sources.train.epoch(self.epoch))), scaled=False)
@@ -556,6 +552,7 @@ class Trainer:
 
     def load_checkpoint(self, saved: Mapping[str, Any]) -> None:
         """Go back to where :meth:`save_checkpoint` was called."""
+        self.continues = True
         self.load_training_state(saved)
         self.epoch, self.batch, self.trained = saved["epoch"], saved["batch"], saved["trained"]
         for name, parameter in self.model.named_parameters():

@@ -215,7 +215,6 @@ def prepare(
     if saved is not None:
         if continues:
             trainer.load_checkpoint(saved)
-            trainer.continues = True
         elif not plan.pre_train and "optimizer" in saved and init == "resume":
             trainer.load_training_state(saved)
     return trainer
