@@ -16,7 +16,7 @@ from cifar_data import Data, data_help, load_data
 from cifar_models import build_model, model_names
 from torch import nn
 
-from sparselearning import distributed, experiment, flags, launch
+from sparselearning import distributed, experiment, flags, launch, provenance
 from sparselearning.checkpoint import RunFolder, seed_everything
 from sparselearning.engine import Sources
 from sparselearning.errors import UsageError
@@ -153,7 +153,7 @@ def run(args: argparse.Namespace, argv: Sequence[str] | None) -> None:
         runtime,
         experiment.Output(
             folder=RunFolder(flags.run_path(args, args.model, data.name, budget)),
-            config={"command": flags.command(argv), **values, **experiment.environment(device), "network": network},
+            config={"command": flags.command(argv), **values, **provenance.environment(device), "network": network},
             identity=flags.identity(values),
             resume=args.resume,
             log_interval=args.log_interval,

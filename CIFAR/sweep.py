@@ -145,7 +145,7 @@ class Run:
     def command(self) -> list[str]:
         """What starts it, or goes on with it."""
         resume = ["--resume", str(self.folder.checkpoint)] if self.folder.checkpoint.is_file() else []
-        return [sys.executable, str(SCRIPT), *self.flags, *resume]
+        return [sys.executable, os.path.relpath(SCRIPT), *self.flags, *resume]
 
 
 def planned(method: str, seed: int, shared: Sequence[str], out: Path, control: bool) -> Run:

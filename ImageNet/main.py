@@ -17,7 +17,7 @@ from imagenet_data import load_imagenet
 from imagenet_resnet import ARCHS, INITS, build_model
 from torch import nn
 
-from sparselearning import distributed, experiment, flags, profiling
+from sparselearning import distributed, experiment, flags, profiling, provenance
 from sparselearning.checkpoint import RunFolder, load_torch, seed_everything
 from sparselearning.engine import Sources
 from sparselearning.errors import UsageError
@@ -75,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     sparse = flags.sparse_training(args, len(data.train), budget.total_epochs)
     output = experiment.Output(
         folder=RunFolder(flags.run_path(args, args.arch, Path(args.data).resolve().name, budget)),
-        config={"command": flags.command(argv), **values, **experiment.environment(device), "network": network},
+        config={"command": flags.command(argv), **values, **provenance.environment(device), "network": network},
         identity=flags.identity(values),
         resume=args.resume,
         log_interval=args.print_freq,

@@ -1,8 +1,5 @@
 """Two sides measured in turn, their ratio held against bars, and all of it as a table, JSON and a picture."""
 
-import platform
-import re
-import subprocess
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -11,8 +8,6 @@ from statistics import median
 from typing import Any, NamedTuple
 
 import torch
-
-from sparselearning.experiment import environment
 
 COLUMNS = "{:<42} {:>30} {:>30} {:>23}  {}"
 
@@ -145,33 +140,6 @@ def number(value: float) -> str:
     if value >= 1000:
         return f"{value:,.0f}"
     return f"{value:.3f}" if 0.1 <= value < 10 else f"{value:.3g}"
-
-
-def machine(device: torch.device) -> dict[str, Any]:
-    """What figures depend on besides the setting: code, hardware, versions."""
-    return {"commit": commit(), "cpu": cpu_name()} | environment(device)
-
-
-def commit() -> str:
-    """Short hash of the code's commit, marked ``-dirty`` if files have changed since."""
-    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
-    try:
-        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return done.stdout.strip()
-
-
-def cpu_name() -> str:
-    """Model name of the processor, with what it has for bfloat16: that decides whether bf16 pays on it."""
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        text = ""
-    entries = dict(re.findall(r"^(\S[^\t:]*)\s*: (.+)$", text, re.MULTILINE))
-    name = entries.get("model name") or platform.processor() or platform.machine()
-    units = [flag for flag in ("avx512_bf16", "amx_bf16") if flag in entries.get("flags", "").split()]
-    return f"{name} ({', '.join(units) or 'no bf16 units'})"
 
 
 def plot(rows: Sequence[Row], title: str, path: Path) -> None:

@@ -10,9 +10,7 @@ inputs are random: neither size nor time depends on the values.
 """
 
 import argparse
-import platform
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -35,6 +33,7 @@ from sparselearning.checkpoint import write_json  # noqa: E402
 from sparselearning.distributions import active_count  # noqa: E402
 from sparselearning.export import save_sparse  # noqa: E402
 from sparselearning.masking import maskable_parameters  # noqa: E402
+from sparselearning.provenance import environment  # noqa: E402
 
 SPARSITIES = (0.8, 0.9, 0.95, 0.98)
 BATCH = 8
@@ -190,20 +189,6 @@ def network_times(density: float) -> dict[str, Any]:
     return compare(dense, with_csr_layers(sparse), torch.randn(BATCH, 3, 32, 32), repeats=3)
 
 
-def machine() -> dict[str, Any]:
-    """What the figures depend on."""
-    cpu_info = Path("/proc/cpuinfo")
-    lines = cpu_info.read_text().splitlines() if cpu_info.exists() else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True)
-    return {
-        "cpu": names[0] if names else platform.processor(),
-        "instructions": torch.backends.cpu.get_cpu_capability(),
-        "torch": torch.__version__,
-        "commit": commit.stdout.strip(),
-    }
-
-
 def table(results: dict[str, Any]) -> str:
     """All figures in Markdown."""
     sizes, about = results["sizes"], results["machine"]
@@ -220,9 +205,10 @@ def table(results: dict[str, Any]) -> str:
     lines = [
         "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows
     ]
+    where = f"one thread of {about['device']} ({about['instructions']})"
     return "\n".join(lines) + (
         f"\n\nIn brackets: dense. nx: n times as fast as dense, at batch {BATCH} in float32. Measured on "
-        f"one thread of {about['cpu']} ({about['instructions']}), torch {about['torch']}, commit {about['commit']}."
+        f"{where}, torch {about['versions']['torch']}, commit {about['commit']}."
     )
 
 
@@ -246,7 +232,7 @@ def main() -> None:
     times = {name: [layer_times(name, density) for density in densities] for name in LAYERS}
     times["ResNet50, all layers"] = [network_times(density) for density in densities]
     results = {
-        "machine": machine(),
+        "machine": environment(torch.device("cpu")) | {"instructions": torch.backends.cpu.get_cpu_capability()},
         "batch": BATCH,
         "sparsities": SPARSITIES,
         "sizes": [sizes(density) for density in densities],

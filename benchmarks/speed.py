@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "CIFAR"))
 import references
 from cifar_data import DATASETS, TensorLoader, channel_statistics
 from cifar_models import build_model, model_names
-from comparison import Bar, Row, Side, alternate, header, machine, plot
+from comparison import Bar, Row, Side, alternate, header, plot
 
 from sparselearning import experiment, flags
 from sparselearning.checkpoint import RunFolder, write_json
@@ -43,6 +43,7 @@ from sparselearning.errors import UsageError
 from sparselearning.experiment import Runtime, SparseTraining
 from sparselearning.masking import Masking, maskable_parameters
 from sparselearning.plan import Plan
+from sparselearning.provenance import environment
 from sparselearning.schedules import EpochBudget
 from sparselearning.superpose import caa_factor, prune_to_density, superpose, update_bn
 from sparselearning.topology import Layer, gradual_prune
@@ -443,8 +444,8 @@ CASES: dict[str, Callable[[Setting], Iterator[Row]]] = {
 
 def title(setting: Setting) -> str:
     """Setting and machine on one line."""
-    here = machine(setting.device)
-    where = here["device"] if setting.device.type == "cuda" else f"{here['cpu']}, {here['threads']} threads"
+    here = environment(setting.device)
+    where = here["device"] + ("" if setting.device.type == "cuda" else f", {here['threads']} threads")
     return (
         f"{setting.model}, {setting.classes} classes, batch {setting.batch_size}, density {setting.density:g}; "
         f"{where}; torch {here['versions']['torch']}; commit {here['commit']}"
@@ -456,7 +457,7 @@ def as_json(setting: Setting, rows: Sequence[Row], argv: Sequence[str]) -> dict[
     return {
         "command": shlex.join(["python", "benchmarks/speed.py", *argv]),
         "setting": asdict(setting) | {"device": setting.device.type},
-        "machine": machine(setting.device),
+        "machine": environment(setting.device),
         "rows": [row.as_json() for row in rows],
     }
 

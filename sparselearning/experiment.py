@@ -1,15 +1,12 @@
 """The part of a script that is no recipe: device, masks, resuming, the run itself, and how it ends."""
 
 import os
-import platform
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -344,18 +341,3 @@ def _open_folder(output: Output, trainer: Trainer) -> None:
         if not folder.config.exists():
             write_json(folder.config, output.config)
     distributed.barrier()
-
-
-def environment(device: torch.device) -> dict[str, Any]:
-    """What else a result depends on: versions and hardware."""
-    return {
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "torchvision": version("torchvision"),
-            "numpy": np.__version__,
-        },
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({platform.machine()})",
-        "threads": torch.get_num_threads(),
-        "world_size": distributed.world_size(),
-    }

@@ -18,7 +18,7 @@ from sparselearning.errors import FaultError, UsageError
 Types = Mapping[str, Any]
 NUMBER: Any = (int, float)
 OPTIONAL_NUMBER = (int, float, type(None))
-NO_FLAGS = {"command", "versions", "device", "threads", "world_size", "network"}
+NO_FLAGS = {"command", "commit", "versions", "device", "threads", "world_size", "network"}
 FLAGS = {"seed": int, "sparse": bool, "fix": bool, "method": str, "growth": str, "indicate_method": str}
 METRICS = dict.fromkeys(("epoch", "lr", "train_loss", "train_acc", "eval_loss", "eval_acc", "density"), NUMBER)
 METRICS |= {"ticket": OPTIONAL_NUMBER}
@@ -37,7 +37,7 @@ class Run:
     Attributes:
         folder: its files.
         flags: every flag's value, under the names of ``config.json``.
-        environment: versions and hardware.
+        environment: code, versions and hardware.
         metrics: one row per finished epoch, at least one.
         tickets: one row per ticket.
         summary: None as long as the run is unfinished.
@@ -147,7 +147,7 @@ def read_run(path: Path) -> Run:
     folder = RunFolder(path)
     config = _read_json(folder.config, FLAGS)
     flag_values = {name: value for name, value in config.items() if name not in NO_FLAGS}
-    environment = {"device": config.get("device"), **config.get("versions", {})}
+    environment = {key: config.get(key) for key in ("device", "threads", "commit")} | config.get("versions", {})
     metrics = _read_jsonl(folder.metrics, METRICS)
     if not metrics:
         raise FaultError(f"{folder.metrics} holds no finished epoch")

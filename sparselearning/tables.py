@@ -230,4 +230,5 @@ def _missing_control(group: Group, groups: Sequence[Group]) -> str | None:
 
 def _machine(run: Run) -> str:
     known = run.environment
-    return f"{known.get('device', 'an unknown device')} with PyTorch {known.get('torch', 'of unknown version')}"
+    commit = f", commit {known['commit']}" if known.get("commit") else ""
+    return f"{known.get('device', 'an unknown device')} with PyTorch {known.get('torch', 'of unknown version')}{commit}"
