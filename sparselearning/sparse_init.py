@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sparselearning.distributions import DENSITIES, active_count, layer_counts, random_mask
 from sparselearning.errors import UsageError
-from sparselearning.topology import _candidate_magnitude, select_largest
+from sparselearning.topology import select_largest
 
 Masks = dict[str, Tensor]
 Draw = Callable[[Mapping[str, Tensor], "InitSettings"], Masks]
@@ -91,7 +91,7 @@ def _then_grow(prune: Draw) -> Draw:
         for name, weight in weights.items():
             lost = int(torch.count_nonzero(weight)) - int(torch.count_nonzero(masks[name]))
             flat = masks[name].flatten()
-            grown = select_largest(_candidate_magnitude, [(gradient(weight).flatten(), flat)], lost)[0]
+            grown = select_largest(torch.abs, [(gradient(weight).flatten(), ~flat)], lost)[0]
             masks[name] = (flat | grown).view(weight.shape)
         return masks
 
@@ -107,7 +107,7 @@ def _prune_and_grow_structured(weights: Mapping[str, Tensor], settings: InitSett
         kept = masks[name].flatten(1).any(dim=1)
         lost = int(torch.count_nonzero(alive)) - int(torch.count_nonzero(kept))
         norms = gradient(weight).flatten(1).norm(dim=1)
-        masks[name][select_largest(_candidate_magnitude, [(norms, kept)], lost)[0]] = True
+        masks[name][select_largest(torch.abs, [(norms, ~kept)], lost)[0]] = True
     return masks
 
 

@@ -8,7 +8,7 @@ A layer is seen through flat one-dimensional views (:class:`Layer`), so that not
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -17,7 +17,9 @@ from torch import Tensor
 from sparselearning.distributions import active_count, apportion
 
 SAMPLE_SIZE = 1 << 15
-"""Scores looked at to bracket the k-th largest; layers of fewer scores are searched whole."""
+"""More scores than these are bracketed by a sample before they are searched."""
+BLOCK_SIZE = 1 << 18
+"""Scores that a CPU works on at a time, so that its cache still holds what the operation before wrote."""
 
 
 @dataclass
@@ -38,17 +40,13 @@ class Layer:
 # ---------------------------------------------------------------------------------------------- selection
 
 
-def select_largest(score: Callable[..., Tensor], layers: Sequence[tuple[Tensor, ...]], k: int) -> list[Tensor]:
+def select_largest(score: Callable[[Tensor], Tensor], layers: Sequence[tuple[Tensor, ...]], k: int) -> list[Tensor]:
     """Find the ``k`` largest scores over all layers together.
 
-    Works like the SELECT of Floyd & Rivest (1975): a sample brackets the k-th largest score from both sides, one
-    comparison each settles nearly all others, and only those inside the bracket are searched exactly. Should the
-    sample mislead, everything is searched, so the result never depends on luck.
-
     Args:
-        score: element-wise function of a layer's flat tensors; ``-inf`` marks what may not be chosen.
-        layers: per layer, the flat tensors that ``score`` takes.
-        k: how many to choose, at most the number of scores above ``-inf``.
+        score: element-wise function of values; ``-inf`` and NaN are never chosen.
+        layers: per layer the flat values and, unless all may be chosen, flags of those that may.
+        k: how many to choose, at most the number of scores above ``-inf`` that may be.
 
     Returns:
         Per layer a flat boolean tensor with the chosen ones true. Ties go to the earlier layer and position.
@@ -57,37 +55,93 @@ def select_largest(score: Callable[..., Tensor], layers: Sequence[tuple[Tensor, 
         ValueError: if fewer than ``k`` may be chosen.
     """
     if k == 0:
-        return [torch.zeros_like(tensors[0], dtype=torch.bool) for tensors in layers]
+        return [torch.zeros_like(values, dtype=torch.bool) for values, *_ in layers]
+    select = _select_by_bracket if layers[0][0].device.type == "cpu" else _select_at_once
+    return select(score, layers, k)
+
+
+def _select_at_once(score: Callable[[Tensor], Tensor], layers: Sequence[tuple[Tensor, ...]], k: int) -> list[Tensor]:
+    """For a GPU: a few operations on everything, and one look at a result, since each look makes the GPU wait."""
+    scores = torch.cat([_eligible(score(values), *flags) for values, *flags in layers])
+    threshold = scores.topk(min(k, len(scores)), sorted=False).values.amin()
+    if k > len(scores) or threshold == -torch.inf:
+        raise _too_few(k, int(torch.count_nonzero(scores > -torch.inf)))
+    chosen = scores > threshold
+    ties = scores == threshold
+    places = ties.cumsum(0, dtype=torch.int32)
+    chosen.logical_or_(ties.logical_and_(places <= k - torch.count_nonzero(chosen)))
+    return list(chosen.split([len(values) for values, *_ in layers]))
+
+
+def _eligible(scores: Tensor, *flags: Tensor) -> Tensor:
+    """Scores with ``-inf`` in place of NaN, and wherever one of the ``flags`` is false."""
+    scores = scores.masked_fill(scores.isnan(), -torch.inf)
+    for flag in flags:
+        scores.masked_fill_(~flag, -torch.inf)
+    return scores
+
+
+def _too_few(k: int, there: int) -> ValueError:
+    return ValueError(f"{k} weights are to be chosen where only {there} may be (NaN never is)")
+
+
+def _select_by_bracket(score: Callable[[Tensor], Tensor], layers: Sequence[tuple[Tensor, ...]], k: int) -> list[Tensor]:
+    """For a CPU, the SELECT of Floyd & Rivest (1975).
+
+    A sample brackets the k-th largest score from both sides, one comparison each settles nearly all others, and only
+    those inside the bracket are searched exactly. Should the sample mislead, everything is searched, so the result
+    never depends on luck.
+    """
+    chosen = [torch.zeros_like(values, dtype=torch.bool) for values, *_ in layers]
+    blocks = [block for layer, flags in zip(layers, chosen, strict=True) for block in _blocks(flags, *layer)]
     for low, high in (_bracket(score, layers, k), (None, None)):
-        chosen, positions, values = [], [], []
-        for tensors in layers:
-            scores = score(*tensors)
-            above = torch.zeros_like(scores, dtype=torch.bool) if high is None else scores >= high
-            within = (scores > -torch.inf if low is None else scores >= low).logical_xor_(above)
-            chosen.append(above)
-            positions.append(within.nonzero().squeeze(1))
-            values.append(scores[positions[-1]])
+        positions, pools = [], []
+        for above, values, *eligible in blocks:
+            scores = score(values)
+            within = _compare(torch.gt, scores, -torch.inf if low is None else low)
+            if high is None:
+                above.fill_(False)
+            else:
+                above.copy_(_compare(torch.ge, scores, high))
+            for flags in eligible:
+                within.logical_and_(flags)
+                above.logical_and_(flags)
+            positions.append(within.logical_and_(~above).nonzero().squeeze(1))
+            pools.append(scores[positions[-1]])
         missing = k - sum(int(torch.count_nonzero(above)) for above in chosen)
-        pool = torch.cat(values)
+        pool = torch.cat(pools)
         if 0 <= missing <= len(pool):
             break
     else:
-        raise ValueError(f"{k} weights are to be chosen where only {len(pool)} may be (NaN never is)")
+        raise _too_few(k, len(pool))
     picked = _largest_exactly(pool, missing).split([len(p) for p in positions])
-    for above, candidates, part in zip(chosen, positions, picked, strict=True):
+    for (above, *_), candidates, part in zip(blocks, positions, picked, strict=True):
         above.index_fill_(0, candidates[part], True)
     return chosen
 
 
+def _blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Cut tensors of one size into pieces that the cache holds."""
+    return zip(*(tensor.split(BLOCK_SIZE) for tensor in tensors), strict=True)
+
+
+def _compare(comparison: Callable[..., Tensor], scores: Tensor, bound: float) -> Tensor:
+    """``comparison(scores, bound)``, by way of numbers: PyTorch vectorises it only within one type."""
+    return comparison(scores, bound, out=torch.empty_like(scores)).bool()
+
+
 def _bracket(
-    score: Callable[..., Tensor], layers: Sequence[tuple[Tensor, ...]], k: int
+    score: Callable[[Tensor], Tensor], layers: Sequence[tuple[Tensor, ...]], k: int
 ) -> tuple[float | None, float | None]:
-    """Two scores between which, judging by a strided sample, the k-th largest lies; None: no bound."""
-    size = sum(tensors[0].numel() for tensors in layers)
-    stride = size // SAMPLE_SIZE | 1
-    if stride == 1:
+    """Two scores between which, judging by a strided sample, the k-th largest lies; None: no bound.
+
+    The lower one is exclusive, so that the zeros of a sparse network, should it be one of them, are not searched.
+    """
+    size = sum(values.numel() for values, *_ in layers)
+    if size <= SAMPLE_SIZE:
         return None, None
-    sample = torch.cat([score(*(tensor[::stride] for tensor in tensors)) for tensors in layers])
+    stride = round(size ** (1 / 3)) // 2 | 1  # odd: a power of two would see some channels of a layer alone
+    sample = torch.cat([_eligible(score(values[::stride]), *(f[::stride] for f in flags)) for values, *flags in layers])
     rank = k / size * len(sample)
     slack = 4 * math.sqrt(rank * (1 - k / size)) + 4  # four standard deviations of the rank, and rounding
     low, high = math.ceil(rank + slack), math.floor(rank - slack)
@@ -106,14 +160,9 @@ def _largest_exactly(values: Tensor, k: int) -> Tensor:
     return chosen.index_fill_(0, ties[: k - int(torch.count_nonzero(chosen))], True)
 
 
-def _smallness(weight: Tensor, mask: Tensor) -> Tensor:
-    """Score of active weights by smallness, for pruning."""
-    return weight.abs().neg_().masked_fill_(~mask, -torch.inf)
-
-
-def _candidate(scores: Tensor, mask: Tensor) -> Tensor:
-    """Keep the scores of inactive weights, for growing. Changes ``scores``."""
-    return scores.masked_fill_(mask, -torch.inf)
+def _smallness(values: Tensor) -> Tensor:
+    """Score of weights by smallness, for pruning."""
+    return values.abs().neg_()
 
 
 def smallest_active(layers: Sequence[Layer], k: int) -> list[Tensor]:
@@ -150,18 +199,11 @@ def prune_set(layers: Sequence[Layer], prune_rate: float, threshold: float) -> l
         k = math.ceil(prune_rate * n)
         negatives = int(torch.count_nonzero(layer.weight[layer.mask] < 0))
         from_negative = max(min(k // 2, negatives), k - (n - negatives))
-        sides = [(k - from_negative, _smallest_positive), (from_negative, _largest_negative)]
-        positive, negative = (select_largest(score, [(layer.weight, layer.mask)], share)[0] for share, score in sides)
+        is_negative = layer.weight < 0
+        sides = [(k - from_negative, layer.mask & ~is_negative), (from_negative, layer.mask & is_negative)]
+        positive, negative = (select_largest(_smallness, [(layer.weight, side)], share)[0] for share, side in sides)
         removed.append(positive | negative)
     return removed
-
-
-def _smallest_positive(weight: Tensor, mask: Tensor) -> Tensor:
-    return weight.neg().masked_fill_(~mask | (weight < 0), -torch.inf)
-
-
-def _largest_negative(weight: Tensor, mask: Tensor) -> Tensor:
-    return weight.masked_fill(~mask | (weight >= 0), -torch.inf)
 
 
 def prune_threshold(layers: Sequence[Layer], prune_rate: float, threshold: float) -> list[Tensor]:
@@ -203,17 +245,17 @@ def steer_threshold(threshold: float, removed_share: float, prune_rate: float) -
 def grow_random(layer: Layer, k: int, generator: torch.Generator) -> Tensor:
     """Grow uniformly at random, without replacement (SET)."""
     scores = torch.rand(layer.mask.numel(), generator=generator, device=layer.mask.device)
-    return select_largest(_candidate, [(scores, layer.mask)], k)[0]
+    return select_largest(torch.positive, [(scores, ~layer.mask)], k)[0]
 
 
 def grow_gradient(layer: Layer, k: int, generator: torch.Generator) -> Tensor:
     """Grow where the dense gradient of the batch is largest in magnitude (RigL, alg. 1)."""
-    return select_largest(_candidate_magnitude, [(layer.gradient, layer.mask)], k)[0]
+    return select_largest(torch.abs, [(layer.gradient, ~layer.mask)], k)[0]
 
 
 def grow_momentum(layer: Layer, k: int, generator: torch.Generator) -> Tensor:
     """Grow where the momentum is largest in magnitude (sparse momentum, Dettmers & Zettlemoyer 2019)."""
-    return select_largest(_candidate_magnitude, [(layer.momentum, layer.mask)], k)[0]
+    return select_largest(torch.abs, [(layer.momentum, ~layer.mask)], k)[0]
 
 
 def grow_momentum_neuron(layer: Layer, k: int, generator: torch.Generator) -> Tensor:
@@ -226,10 +268,6 @@ def grow_momentum_neuron(layer: Layer, k: int, generator: torch.Generator) -> Te
     ranks = torch.arange(max(quota), device=best.device)
     wanted = ranks < torch.tensor(quota, device=best.device).unsqueeze(1)
     return torch.zeros_like(inactive).scatter_(1, best, wanted).flatten()
-
-
-def _candidate_magnitude(values: Tensor, mask: Tensor) -> Tensor:
-    return _candidate(values.abs(), mask)
 
 
 GROWTH = {

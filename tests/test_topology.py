@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sparselearning import topology
 from sparselearning.topology import (
     GROWTH,
     PRUNE,
@@ -378,21 +379,45 @@ def test_gradual_pruning_is_exact_and_only_removes(uniform, layers, density):
 # --------------------------------------------------------------------------------------- select_largest
 
 
-def assert_selects_the_largest(tensors, k):
+# What a GPU runs, on this machine's CPU.
+SELECTS = {"CPU": select_largest, "GPU": topology._select_at_once}
+
+
+@pytest.fixture(params=SELECTS)
+def select(request):
+    return SELECTS[request.param]
+
+
+def assert_selects_the_largest(select, tensors, k, eligible=None):
     """The chosen values are those of a full sort, every position once, ties to the earlier layer and position."""
-    chosen = select_largest(torch.clone, [(t,) for t in tensors], k)
+    chosen = select(torch.clone, [(t,) for t in tensors] if eligible is None else zip_up(tensors, eligible), k)
     everything = torch.cat(tensors)
+    if eligible is not None:
+        everything = everything.masked_fill(~torch.cat(eligible), -torch.inf)
     expected = torch.zeros_like(everything, dtype=torch.bool)
     expected[everything.sort(descending=True, stable=True).indices[:k]] = True
     for found, wanted in zip(chosen, expected.split([t.numel() for t in tensors]), strict=True):
         assert torch.equal(found, wanted)
 
 
+def zip_up(*columns):
+    return list(zip(*columns, strict=True))
+
+
 @given(data=st.data(), sizes=st.lists(st.integers(0, 40), min_size=1, max_size=5).filter(sum))
 def test_select_largest_equals_a_full_sort(data, sizes):
     source = generator(data.draw(st.integers(0, 2**32)))
     tensors = [VALUES[torch.randint(len(VALUES), (n,), generator=source)] for n in sizes]
-    assert_selects_the_largest(tensors, data.draw(st.integers(0, sum(sizes))))
+    eligible = [torch.rand(n, generator=source) < 0.7 for n in sizes]
+    for select in SELECTS.values():
+        if k := data.draw(st.integers(0, sum(sizes))):
+            assert_selects_the_largest(select, tensors, k)
+        if k := data.draw(st.integers(0, int(torch.cat(eligible).sum()))):
+            assert_selects_the_largest(select, tensors, k, eligible)
+
+
+def test_select_largest_of_none_is_none():
+    assert positions(select_largest(torch.clone, [(torch.ones(3),), (torch.ones(0),)], 0)) == [[], []]
 
 
 BIG = 2 * SAMPLE_SIZE + 17
@@ -412,38 +437,49 @@ MISLEADING = {
 
 @pytest.mark.parametrize("pattern", MISLEADING)
 @pytest.mark.parametrize("share", [0.001, 0.3, 1 / 3, 0.5, 0.95, 1.0])
-def test_select_largest_is_exact_where_the_sample_misleads(pattern, share):
+@pytest.mark.parametrize("marked_out", [False, True])
+def test_select_largest_is_exact_where_the_sample_misleads(select, pattern, share, marked_out):
     values = MISLEADING[pattern](torch.arange(BIG))
-    assert_selects_the_largest([values[:100], values[100:101], values[101:]], math.ceil(share * BIG))
+    eligible = torch.arange(BIG) % 5 != 0
+    k = math.ceil(share * (int(eligible.sum()) if marked_out else BIG))
+    parts = [100, 1, BIG - 101]
+    assert_selects_the_largest(select, values.split(parts), k, eligible.split(parts) if marked_out else None)
 
 
-def test_select_largest_looks_past_small_layers_of_large_scores():
+def test_select_largest_looks_past_small_layers_of_large_scores(select):
     # Hundreds of one-weight layers weigh far more in a sample than in the whole.
     tiny = [torch.full((1,), 9.0) for _ in range(400)]
-    assert_selects_the_largest([*tiny, torch.randn(BIG, generator=generator())], 2000)
+    assert_selects_the_largest(select, [*tiny, torch.randn(BIG, generator=generator())], 2000)
+
+
+@pytest.mark.parametrize("non_zeros", [2999, 3000, 3001])
+def test_select_largest_around_the_zeros_of_a_sparse_network(select, non_zeros):
+    values = torch.zeros(BIG)
+    values[torch.randperm(BIG, generator=generator())[:non_zeros]] = 1 + torch.rand(non_zeros, generator=generator())
+    assert_selects_the_largest(select, [values[:1000], values[1000:]], 3000)
 
 
 @pytest.mark.parametrize("size", [8, BIG])
-def test_select_largest_never_takes_what_is_marked_out(size):
+def test_select_largest_never_takes_what_is_marked_out(select, size):
     scores = torch.full((size,), -torch.inf)
     scores[[1, 4, 6]] = torch.tensor([0.0, -3e38, 2.0])
-    assert positions(select_largest(torch.clone, [(scores,)], 3)) == [[1, 4, 6]]
+    assert positions(select(torch.clone, [(scores,)], 3)) == [[1, 4, 6]]
     with pytest.raises(ValueError, match="chosen"):
-        select_largest(torch.clone, [(scores,)], 4)
+        select(torch.clone, [(scores,)], 4)
 
 
 @pytest.mark.parametrize("size", [8, BIG])
-def test_select_largest_never_takes_nan(size):
+def test_select_largest_never_takes_nan(select, size):
     scores = torch.full((size,), -torch.inf)
     scores[[1, 4, 6]] = torch.tensor([0.0, torch.nan, 2.0])
-    assert positions(select_largest(torch.clone, [(scores,)], 2)) == [[1, 6]]
+    assert positions(select(torch.clone, [(scores,)], 2)) == [[1, 6]]
     with pytest.raises(ValueError, match="NaN"):
-        select_largest(torch.clone, [(scores,)], 3)
+        select(torch.clone, [(scores,)], 3)
 
 
 @pytest.mark.parametrize("size", [8, BIG])
 @pytest.mark.parametrize("k", [1, 3, 5, 8])
-def test_select_largest_takes_infinite_scores_first(size, k):
+def test_select_largest_takes_infinite_scores_first(select, size, k):
     scores = torch.zeros(size)
     scores[[1, 2, 4, 6]] = torch.inf
-    assert_selects_the_largest([scores[:3], scores[3:]], k)
+    assert_selects_the_largest(select, [scores[:3], scores[3:]], k)
