@@ -254,15 +254,18 @@ def case_step(setting: Setting) -> Iterator[Row]:
 
 
 def case_masks(setting: Setting) -> Iterator[Row]:
-    """Masks applied to weights and momentum: in place against out-of-place products."""
+    """What masks add to a training step: gradients masked in place against products with weights and momentum."""
     ours, theirs = SparseNetwork(setting), SparseNetwork(setting, memory_format=NCHW).float_masks()
-    yield Row.of_times("mask application", *setting.measure(Side(ours.masking.apply_masks), Side(theirs.apply)))
+    yield Row.of_times("mask application", *setting.measure(Side(ours.masking.mask_gradients), Side(theirs.apply)))
+    yield Row.of_times(
+        "mask application, keeping gradients", *setting.measure(Side(ours.masking.apply_masks), Side(theirs.apply))
+    )
 
 
 def case_optimizer(setting: Setting) -> Iterator[Row]:
     """One step of the fused SGD, with masks and without."""
     masked, dense = SparseNetwork(setting), SparseNetwork(setting)
-    sides = (Side(masked.masking.step), Side(dense.optimizer.step))
+    sides = (Side(partial(masked.masking.step, keep_gradients=False)), Side(dense.optimizer.step))
     yield Row.of_times("optimizer step, masked / dense", *setting.measure(*sides))
 
 

@@ -211,7 +211,8 @@ class Trainer:
             self._check_finite()
         if self.masking:
             try:
-                self.masking.step(self.precision.scaler)
+                explores_next = self.plan.explores_before(self.epoch + 1)  # on the gradients of its last batch
+                self.masking.step(self.precision.scaler, keep_gradients=explores_next)
             except UsageError:
                 raise
             except ValueError as error:  # no selection among NaN
@@ -304,7 +305,7 @@ class Trainer:
 
     def _open_cycle(self) -> None:
         """Explore connections if a cycle starts here, on the last batch's gradients (or a first batch's, if none)."""
-        if self.plan.explore_rate is None or not self.masking or not self.plan.starts_cycle(self.epoch):
+        if not self.masking or not self.plan.explores_before(self.epoch):
             return
         if all(parameter.grad is None for parameter in self.model.parameters()):
             self.network.train()
@@ -514,7 +515,7 @@ class Trainer:
         """Write all that :meth:`load_checkpoint` needs to go on bit by bit from here. Called by all ranks."""
         gradients = None
         at_end = self.batch == len(self.sources.train)
-        if at_end and self.plan.explore_rate is not None and self.plan.starts_cycle(self.epoch + 1):
+        if at_end and self.plan.explores_before(self.epoch + 1):
             gradients = {name: p.grad for name, p in self.model.named_parameters() if p.grad is not None}
         ranks = distributed.gather_objects(
             {

@@ -206,24 +206,31 @@ class Masking:
         self._ever_active = {name: mask.to("cpu", copy=True) for name, mask in self.masks.items()}
         self.apply_masks()
 
-    def step(self, scaler: torch.amp.GradScaler | None = None) -> None:
+    def step(self, scaler: torch.amp.GradScaler | None = None, *, keep_gradients: bool = True) -> None:
         """Optimizer step, masks, and the topology update when it is due.
 
         Args:
             scaler: scales the gradients in float16 training; steps and updates itself here. A topology update that
                 meets overflowed gradients waits for the next step.
+            keep_gradients: leave the dense gradients as they are, for :meth:`truncate_weights`. Without, a step that
+                needs them no more masks them in place of weights and optimizer state, which saves a pass or two
+                over memory: zeros stay zeros under SGD and Adam, though not under every rule (Rprop).
         """
+        self.steps += 1
+        due, tracks = self.update_due(self.steps), self.growth in MOMENTUM_GROWTH
+        masks_gradients = not (keep_gradients or due or tracks)
+        if masks_gradients:
+            self.mask_gradients()
         if scaler is None:
             self.optimizer.step()
         else:
             scaler.step(self.optimizer)
             scaler.update()
-        self.steps += 1
-        due, tracks = self.update_due(self.steps), self.growth in MOMENTUM_GROWTH
         skipped = scaler is not None and (due or tracks) and not self.gradients_are_finite()
         if tracks and not skipped:
             self._decay_off_mask_momentum()
-        self.apply_masks()
+        if not masks_gradients:
+            self.apply_masks()
         self._overdue = due and skipped
         if due and not skipped:
             self._update_topology()
@@ -291,6 +298,12 @@ class Masking:
             for key, kept in self._off_mask_momentum.get(name, {}).items():
                 kept.add_(states[key]).masked_fill_(mask, 0)
             zero_inactive([weight, *states.values()], mask)
+
+    def mask_gradients(self) -> None:
+        """Zero the gradient of every inactive weight, in place."""
+        for name, weight in self._parameters.items():
+            if weight.grad is not None:
+                zero_inactive([weight.grad], self.masks[name])
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that changes during training: masks, counters, threshold, exploration record."""

@@ -53,6 +53,10 @@ class Plan:
         """Whether a cycle starts with this epoch."""
         return self._in_cycle(epoch) == 0 and self.is_cycle(epoch) and epoch < self.end_epoch
 
+    def explores_before(self, epoch: int) -> bool:
+        """Whether connections are explored between the epoch before and this one."""
+        return self.explore_rate is not None and self.starts_cycle(epoch)
+
     def ends_cycle(self, epoch: int) -> bool:
         """Whether a ticket is ready at the end of this epoch."""
         return self.is_cycle(epoch) and self._in_cycle(epoch + 1) == 0

@@ -248,6 +248,31 @@ def test_masked_weights_and_their_state_are_exactly_zero(optimizer, growth):
     assert all(p.isfinite().all() for p in model.parameters())
 
 
+@pytest.mark.parametrize("growth", ["gradient", "momentum"])
+@pytest.mark.parametrize("optimizer", [name for name in OPTIMIZERS if name != "Adagrad"])
+def test_masked_gradients_train_as_masked_weights_do(optimizer, growth):
+    def train(keep_gradients):
+        model = SmallNet()
+        masking = Masking(
+            OPTIMIZERS[optimizer](model.parameters()), growth=growth, init_density=0.3, update_frequency=3
+        )
+        masking.add_module(model)
+        for number in range(10):
+            backward(model, number)
+            given = {name: p.grad.clone() for name, p in model.named_parameters()}
+            masking.step(keep_gradients=keep_gradients)
+            assert assert_zero_off_the_masks(model, masking) >= len(NAMES)
+            for name, mask in masking.masks.items():
+                kept, masked = given[name], given[name] * mask
+                if keep_gradients or masking.steps % 3 == 0 or growth == "momentum":
+                    assert torch.equal(model.get_parameter(name).grad, kept)
+                else:
+                    assert torch.equal(model.get_parameter(name).grad, masked)
+        return {"model": model.state_dict(), "optimizer": masking.optimizer.state_dict(), "masks": masking.state_dict()}
+
+    assert_identical(train(keep_gradients=True), train(keep_gradients=False))
+
+
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan, -0.0])
 def test_masking_leaves_plus_zero_whatever_stood_there(value):
     model, masking = eight([1.0, 2, 3, 4, 0, 0, 0, 0], lr=1.0, momentum=0.9, growth="random")
