@@ -461,16 +461,16 @@ def zero_inactive(tensors: Sequence[Tensor], mask: Tensor) -> None:
     Whatever stands there, infinities and NaN included, becomes +0.
     """
     zero = torch.zeros((), device=mask.device)
-    keep: dict[torch.dtype, Tensor] = {}
+    factors: dict[torch.dtype, Tensor] = {}
     for tensor in tensors:
         if tensor.device.type != "cpu":
             torch.where(mask, tensor, zero.to(tensor.dtype), out=tensor)
             continue
-        # On a CPU, and-ing bit patterns with all ones or all zeros takes half the time of `where` or `masked_fill`.
+        # On a CPU, multiplying bit patterns by 0 or 1 takes half the time of `where` or `masked_fill`.
         bits = BITS[tensor.element_size()]
-        if bits not in keep:
-            keep[bits] = mask.view(torch.int8).to(bits).neg_()
-        tensor.view(bits).bitwise_and_(keep[bits])
+        if bits not in factors:
+            factors[bits] = mask.to(bits)
+        tensor.view(bits).mul_(factors[bits])
 
 
 def _flat(tensor: Tensor, reference: Tensor) -> Tensor:
