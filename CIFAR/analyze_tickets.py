@@ -87,10 +87,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         results["grid"] = grid(bench, members, names, budget, given.factors)
         print(grid_table(results["grid"], results["evaluated_on"]["part"]))
 
-    out = folder.path / "analysis"
-    write_json(out / "analysis.json", results)
-    draw(results, out)
-    print(f"all figures in {out}")
+    write_json(folder.analysis, results)
+    draw(results, folder.analysis.parent)
+    print(f"all figures in {folder.analysis.parent}")
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -3,8 +3,9 @@
 
 python3 sweep.py --seeds 41 42 43 --methods granet rigl set --out sweeps/first -- --pre_train --cyclic_train --data …
 
-What stands after ``--`` goes to every run; what makes a method stands in METHODS, comes after it, and so wins. Give the
-same command again: finished runs are skipped, stopped ones go on where they stopped, and failed ones are tried again.
+What stands after ``--`` goes to every run, with the run's seed in place of ``{seed}``; what makes a method stands in
+METHODS, comes after it, and so wins. Give the same command again: finished runs are skipped, stopped ones go on where
+they stopped, and failed ones are tried again.
 """
 
 import argparse
@@ -157,7 +158,7 @@ def planned(method: str, seed: int, shared: Sequence[str], out: Path, control: b
     """
     layers = [METHODS[method], PLAIN] if control else [METHODS[method]]
     without = {*A_METHODS_OWN, *(switch for layer in layers for switch in layer.without)}
-    words = [word for word in shared if word not in without]
+    words = [word.replace("{seed}", str(seed)) for word in shared if word not in without]
     density = main_suptickets.parse(words).final_density
     words += [word for layer in layers for word in layer.flags.format(density=density).split()]
     folder = RunFolder(out / (f"{method}-control" if control else method) / f"seed{seed}")

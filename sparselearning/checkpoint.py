@@ -97,6 +97,7 @@ class RunFolder:
         self.checkpoint = path / "checkpoint.pth"
         self.current = path / "model_current.pth"
         self.previous = path / "model_previous.pth"
+        self.analysis = path / "analysis" / "analysis.json"
 
     def ticket(self, number: int) -> Path:
         """Where ``--keep-tickets`` puts a ticket; 0 is the pre-trained network."""

@@ -25,6 +25,7 @@ METRICS |= {"ticket": OPTIONAL_NUMBER}
 TICKETS = dict.fromkeys(("ticket", "ticket_acc", "superposed_acc"), NUMBER)
 SUMMARY = dict.fromkeys(("pretrain_acc", "final_acc", "density", "gain", "total_seconds"), NUMBER)
 SUMMARY |= {"ticket_acc": list, "superposed_acc": list, "gain_over_ticket": OPTIONAL_NUMBER}
+ANALYSIS = {"networks": list, "settings": dict}
 """What the report needs of each file: name to type."""
 
 SET_ASIDE = re.compile(r"\.old-\d+$")
@@ -41,6 +42,7 @@ class Run:
         metrics: one row per finished epoch, at least one.
         tickets: one row per ticket.
         summary: None as long as the run is unfinished.
+        analysis: what ``analyze_tickets.py`` found out about its tickets; None if nobody has looked.
     """
 
     folder: RunFolder
@@ -49,6 +51,7 @@ class Run:
     metrics: Sequence[Mapping[str, Any]]
     tickets: Sequence[Mapping[str, Any]]
     summary: Mapping[str, Any] | None
+    analysis: Mapping[str, Any] | None = None
 
     @property
     def seed(self) -> int:
@@ -163,7 +166,8 @@ def read_run(path: Path) -> Run:
         _check(row, TICKETS, str(folder.summary))
         if row["ticket"] not in cycles:
             raise FaultError(f"{folder.metrics} is damaged: it has no epoch of ticket {row['ticket']}")
-    return Run(folder, flag_values, environment, metrics, tickets, summary)
+    analysis = _read_json(folder.analysis, ANALYSIS) if folder.analysis.exists() else None
+    return Run(folder, flag_values, environment, metrics, tickets, summary, analysis)
 
 
 def masked_weights(path: Path) -> dict[str, Tensor]:

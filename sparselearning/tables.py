@@ -4,6 +4,7 @@ import csv
 import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from statistics import fmean, stdev
 from typing import Any
 
@@ -135,7 +136,52 @@ def _cells(groups: Sequence[Group], plus_minus: str, nothing: str) -> list[list[
 
 def markdown_table(groups: Sequence[Group]) -> str:
     """Mean ± sample standard deviation of each group, to be read as it is or rendered."""
-    rows = [[cell.replace("|", r"\|") for cell in row] for row in _cells(groups, " ± ", "-")]
+    return _markdown(_cells(groups, " ± ", "-"))
+
+
+def averages_table(groups: Sequence[Group]) -> str:
+    """What else the kept tickets come to, where ``analyze_tickets.py --grid`` has looked; one column per group."""
+    looked_at = [group for group in groups if _is_analysed(group)]
+    titles = dict.fromkeys(title for group in looked_at for run in group.runs for title in _averages(run))
+    rows = [Column(title, title, partial(_average, title)) for title in titles]
+    header = ["accuracy [%]", *(group.label for group in looked_at)]
+    cells = [[row.title, *(row.text(row.spread(group), " ± ", "-") for group in looked_at)] for row in rows]
+    return _markdown([header, *cells]) if cells else ""
+
+
+def _average(title: str, group: Group, run: Run) -> float | None:
+    return _averages(run).get(title)
+
+
+def _is_analysed(group: Group) -> bool:
+    """Whether all runs were analysed, and alike."""
+    settings = [run.analysis["settings"] if run.analysis else None for run in group.runs]
+    return settings[0] is not None and all(other == settings[0] for other in settings)
+
+
+def _averages(run: Run) -> dict[str, float]:
+    """Accuracies in percent of the tickets, of their ensemble, and of every way to superpose them."""
+    assert run.analysis is not None
+    networks = {row["name"]: 100 * row["accuracy"] for row in run.analysis["networks"]}
+    numbers = run.analysis["settings"]["tickets"]
+    tickets = [networks[f"ticket {number}"] for number in numbers]
+    found = {
+        "pre-trained" if numbers[0] == 0 else f"ticket {numbers[0]}": tickets[0],
+        "tickets, their mean": fmean(tickets[1:]),
+        "last ticket": tickets[-1],
+        "best ticket, chosen on these images": max(tickets[1:]),
+        "ensemble of all (mean of logits)": networks["logit ensemble"],
+    }
+    for row in run.analysis.get("grid", []):
+        factor = row["CIMA_factor"]
+        name = row["superposing_method"] + ("" if factor is None else f" {factor:g}")
+        found[f"{name}, BatchNorm re-estimated"] = 100 * row["bn_re_estimated"]["accuracy"]
+        found[f"{name}, BatchNorm averaged"] = 100 * row["bn_averaged"]["accuracy"]
+    return found
+
+
+def _markdown(cells: Sequence[Sequence[str]]) -> str:
+    rows = [[cell.replace("|", r"\|") for cell in row] for row in cells]
     widths = [max(3, *map(len, column)) for column in zip(*rows, strict=True)]
 
     def line(cells: Sequence[str]) -> str:
@@ -214,7 +260,8 @@ def markdown_report(groups: Sequence[Group], left_out: Sequence[str] = ()) -> st
     notes += [note for note in (_missing_control(group, groups) for group in groups) if note]
     notes += [f"left out: {sentence}" for sentence in left_out]
     notes.append("ran on: " + "; ".join(sorted({_machine(run) for run in runs})))
-    return markdown_table(groups) + "\n" + "".join(f"- {note}\n" for note in notes)
+    tables = [table for table in (markdown_table(groups), averages_table(groups)) if table]
+    return "\n".join(tables) + "\n" + "".join(f"- {note}\n" for note in notes)
 
 
 def _missing_control(group: Group, groups: Sequence[Group]) -> str | None:

@@ -12,7 +12,7 @@ import sparselearning
 from sparselearning.errors import FaultError, UsageError
 from sparselearning.report import main
 from sparselearning.runs import find_runs, group_runs, masked_weights, read_run
-from sparselearning.tables import csv_of_runs, csv_table, latex_table, markdown_report, markdown_table
+from sparselearning.tables import averages_table, csv_of_runs, csv_table, latex_table, markdown_report, markdown_table
 
 FLAGS = {
     "indicate_method": "Results", "seed": 1, "data": "digits", "model": "lenet5", "epochs": 4, "lr": 0.1,
@@ -90,6 +90,52 @@ def test_means_deviations_and_gains_by_hand(study):
         "| RigL          |   1 |  0.1000 |           80.00 |           85.00 |        90.00 "
         "|                          +10.00 |                     +5.00 |                            - |        1.5 |\n"
     )
+
+
+def write_analysis(folder, shift, tickets=(0, 1, 2)):
+    """Tickets of 80, 85 and 84 %, an ensemble of 90 %, and two averages, all of them higher by ``shift``."""
+    accuracies = {"ticket 0": 0.80, "ticket 1": 0.85, "ticket 2": 0.84, "superposition 1": 0.9, "logit ensemble": 0.90}
+    content = {
+        "settings": {"tickets": list(tickets)},
+        "networks": [{"name": name, "accuracy": accuracy + shift} for name, accuracy in accuracies.items()],
+        "grid": [
+            {
+                "superposing_method": method, "CIMA_factor": factor,
+                "bn_re_estimated": {"accuracy": accuracy + shift}, "bn_averaged": {"accuracy": accuracy - 0.1},
+            }
+            for method, factor, accuracy in (("CAA", None, 0.88), ("CIMA", 0.25, 0.87))
+        ],
+    }  # fmt: skip
+    (folder / "analysis").mkdir()
+    (folder / "analysis" / "analysis.json").write_text(json.dumps(content))
+
+
+def test_other_averages_of_the_same_tickets_by_hand(study):
+    write_analysis(study / "a_tickets/seed1", 0.0)
+    write_analysis(study / "a_tickets/seed2", 0.02)
+    groups, _ = groups_of(*find_runs([study]))
+    assert averages_table(groups) == (
+        "| accuracy [%]                        |       GraNet |\n"
+        "| ----------------------------------- | -----------: |\n"
+        "| pre-trained                         | 81.00 ± 1.41 |\n"
+        "| tickets, their mean                 | 85.50 ± 1.41 |\n"
+        "| last ticket                         | 85.00 ± 1.41 |\n"
+        "| best ticket, chosen on these images | 86.00 ± 1.41 |\n"
+        "| ensemble of all (mean of logits)    | 91.00 ± 1.41 |\n"
+        "| CAA, BatchNorm re-estimated         | 89.00 ± 1.41 |\n"
+        "| CAA, BatchNorm averaged             | 78.00 ± 0.00 |\n"
+        "| CIMA 0.25, BatchNorm re-estimated   | 88.00 ± 1.41 |\n"
+        "| CIMA 0.25, BatchNorm averaged       | 77.00 ± 0.00 |\n"
+    )
+    assert averages_table(groups) in markdown_report(groups)
+
+
+@pytest.mark.parametrize("other", [None, (0, 1)])
+def test_averages_need_every_run_analysed_alike(study, other):
+    write_analysis(study / "a_tickets/seed1", 0.0)
+    if other:
+        write_analysis(study / "a_tickets/seed2", 0.0, tickets=other)
+    assert averages_table(groups_of(*find_runs([study]))[0]) == ""
 
 
 def test_csv_keeps_mean_and_deviation_apart_and_leaves_unknown_cells_empty(study):

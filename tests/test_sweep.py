@@ -109,6 +109,11 @@ def test_a_method_wins_over_what_all_runs_share(method, expected):
     assert args["save"] == Path("out") / method / "seed41"
 
 
+def test_every_run_gets_its_own_seed():
+    shared = [*SHARED, "--resume", "before/seed{seed}/checkpoint.pth"]
+    assert parsed("granet", shared=shared).resume == Path("before/seed41/checkpoint.pth")
+
+
 def test_every_method_is_tested():
     assert MEANING.keys() == sweep.METHODS.keys()
 
