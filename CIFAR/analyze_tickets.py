@@ -80,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     routes = itertools.combinations(ends, 2) if given.all_pairs else neighbours(ends)
     bn_epoch = members[-1].epoch if given.line_bn else None
-    results["lines"] = [bench.line(a, b, given.points, bn_epoch) for a, b in routes]
+    results["lines"] = [bench.line(a, b, given.points, predictions, bn_epoch) for a, b in routes]
     print(lines_table(results["lines"]))
 
     if given.grid:
@@ -257,7 +257,9 @@ class Bench:
         """Re-estimate BatchNorm on the very batches that the run used for this ticket's superposition."""
         return network._replace(state=self._fresh_bn(network.state, network.epoch))
 
-    def line(self, a: Network, b: Network, points: int, bn_epoch: int | None = None) -> dict[str, Any]:
+    def line(
+        self, a: Network, b: Network, points: int, predictions: Mapping[str, Tensor], bn_epoch: int | None = None
+    ) -> dict[str, Any]:
         """Walk straight from one network to another, at equal distances; both ends count as points.
 
         The barrier is how far the walk gets, at worst, below (accuracy) or above (loss) the straight line between the
@@ -267,13 +269,16 @@ class Bench:
             a: where ``share`` is 0.
             b: where ``share`` is 1.
             points: at least 2.
+            predictions: the logits of both ends, by name.
             bn_epoch: epoch whose batches re-estimate BatchNorm at every point; None: its statistics are interpolated.
         """
         shares = [point / (points - 1) for point in range(points)]
-        states = (superpose(a.state, b.state, share) for share in shares)
+        inner = (superpose(a.state, b.state, share) for share in shares[1:-1])
+        ends = [predictions[a.name], predictions[b.name]]
         if bn_epoch is not None:
-            states = (self._fresh_bn(state, bn_epoch) for state in states)
-        walk = [self.quality(self.logits(state)) for state in states]
+            inner = (self._fresh_bn(state, bn_epoch) for state in inner)
+            ends = [self.logits(self._fresh_bn(network.state, bn_epoch)) for network in (a, b)]
+        walk = [self.quality(logits) for logits in (ends[0], *map(self.logits, inner), ends[1])]
         accuracy, loss = ([point[figure] for point in walk] for figure in ("accuracy", "loss"))
         return {
             "from": a.name,

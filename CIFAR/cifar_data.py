@@ -99,8 +99,8 @@ def load_data(
             that is smaller than the number of processes.
         FaultError: the data is damaged, wrongly shaped or incomplete, or cannot be downloaded.
     """
-    recipe, source = _find(name, Path(data_dir))
-    arrays, num_classes = _validated(recipe.load(source), name, recipe.num_classes)
+    recipe, _ = _find(name, Path(data_dir))
+    arrays, num_classes = load_arrays(name, data_dir)
     kept = _kept_for_training(len(arrays.x_train), valid_split)
     mean, std = channel_statistics(arrays.x_train[:kept])
 
@@ -123,6 +123,15 @@ def load_data(
         evaluation = loader(arrays.x_train[kept:], arrays.y_train[kept:], batch_size=test_batch_size)
     _, image_size, _, channels = arrays.x_train.shape
     return Data(Path(name).stem, train, evaluation, test, num_classes, channels, image_size)
+
+
+def load_arrays(name: str, data_dir: str | Path) -> tuple[Arrays, int]:
+    """Load a data set as it is, images uint8 [N, H, W, C] and labels int64 [N], and the number of its classes.
+
+    The arguments and errors are those of :func:`load_data`.
+    """
+    recipe, source = _find(name, Path(data_dir))
+    return _validated(recipe.load(source), name, recipe.num_classes)
 
 
 def data_help() -> str:

@@ -1,0 +1,233 @@
+#!/usr/bin/env python3
+"""Do the runs of RESULTS.md, keep what they say in results/, and fill in its tables.
+
+python3 benchmarks/study.py cifar100-10k            # some hours of a CPU
+python3 benchmarks/study.py cifar100 --gpus 0 1     # the README's lines for ResNet50, one run per GPU at a time
+
+Give the same command again: finished runs are skipped, stopped ones go on where they stopped.
+"""
+
+import argparse
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "CIFAR"))
+
+import cifar_data  # noqa: E402  found once its folder is on the path
+
+from sparselearning import experiment, flags  # noqa: E402
+from sparselearning.checkpoint import RunFolder, write_json  # noqa: E402
+from sparselearning.errors import FaultError, UsageError  # noqa: E402
+from sparselearning.runs import find_runs, group_runs, read_run  # noqa: E402
+from sparselearning.tables import markdown_report  # noqa: E402
+
+WORK = Path("study")
+RESULTS = Path("results")
+REPORT = Path("RESULTS.md")
+
+
+class Experiment(NamedTuple):
+    """Runs of one table.
+
+    Attributes:
+        methods: names in ``sweep.METHODS``.
+        control: train plainly beside them, too.
+        flags: on top of the study's; ``{before}`` stands for the folder of the study's experiments.
+        without: the study's switches to leave out.
+    """
+
+    methods: Sequence[str]
+    control: bool = False
+    flags: str = ""
+    without: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Study:
+    """Experiments that share flags and seeds.
+
+    Attributes:
+        flags: of all runs.
+        experiments: by name, in the order in which they run.
+        seeds: of each.
+        images_per_class: train on so many of CIFAR-100, on the same ones always; None: on all 500.
+    """
+
+    flags: str
+    experiments: dict[str, Experiment]
+    seeds: tuple[int, ...] = (41, 42, 43)
+    images_per_class: int | None = None
+
+
+# Cycles alone, from the pre-trained networks of the experiment `main`, with other flags about tickets.
+AGAIN = "--resume {before}/main/granet/seed{seed}/tickets/ticket_0.pth"
+
+STUDIES = {
+    "cifar100-10k": Study(
+        flags="--pre_train --cyclic_train --re_explore --no_maskupdates --cyc_lr --lr_1 0.001 --lr_2 0.005 --update_bn "
+        "--epochs 20 --large-death-rate 0.5 --update-frequency 100 --final-density 0.1 --final-prune-epoch 8 "
+        "--batch-size 32 --lr 0.05 --test-batch-size 500 --channels-last --model cifar_resnet_20 --keep-tickets "
+        "--cycle 1 --cycle_rate 0.2",
+        experiments={
+            "main": Experiment(["granet", "rigl", "set"], control=True),
+            "rate-0.02": Experiment(["granet"], flags=f"--lr_2 0.02 {AGAIN}", without=["--pre_train"]),
+            "rate-0.05": Experiment(["granet"], flags=f"--lr_2 0.05 {AGAIN}", without=["--pre_train"]),
+            "no-exploration": Experiment(["granet"], flags=AGAIN, without=["--pre_train", "--re_explore"]),
+            "no-exploration-rate-0.05": Experiment(
+                ["granet"], flags=f"--lr_2 0.05 {AGAIN}", without=["--pre_train", "--re_explore"]
+            ),
+            "small-exploration": Experiment(
+                ["granet"], flags=f"--large-death-rate 0.1 {AGAIN}", without=["--pre_train"]
+            ),
+            "mask-updates": Experiment(["granet"], without=["--no_maskupdates"]),
+            "density-0.05": Experiment(["granet"], control=True, flags="--final-density 0.05"),
+            "wider": Experiment(["granet"], control=True, flags="--model cifar_resnet_20_24"),
+        },
+        images_per_class=100,
+    ),
+    "cifar100": Study(
+        flags="--update_bn --pre_train --cyclic_train --re_explore --no_maskupdates --cyc_lr --lr_2 0.005 --lr_1 0.001 "
+        "--cycle 8 --cycle_rate 0.1 --decay-schedule constant --sparse-init ERK --update-frequency 1000 "
+        "--batch-size 128 --prune-rate 0.5 --large-death-rate 0.5 --prune magnitude --final-density 0.05 --epochs 250 "
+        "--model ResNet50 --keep-tickets --compile",
+        experiments={"main": Experiment(["granet", "rigl", "set"], control=True)},
+    ),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run a study's experiments, one after the other.
+
+    Raises:
+        UsageError: if the data are not CIFAR-100.
+        FaultError: if runs failed.
+    """
+    args = parse(argv)
+    study = STUDIES[args.study]
+    data = args.data if args.data in cifar_data.DATASETS else os.path.relpath(args.data, ROOT)
+    data_dir = Path(os.path.relpath(args.data_dir, ROOT))
+    os.chdir(ROOT)  # so that the commands that runs record work from the top of any checkout
+    if study.images_per_class and not args.collect:
+        data = str(subset(data, data_dir, study.images_per_class))
+    for name in args.only or study.experiments:
+        out = WORK / args.study / name
+        if not args.collect:
+            call([*sweep_command(study, name, out, args.gpus), "--data", data, "--data-dir", str(data_dir)])
+            for path in find_runs([out]):
+                if RunFolder(path).ticket(1).is_file() and not RunFolder(path).analysis.is_file():
+                    call([sys.executable, "CIFAR/analyze_tickets.py", str(path), "--grid", "--points", "3"])
+        collect(out, RESULTS / args.study / name)
+    if REPORT.is_file():
+        REPORT.write_text(filled(REPORT.read_text()))
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = flags.Parser(description=__doc__.splitlines()[0])
+    parser.add_argument("study", choices=STUDIES, help=f"one of {', '.join(STUDIES)}")
+    parser.add_argument("--data", default="cifar100", help="CIFAR-100: to be downloaded, or an .npz file of it")
+    parser.add_argument("--data-dir", type=Path, default=Path("data"), metavar="DIR", help="where downloads go")
+    parser.add_argument(
+        "--gpus", nargs="+", metavar="ID",
+        help="as of sweep.py; on a machine without, as many runs at a time as there are names",
+    )  # fmt: skip
+    names = sorted({name for study in STUDIES.values() for name in study.experiments})
+    parser.add_argument("--only", nargs="+", choices=names, metavar="NAME", help=f"of {', '.join(names)}")
+    parser.add_argument("--collect", action="store_true", help="run nothing, only gather what there is")
+    args = parser.parse_args(argv)
+    if missing := [name for name in args.only or () if name not in STUDIES[args.study].experiments]:
+        raise UsageError(f"{args.study} has no experiment {missing[0]}")
+    return args
+
+
+def sweep_command(study: Study, name: str, out: Path, gpus: Sequence[str] | None = None) -> list[str]:
+    """The call of sweep.py that does one experiment, but for the data."""
+    one = study.experiments[name]
+    shared = [word for word in study.flags.split() if word not in one.without]
+    return [
+        sys.executable, "CIFAR/sweep.py", "--seeds", *map(str, study.seeds), "--methods", *one.methods,
+        *(["--control"] if one.control else []), *(["--gpus", *gpus] if gpus else []), "--out", str(out),
+        "--", *shared, *one.flags.replace("{before}", str(out.parent)).split(),
+    ]  # fmt: skip
+
+
+def subset(data: str, data_dir: Path, per_class: int) -> Path:
+    """Write a fixed part of CIFAR-100's training set, with the whole test set, unless it is there.
+
+    Raises:
+        UsageError: if the data are not CIFAR-100.
+    """
+    path = WORK / f"cifar100-{per_class // 10}k.npz"
+    if path.is_file():
+        return path
+    (x_train, y_train, x_test, y_test), num_classes = cifar_data.load_arrays(data, data_dir)
+    if (len(y_train), num_classes) != (50_000, 100):
+        raise UsageError(f"{data} is not CIFAR-100: it has {len(y_train):,} training images of {num_classes} classes")
+    generator = np.random.default_rng(0)
+    chosen = [generator.permutation(np.flatnonzero(y_train == label))[:per_class] for label in range(100)]
+    places = np.sort(np.concatenate(chosen))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    np.savez_compressed(path, x_train=x_train[places], y_train=y_train[places], x_test=x_test, y_test=y_test)
+    return path
+
+
+def call(command: Sequence[str]) -> None:
+    """Run a command of this repository.
+
+    Raises:
+        FaultError: if it fails.
+    """
+    print(shlex.join(["python", *command[1:]]), flush=True)
+    if code := subprocess.run(command).returncode:
+        raise FaultError(f"exit code {code}: the same command goes on from here")
+
+
+def collect(source: Path, target: Path) -> None:
+    """Copy what finished runs say, but no networks and nothing about folders of this machine."""
+    for path in find_runs([source]):
+        run, kept = RunFolder(path), RunFolder(target / path.relative_to(source))
+        if not run.summary.is_file():
+            continue
+        config = json.loads(run.config.read_text())
+        write_json(kept.config, {name: value for name, value in config.items() if name != "network"})
+        for there, here in zip(_text_files(run), _text_files(kept), strict=True):
+            if there.is_file():
+                here.parent.mkdir(parents=True, exist_ok=True)
+                here.write_bytes(there.read_bytes())
+
+
+def _text_files(run: RunFolder) -> list[Path]:
+    return [run.summary, run.metrics, run.tickets, run.analysis]
+
+
+def filled(text: str) -> str:
+    """Put the report on the runs that a comment ``report FOLDER…`` names below it, up to ``end``."""
+
+    def table(match: re.Match[str]) -> str:
+        folders = [Path(word) for word in match["folders"].split()]
+        there = [folder for folder in folders if folder.is_dir()]
+        missing = "".join(f"- not run yet: {folder}\n" for folder in folders if folder not in there)
+        return f"<!-- report {match['folders']} -->\n\n{report_of(there) if there else ''}{missing}\n<!-- end -->"
+
+    return re.sub(r"<!-- report (?P<folders>[^>]*?) -->.*?<!-- end -->", table, text, flags=re.DOTALL)
+
+
+def report_of(folders: Sequence[Path]) -> str:
+    """What ``python -m sparselearning.report FOLDER…`` tabulates."""
+    groups, left_out = group_runs([read_run(path) for path in find_runs(folders)])
+    return markdown_report(groups, left_out)
+
+
+if __name__ == "__main__":
+    experiment.run_script(main)
