@@ -11,7 +11,6 @@ them, also go to RUN/analysis/.
 
 import argparse
 import itertools
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +27,7 @@ from sparselearning.checkpoint import RunFolder, load_torch, save_torch, write_j
 from sparselearning.engine import Precision
 from sparselearning.errors import FaultError, UsageError
 from sparselearning.masking import maskable_parameters
+from sparselearning.progress import print_notes
 from sparselearning.runs import find_runs, read_run
 from sparselearning.superpose import AVERAGING, State, prune_to_density, superpose, update_bn
 
@@ -202,9 +202,7 @@ class Bench:
     @classmethod
     def of(cls, args: argparse.Namespace) -> "Bench":
         """Set up what a run with these flags computes with."""
-        runtime = flags.runtime(args)
-        device = runtime.start()
-        runtime = runtime.resolved(device)
+        device, runtime = flags.runtime(args).start()
         data, model = main_suptickets.load(args, runtime, device)
         network = torch.compile(model) if runtime.compile else model
         labels = torch.cat([batch.labels for batch in data.evaluation.epoch(0)])
@@ -520,7 +518,7 @@ def draw(results: Mapping[str, Any], out: Path) -> None:
     try:
         import ticket_plots
     except ModuleNotFoundError as error:
-        print(f"note: no pictures without {error.name}: pip install 'sparselearning[plots]'", file=sys.stderr)
+        print_notes(f"no pictures without {error.name}: pip install 'sparselearning[plots]'")
         return
     ticket_plots.save_all(results, out)
 

@@ -20,6 +20,7 @@ from sparselearning import distributed, experiment, flags, launch, provenance
 from sparselearning.checkpoint import RunFolder, seed_everything
 from sparselearning.engine import Sources
 from sparselearning.errors import UsageError
+from sparselearning.progress import print_notes
 from sparselearning.schedules import EpochBudget, epoch_budget, milestone_lr
 from sparselearning.sparse_init import SPARSE_INITS
 
@@ -120,11 +121,8 @@ def run(args: argparse.Namespace, argv: Sequence[str] | None) -> None:
     warnings = flags.check(args, momentum_is_zero=args.optimizer == "sgd" and args.momentum == 0)
     budget = epoch_budget(args.epochs * args.multiplier, args.cycle_rate, args.cycle)
     warnings += flags.check_budget(args, budget) + flags.pruning_window_warning(args, budget.pretrain_epochs)
-    runtime = flags.runtime(args)
-    device = runtime.start()
-    runtime = runtime.resolved(device)
-    for warning in warnings if distributed.is_main() else []:
-        print(f"note: {warning}", file=sys.stderr)
+    device, runtime = flags.runtime(args).start()
+    print_notes(*warnings)
 
     data, model = load(args, runtime, device)
     values = flags.values(args)

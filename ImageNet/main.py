@@ -8,7 +8,6 @@ python multiproc.py --nproc_per_node 8 main.py … DIR                          
 import argparse
 import dataclasses
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from sparselearning.checkpoint import RunFolder, load_torch, seed_everything
 from sparselearning.engine import Sources
 from sparselearning.errors import UsageError
 from sparselearning.plan import Plan
+from sparselearning.progress import print_notes
 from sparselearning.schedules import EpochBudget, milestone_lr
 
 FINAL_DENSITY = 0.1
@@ -34,11 +34,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     warnings = check(args, budget)
     if args.local_rank is not None:
         os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
-    runtime = flags.runtime(args)
-    device = runtime.start()
-    runtime = runtime.resolved(device)
-    for warning in warnings if distributed.is_main() else []:
-        print(f"note: {warning}", file=sys.stderr)
+    device, runtime = flags.runtime(args).start()
+    print_notes(*warnings)
 
     seed_everything(args.seed)
     data = load_imagenet(

@@ -181,7 +181,6 @@ def make_trainer(setting: Setting, runtime: Runtime, sparse: bool = True) -> Tra
         runtime,
         experiment.Output(RunFolder(Path("unused")), config={}),
     )
-    trainer.progress.close()
     trainer.network.train()
     return trainer
 
@@ -491,7 +490,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UsageError("there is no GPU that PyTorch can use here: measure with --device cpu")
-    device = Runtime(use_cuda=args.device == "cuda").start()
+    device, _ = Runtime(use_cuda=args.device == "cuda").start()
     setting = Setting(
         args.model, args.classes, args.batch_size, args.density, args.images, args.repeats, args.compile, device
     )

@@ -18,7 +18,7 @@ from sparselearning.engine import Precision, Sources, Trainer
 from sparselearning.errors import FaultError, UsageError
 from sparselearning.masking import Masking
 from sparselearning.plan import Plan
-from sparselearning.progress import Progress, run_table
+from sparselearning.progress import Progress, print_notes, run_table
 from sparselearning.signals import Stopped, stop_signals
 from sparselearning.sparse_init import SPARSE_INITS
 
@@ -48,8 +48,11 @@ class Runtime:
     deterministic: bool = False
     static_loss_scale: float | None = None
 
-    def start(self) -> torch.device:
+    def start(self) -> tuple[torch.device, "Runtime"]:
         """Join the other ranks, if any, choose the device and set it up.
+
+        Returns:
+            The device, and this runtime :meth:`resolved` for it.
 
         Raises:
             UsageError: if the device cannot do what is asked.
@@ -63,7 +66,7 @@ class Runtime:
         if self.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)
-        return device
+        return device, self.resolved(device)
 
     def resolved(self, device: torch.device) -> "Runtime":
         """The same with ``auto`` and None replaced by what suits the device."""
@@ -201,14 +204,8 @@ def prepare(
         config=output.identity,
         stop_signal=stop_signal,
     )
-    if (
-        distributed.is_main()
-        and masking
-        and not plan.pre_train
-        and plan.final_density
-        and masking.density() > plan.final_density
-    ):
-        print(f"note: the weights to start from are denser than the budget of {plan.final_density}", file=sys.stderr)
+    if masking and not plan.pre_train and plan.final_density and masking.density() > plan.final_density:
+        print_notes(f"the weights to start from are denser than the budget of {plan.final_density}")
     if saved is not None:
         if continues:
             trainer.load_checkpoint(saved)
@@ -335,7 +332,7 @@ def _open_folder(output: Output, trainer: Trainer) -> None:
         source = find_checkpoint(output.resume).parent if output.resume and trainer.continues else None
         if source is None or source.resolve() != folder.path.resolve():
             if aside := folder.make_room():
-                print(f"note: an earlier run stood in {folder.path}: moved to {aside}", file=sys.stderr)
+                print_notes(f"an earlier run stood in {folder.path}: moved to {aside}")
             if source:
                 folder.copy_from(source)
         if not folder.config.exists():

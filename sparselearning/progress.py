@@ -14,6 +14,13 @@ from sparselearning.errors import UsageError
 SECONDS_BETWEEN_LINES = 60
 
 
+def print_notes(*sentences: str) -> None:
+    """Tell the user, once for all ranks, what is doubtful but no error."""
+    if distributed.is_main():
+        for sentence in sentences:
+            print(f"note: {sentence}", file=sys.stderr)
+
+
 class Progress:
     """A bar over the batches of the whole run, and one line per epoch and ticket.
 
@@ -29,19 +36,19 @@ class Progress:
     def __init__(self, tensorboard: Path | None = None) -> None:
         self._events = _event_writer(tensorboard) if tensorboard and distributed.is_main() else None
         self._speaks = distributed.is_main()
+        self._bar = tqdm(disable=True)
+        self._last_line = time.monotonic()
+
+    def start(self, done_batches: int, total_batches: int) -> None:
+        """Show the bar of a run of ``total_batches`` that starts or goes on."""
         self._bar = tqdm(
+            initial=done_batches,
+            total=total_batches,
             unit="batch",
-            delay=0.5,  # no empty bar before the total is known
             dynamic_ncols=True,
             disable=not (self._speaks and sys.stderr.isatty()),
             bar_format="{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]{postfix}",
         )
-        self._last_line = time.monotonic()
-
-    def start(self, done_batches: int, total_batches: int) -> None:
-        """Set the bar to where a run of ``total_batches`` starts or goes on."""
-        self._bar.reset(total=total_batches)
-        self._bar.initial = self._bar.n = done_batches
 
     def batch(self) -> None:
         """Count one training batch."""
