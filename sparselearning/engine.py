@@ -20,12 +20,13 @@ from sparselearning import distributed
 from sparselearning.checkpoint import RunFolder, copy_whole, rng_state, save_torch, set_rng_state, write_jsonl
 from sparselearning.costs import cost_summary, inference_flops, layer_densities, training_flops
 from sparselearning.data import Batch, BatchSource
-from sparselearning.errors import FaultError, UsageError
+from sparselearning.errors import FaultError
 from sparselearning.masking import Masking, maskable_parameters
 from sparselearning.plan import Plan
 from sparselearning.progress import Progress
 from sparselearning.signals import Stopped
 from sparselearning.superpose import State, prune_to_density, superpose, update_bn
+from sparselearning.topology import SelectionError
 
 SECONDS_BETWEEN_CHECKPOINTS = 60
 
@@ -213,9 +214,7 @@ class Trainer:
             try:
                 explores_next = self.plan.explores_before(self.epoch + 1)  # on the gradients of its last batch
                 self.masking.step(self.precision.scaler, keep_gradients=explores_next)
-            except UsageError:
-                raise
-            except ValueError as error:  # no selection among NaN
+            except SelectionError as error:
                 raise self._diverged(self.batch) from error
         elif self.precision.scaler:
             self.precision.scaler.step(self.optimizer)

@@ -40,6 +40,10 @@ class Layer:
 # ---------------------------------------------------------------------------------------------- selection
 
 
+class SelectionError(ValueError):
+    """More weights are to be chosen than may be: some scores are NaN."""
+
+
 def select_largest(score: Callable[[Tensor], Tensor], layers: Sequence[tuple[Tensor, ...]], k: int) -> list[Tensor]:
     """Find the ``k`` largest scores over all layers together.
 
@@ -52,7 +56,7 @@ def select_largest(score: Callable[[Tensor], Tensor], layers: Sequence[tuple[Ten
         Per layer a flat boolean tensor with the chosen ones true. Ties go to the earlier layer and position.
 
     Raises:
-        ValueError: if fewer than ``k`` may be chosen.
+        SelectionError: if fewer than ``k`` may be chosen.
     """
     if k == 0:
         return [torch.zeros_like(values, dtype=torch.bool) for values, *_ in layers]
@@ -81,8 +85,8 @@ def _eligible(scores: Tensor, *flags: Tensor) -> Tensor:
     return scores
 
 
-def _too_few(k: int, there: int) -> ValueError:
-    return ValueError(f"{k} weights are to be chosen where only {there} may be (NaN never is)")
+def _too_few(k: int, there: int) -> SelectionError:
+    return SelectionError(f"{k} weights are to be chosen where only {there} may be (NaN never is)")
 
 
 def _select_by_bracket(score: Callable[[Tensor], Tensor], layers: Sequence[tuple[Tensor, ...]], k: int) -> list[Tensor]:
