@@ -96,6 +96,17 @@ STUDIES = {
         },
         images_per_class=100,
     ),
+    "number-formats": Study(
+        flags="--pre_train --cyclic_train --re_explore --no_maskupdates --cyc_lr --lr_1 0.001 --lr_2 0.005 --update_bn "
+        "--epochs 4 --large-death-rate 0.5 --update-frequency 100 --final-density 0.1 --final-prune-epoch 1 "
+        "--batch-size 32 --lr 0.05 --test-batch-size 500 --model cifar_resnet_8 --cycle 1 --cycle_rate 0.5",
+        experiments={
+            "float32": Experiment(["granet"]),
+            "bfloat16": Experiment(["granet"], flags="--amp bf16 --channels-last"),
+            "bfloat16-compiled": Experiment(["granet"], flags="--amp bf16 --channels-last --compile"),
+        },
+        images_per_class=100,
+    ),
     "cifar100": Study(
         flags="--update_bn --pre_train --cyclic_train --re_explore --no_maskupdates --cyc_lr --lr_2 0.005 --lr_1 0.001 "
         "--cycle 8 --cycle_rate 0.1 --decay-schedule constant --sparse-init ERK --update-frequency 1000 "
