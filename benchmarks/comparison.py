@@ -1,7 +1,7 @@
 """Two sides measured in turn, their ratio held against bars, and all of it as a table, JSON and a picture."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+TITLES = ["what", "this", "reference", "ratio", "to reach"]
 COLUMNS = "{:<42} {:>30} {:>30} {:>23}  {}"
 
 
@@ -105,11 +106,17 @@ class Row:
                 return word
         return "FAIL"
 
-    def line(self) -> str:
-        """The row in the table."""
+    def cells(self) -> list[str]:
+        """The row in a table with the columns of :data:`TITLES`."""
         verdicts = [f"{self._text(bar)}: {self.verdict(bar)}" for bar in self.bars]
         this, reference = (f"{spread(side)} {self.unit}" for side in (self.this, self.reference))
-        return COLUMNS.format(self.what, this, reference, spread(self.ratios), ", ".join(verdicts) or "-")
+        return [self.what, this, reference, spread(self.ratios), ", ".join(verdicts) or "-"]
+
+    @classmethod
+    def from_json(cls, saved: Mapping[str, Any]) -> "Row":
+        """Read what :meth:`as_json` wrote."""
+        bars = [Bar(bar["limit"], bar["stretch"], bar["of_figure"]) for bar in saved["bars"]]
+        return cls(saved["what"], saved["unit"], saved["this"], saved["reference"], bars)
 
     def _text(self, bar: Bar) -> str:
         limits = " / ".join(number(limit) for limit in (bar.limit, bar.stretch) if limit is not None)
@@ -124,9 +131,15 @@ class Row:
         }
 
 
-def header() -> str:
-    """The table's first line."""
-    return COLUMNS.format("what", "this", "reference", "ratio", "bar")
+def line(cells: Sequence[str]) -> str:
+    """One line of the table on a terminal."""
+    return COLUMNS.format(*cells)
+
+
+def markdown(rows: Iterable[Row]) -> str:
+    """The table for a README."""
+    lines = [TITLES, ["---", *["---:"] * (len(TITLES) - 1)], *(row.cells() for row in rows)]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 
 
 def spread(values: Sequence[float]) -> str:

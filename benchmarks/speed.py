@@ -15,6 +15,7 @@ import argparse
 import copy
 import gc
 import itertools
+import json
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -33,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "CIFAR"))
 import references
 from cifar_data import DATASETS, TensorLoader, channel_statistics
 from cifar_models import build_model, model_names
-from comparison import Bar, Row, Side, alternate, header, plot
+from comparison import TITLES, Bar, Row, Side, alternate, line, markdown, plot
 
 from sparselearning import experiment, flags
 from sparselearning.checkpoint import RunFolder, write_json
@@ -457,11 +458,18 @@ def title(setting: Setting) -> str:
 def as_json(setting: Setting, rows: Sequence[Row], argv: Sequence[str]) -> dict[str, Any]:
     """Everything measured, with what it takes to measure it again."""
     return {
+        "title": title(setting),
         "command": shlex.join(["python", "benchmarks/speed.py", *argv]),
         "setting": asdict(setting) | {"device": setting.device.type},
         "machine": environment(setting.device),
         "rows": [row.as_json() for row in rows],
     }
+
+
+def markdown_of(path: Path) -> str:
+    """The table of a file that ``--out`` wrote."""
+    saved = json.loads(path.read_text())
+    return f"{markdown(map(Row.from_json, saved['rows']))}\n{saved['title']}"
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -481,6 +489,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="write all samples there")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the table there; needs matplotlib")
+    parser.add_argument("--show", type=Path, metavar="FILE.json", help="measure nothing, print such a file in Markdown")
     return parser.parse_args(argv)
 
 
@@ -488,18 +497,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Measure, print the table, write the files."""
     argv = sys.argv[1:] if argv is None else argv
     args = parse(argv)
+    if args.show:
+        print(markdown_of(args.show))
+        return
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UsageError("there is no GPU that PyTorch can use here: measure with --device cpu")
     device, _ = Runtime(use_cuda=args.device == "cuda").start()
     setting = Setting(
         args.model, args.classes, args.batch_size, args.density, args.images, args.repeats, args.compile, device
     )
-    print(title(setting), header(), sep="\n\n", flush=True)
+    print(title(setting), line(TITLES), sep="\n\n", flush=True)
     rows: list[Row] = []
     for name in args.only:
         for row in CASES[name](setting):
             rows.append(replace(row, bars=bars(setting, row.what)))
-            print(rows[-1].line(), flush=True)
+            print(line(rows[-1].cells()), flush=True)
         gc.collect()
         if args.out:
             write_json(args.out, as_json(setting, rows, argv))

@@ -51,6 +51,21 @@ def test_one_command_measures_everything(tmp_path, capsys):
     assert report["machine"]["versions"]["torch"] == torch.__version__
     assert plot.exists() == ("--plot" in argv)
 
+    speed.main(["--show", str(out)])
+    shown = capsys.readouterr().out
+    assert f"| {report['rows'][0]['what']} | " in shown
+    assert report["title"] in shown
+
+
+def test_a_row_survives_its_file():
+    row = Row("x", "ms", [1.0, 2.0], [4.0, 4.0], [Bar(0.5, stretch=0.4), Bar(9, of_figure=True)])
+    assert Row.from_json(json.loads(json.dumps(row.as_json()))) == row
+
+
+def test_the_readme_shows_the_measured_table():
+    root = Path(__file__).parents[1]
+    assert speed.markdown_of(root / "results/speed/cpu.json") in (root / "README.md").read_text()
+
 
 def test_bars_name_rows_of_resnet50():
     resnet50 = replace(TINY, model="ResNet50", classes=100)
@@ -152,4 +167,4 @@ class TestComparison:
     def test_of_rates_more_is_better(self, bar, verdict):
         row = Row("x", "images/s", [40.0], [20.0], [bar])
         assert row.verdict(bar) == verdict
-        assert verdict in row.line()
+        assert verdict in row.cells()[-1]
