@@ -81,6 +81,9 @@ STUDIES = {
         "--cycle 1 --cycle_rate 0.2",
         experiments={
             "main": Experiment(["granet", "rigl", "set"], control=True),
+            "longer": Experiment(
+                ["granet"], control=True, flags="--epochs 45 --cycle 3 --cycle_rate 0.27 --final-prune-epoch 12"
+            ),
             "rate-0.02": Experiment(["granet"], flags=f"--lr_2 0.02 {AGAIN}", without=["--pre_train"]),
             "rate-0.05": Experiment(["granet"], flags=f"--lr_2 0.05 {AGAIN}", without=["--pre_train"]),
             "no-exploration": Experiment(["granet"], flags=AGAIN, without=["--pre_train", "--re_explore"]),
