@@ -58,6 +58,7 @@ BF16 = Runtime(amp="bf16", channels_last=True)
 FP32 = Runtime(amp="off", channels_last=True)
 COMPILED = replace(BF16, compile=True)
 NCHW = torch.contiguous_format
+DEFAULT_LAYOUT = Runtime().memory_format
 
 
 @dataclass(frozen=True)
@@ -77,11 +78,6 @@ class Setting:
     def steps(self) -> int:
         """Training steps that are timed together: on a GPU many, which queue up as they do in a run."""
         return 20 if self.device.type == "cuda" else 1
-
-    @property
-    def memory_format(self) -> torch.memory_format:
-        """Of the library's networks and images, as a run has it by default on this device."""
-        return Runtime().resolved(self.device).memory_format
 
     def measure(self, *sides: Side) -> list[list[float]]:
         """Per side, the seconds per unit of work of every round."""
@@ -208,7 +204,7 @@ class SparseNetwork:
         seed: int = 0,
         fused: bool = True,
     ) -> None:
-        self.model = make_model(setting, memory_format or setting.memory_format)
+        self.model = make_model(setting, memory_format or DEFAULT_LAYOUT)
         self.optimizer = make_optimizer(self.model, fused)
         density = density or setting.density
         self.masking = Masking(
@@ -292,7 +288,7 @@ def case_prune_and_grow(setting: Setting) -> Iterator[Row]:
 
 def case_global_prune(setting: Setting) -> Iterator[Row]:
     """A dense network cut to the density by global magnitude."""
-    ours, theirs = (make_model(setting, layout) for layout in (setting.memory_format, NCHW))
+    ours, theirs = (make_model(setting, layout) for layout in (DEFAULT_LAYOUT, NCHW))
     names = list(maskable_parameters(ours))
     sides = (
         Side(lambda: prune_to_density(ours.state_dict(), names, setting.density)),
@@ -323,7 +319,7 @@ def case_superpose(setting: Setting) -> Iterator[Row]:
     """Two tickets averaged and pruned back to the density."""
     ours, theirs = (
         [SparseNetwork(setting, seed=seed, memory_format=layout).model.state_dict() for seed in (1, 2)]
-        for layout in (setting.memory_format, NCHW)
+        for layout in (DEFAULT_LAYOUT, NCHW)
     )
     names = list(maskable_parameters(make_model(setting, NCHW)))
     sides = (
@@ -352,7 +348,7 @@ def case_bn(setting: Setting) -> Iterator[Row]:
 
 def case_input(setting: Setting) -> Iterator[Row]:
     """Augmented batches on the device: whole epochs against a per-image PIL pipeline in one process."""
-    loader = make_loader(setting, setting.memory_format)
+    loader = make_loader(setting, DEFAULT_LAYOUT)
     epochs = itertools.count()
     images, labels = (array[:PER_IMAGE_SAMPLE] for array in synthetic_images(setting))
     per_image = DataLoader(references.PerImageData(images, labels), setting.batch_size, shuffle=True)

@@ -77,7 +77,7 @@ STUDIES = {
     "cifar100-10k": Study(
         flags="--pre_train --cyclic_train --re_explore --no_maskupdates --cyc_lr --lr_1 0.001 --lr_2 0.005 --update_bn "
         "--epochs 20 --large-death-rate 0.5 --update-frequency 100 --final-density 0.1 --final-prune-epoch 8 "
-        "--batch-size 32 --lr 0.05 --test-batch-size 500 --channels-last --model cifar_resnet_20 --keep-tickets "
+        "--batch-size 32 --lr 0.05 --test-batch-size 500 --model cifar_resnet_20 --keep-tickets "
         "--cycle 1 --cycle_rate 0.2",
         experiments={
             "main": Experiment(["granet", "rigl", "set"], control=True),
@@ -104,9 +104,10 @@ STUDIES = {
         "--epochs 4 --large-death-rate 0.5 --update-frequency 100 --final-density 0.1 --final-prune-epoch 1 "
         "--batch-size 32 --lr 0.05 --test-batch-size 500 --model cifar_resnet_8 --cycle 1 --cycle_rate 0.5",
         experiments={
-            "float32": Experiment(["granet"]),
-            "bfloat16": Experiment(["granet"], flags="--amp bf16 --channels-last"),
-            "bfloat16-compiled": Experiment(["granet"], flags="--amp bf16 --channels-last --compile"),
+            "float32": Experiment(["granet"], flags="--no-channels-last"),
+            "channels-last": Experiment(["granet"]),
+            "bfloat16": Experiment(["granet"], flags="--amp bf16"),
+            "bfloat16-compiled": Experiment(["granet"], flags="--amp bf16 --compile"),
         },
         images_per_class=100,
     ),

@@ -33,7 +33,7 @@ class Runtime:
     Attributes:
         use_cuda: use a GPU if there is one.
         amp: number format of forward passes, a name in :data:`AMP`; ``auto``: bf16 on a GPU that has it, else off.
-        channels_last: memory format of images and convolutions; None: on a GPU.
+        channels_last: memory format of images and convolutions.
         compile: compile the network's forward and backward pass.
         tf32: let float32 products on a GPU round their inputs to TensorFloat-32.
         deterministic: only algorithms whose result repeats bit by bit on a GPU.
@@ -42,7 +42,7 @@ class Runtime:
 
     use_cuda: bool = True
     amp: str = "auto"
-    channels_last: bool | None = None
+    channels_last: bool = True
     compile: bool = False
     tf32: bool = True
     deterministic: bool = False
@@ -69,11 +69,9 @@ class Runtime:
         return device, self.resolved(device)
 
     def resolved(self, device: torch.device) -> "Runtime":
-        """The same with ``auto`` and None replaced by what suits the device."""
-        on_gpu = device.type == "cuda"
-        amp = ("bf16" if on_gpu and torch.cuda.is_bf16_supported() else "off") if self.amp == "auto" else self.amp
-        channels_last = on_gpu if self.channels_last is None else self.channels_last
-        return replace(self, amp=amp, channels_last=channels_last)
+        """The same with ``auto`` replaced by what suits the device."""
+        has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
+        return replace(self, amp="bf16" if has_bf16 else "off") if self.amp == "auto" else self
 
     @property
     def memory_format(self) -> torch.memory_format:
