@@ -70,8 +70,9 @@ class Study:
     images_per_class: int | None = None
 
 
-# Cycles alone, from the pre-trained networks of the experiment `main`, with other flags about tickets.
-AGAIN = "--resume {before}/main/granet/seed{seed}/tickets/ticket_0.pth"
+# Cycles alone, from the pre-trained networks of another experiment, with other flags about tickets.
+AGAIN = "--resume {before}/%s/granet/seed{seed}/tickets/ticket_0.pth"
+LONGER = "--epochs 45 --cycle 3 --cycle_rate 0.27 --final-prune-epoch 12"
 
 STUDIES = {
     "cifar100-10k": Study(
@@ -81,21 +82,23 @@ STUDIES = {
         "--cycle 1 --cycle_rate 0.2",
         experiments={
             "main": Experiment(["granet", "rigl", "set"], control=True),
-            "longer": Experiment(
-                ["granet"], control=True, flags="--epochs 45 --cycle 3 --cycle_rate 0.27 --final-prune-epoch 12"
+            "longer": Experiment(["granet"], control=True, flags=LONGER),
+            "no-exploration": Experiment(["granet"], flags=AGAIN % "main", without=["--pre_train", "--re_explore"]),
+            "rate-0.05": Experiment(["granet"], flags=f"--lr_2 0.05 {AGAIN % 'main'}", without=["--pre_train"]),
+            "longer-no-exploration": Experiment(
+                ["granet"], flags=f"{LONGER} {AGAIN % 'longer'}", without=["--pre_train", "--re_explore"]
             ),
-            "rate-0.02": Experiment(["granet"], flags=f"--lr_2 0.02 {AGAIN}", without=["--pre_train"]),
-            "rate-0.05": Experiment(["granet"], flags=f"--lr_2 0.05 {AGAIN}", without=["--pre_train"]),
-            "no-exploration": Experiment(["granet"], flags=AGAIN, without=["--pre_train", "--re_explore"]),
-            "no-exploration-rate-0.05": Experiment(
-                ["granet"], flags=f"--lr_2 0.05 {AGAIN}", without=["--pre_train", "--re_explore"]
+            "longer-rate-0.05": Experiment(
+                ["granet"], flags=f"{LONGER} --lr_2 0.05 {AGAIN % 'longer'}", without=["--pre_train"]
             ),
-            "small-exploration": Experiment(
-                ["granet"], flags=f"--large-death-rate 0.1 {AGAIN}", without=["--pre_train"]
+            "longer-no-exploration-rate-0.05": Experiment(
+                ["granet"],
+                flags=f"{LONGER} --lr_2 0.05 {AGAIN % 'longer'}",
+                without=["--pre_train", "--re_explore"],
             ),
             "mask-updates": Experiment(["granet"], without=["--no_maskupdates"]),
-            "density-0.05": Experiment(["granet"], control=True, flags="--final-density 0.05"),
-            "wider": Experiment(["granet"], control=True, flags="--model cifar_resnet_20_24"),
+            "density-0.05": Experiment(["granet"], flags="--final-density 0.05"),
+            "wider": Experiment(["granet"], flags="--model cifar_resnet_20_24"),
         },
         images_per_class=100,
     ),
