@@ -583,6 +583,11 @@ class Trainer:
         own = self.optimizer.state_dict()
         if [group.keys() for group in own["param_groups"]] == [g.keys() for g in saved["optimizer"]["param_groups"]]:
             self.optimizer.load_state_dict(own | {"state": saved["optimizer"]["state"]})
+            for parameter, state in self.optimizer.state.items():
+                for key, value in state.items():
+                    # Fused steps read memory straight through: state has to lie as its parameter does.
+                    if isinstance(value, Tensor) and value.shape == parameter.shape:
+                        state[key] = torch.empty_like(parameter).copy_(value)
         if self.masking and saved["masking"]:
             self.masking.load_state_dict(saved["masking"] | {"seed": self.masking.seed})
 

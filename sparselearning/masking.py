@@ -156,6 +156,7 @@ class Masking:
         self.updates_enabled = True
         self._parameters: dict[str, nn.Parameter] = {}
         self._explorations = 0  # prune-and-grow rounds so far; each has its own random stream
+        self._zeroed = False  # masks were applied since optimizer state was made or loaded: zeros only need keeping
         self._overdue = False  # an update that met overflowed gradients waits for the next step
         self._threshold: float | None = None
         self._off_mask_momentum: dict[str, dict[str, Tensor]] = {}
@@ -214,11 +215,12 @@ class Masking:
                 meets overflowed gradients waits for the next step.
             keep_gradients: leave the dense gradients as they are, for :meth:`truncate_weights`. Without, a step that
                 needs them no more masks them in place of weights and optimizer state, which saves a pass or two
-                over memory: zeros stay zeros under SGD and Adam, though not under every rule (Rprop).
+                over memory: zeros stay zeros under SGD and Adam, though not under every rule (Rprop). Gradients
+                that overflow off the masks alone then cost no step in float16 training.
         """
         self.steps += 1
         due, tracks = self.update_due(self.steps), self.growth in MOMENTUM_GROWTH
-        masks_gradients = not (keep_gradients or due or tracks)
+        masks_gradients = self._zeroed and not (keep_gradients or due or tracks)
         if masks_gradients:
             self.mask_gradients()
         if scaler is None:
@@ -231,6 +233,7 @@ class Masking:
             self._decay_off_mask_momentum()
         if not masks_gradients:
             self.apply_masks()
+            self._zeroed = True
         self._overdue = due and skipped
         if due and not skipped:
             self._update_topology()
@@ -335,10 +338,17 @@ class Masking:
         self._overdue = state["overdue"]
         self._threshold = state["threshold"]
         self.seed = state["seed"]
+        coefficients = _momentum_coefficients(self.optimizer)  # momentum of another optimizer is none here
         self._off_mask_momentum = {
-            name: {key: torch.empty_like(self._parameters[name]).copy_(kept) for key, kept in saved.items()}
+            name: {
+                key: torch.empty_like(self._parameters[name]).copy_(kept)
+                for key, kept in saved.items()
+                if key in coefficients[self._parameters[name]]
+            }
             for name, saved in state["off_mask_momentum"].items()
+            if self.growth in MOMENTUM_GROWTH
         }
+        self._zeroed = False
 
     # ----------------------------------------------------------------------------------- topology updates
 

@@ -79,7 +79,7 @@ def _prune_structured(weights: Mapping[str, Tensor], settings: InitSettings) -> 
         alive = int(torch.count_nonzero(norms))
         keep = max(1, active_count(alive, 1 - settings.pruning_rate))
         if keep < alive:
-            masks[name][~select_largest(torch.clone, [(norms,)], keep)[0]] = False
+            masks[name][~select_largest(torch.positive, [(norms,)], keep)[0]] = False
     return masks
 
 
@@ -153,7 +153,7 @@ def _keep_active(weights: Mapping[str, Tensor], pruning_rate: float) -> Masks:
 
 def _largest(scores: Mapping[str, Tensor], count: int) -> Masks:
     """Masks of the ``count`` largest scores over all layers together."""
-    chosen = select_largest(torch.clone, [(score.flatten(),) for score in scores.values()], count)
+    chosen = select_largest(torch.positive, [(score.flatten(),) for score in scores.values()], count)
     return {name: mask.view(scores[name].shape) for name, mask in zip(scores, chosen, strict=True)}
 
 

@@ -149,9 +149,12 @@ def _bracket(
     rank = k / size * len(sample)
     slack = 4 * math.sqrt(rank * (1 - k / size)) + 4  # four standard deviations of the rank, and rounding
     low, high = math.ceil(rank + slack), math.floor(rank - slack)
-    lower = float(sample.kthvalue(len(sample) - low + 1).values) if low <= len(sample) else -torch.inf
-    upper = float(sample.kthvalue(len(sample) - high + 1).values) if high >= 1 else None
-    return (lower if lower > -torch.inf else None), upper
+    bounds = [
+        float(sample.kthvalue(len(sample) - rank + 1).values) if 1 <= rank <= len(sample) else -torch.inf
+        for rank in (low, high)
+    ]
+    lower, upper = (bound if bound > -torch.inf else None for bound in bounds)
+    return lower, upper
 
 
 def _largest_exactly(values: Tensor, k: int) -> Tensor:

@@ -78,8 +78,8 @@ MASKABLE = {"0.weight": 108, "5.weight": 540, "8.weight": 30}
 TOTAL = sum(MASKABLE.values())
 
 OPTIMIZERS = {
-    "sgd": lambda parameters: torch.optim.SGD(parameters, lr=0.05, momentum=0.9, weight_decay=5e-4),
-    "adam": lambda parameters: torch.optim.Adam(parameters, lr=0.01),
+    "sgd": lambda parameters: torch.optim.SGD(parameters, lr=0.05, momentum=0.9, weight_decay=5e-4, fused=True),
+    "adam": lambda parameters: torch.optim.Adam(parameters, lr=0.01, fused=True),
 }
 
 # Pre-training of 2 epochs, then 2 cycles of 2, all of the method switched on.
@@ -589,17 +589,88 @@ def test_cycles_alone_obey_the_optimizer_flags_of_their_own_command(tmp_path):
     assert (group["momentum"], group["weight_decay"]) == (0.5, 0.01)
 
 
-def test_cycles_alone_after_another_optimizer_run_or_say_why_not(tmp_path):
-    first = prepare(tmp_path / "a", dataclasses.replace(PLAN, cyclic_train=False), flags={"optimizer": "sgd"})
+@pytest.mark.parametrize("growth", ["gradient", "momentum"])
+@pytest.mark.parametrize("growth_before", ["gradient", "momentum"])
+def test_cycles_alone_after_another_optimizer(tmp_path, growth_before, growth):
+    pretraining = dataclasses.replace(PLAN, cyclic_train=False)
+    first = prepare(tmp_path / "a", pretraining, MASKING | {"growth": growth_before}, flags={"optimizer": "sgd"})
     first.run()
-    plan = dataclasses.replace(PLAN, pre_train=False)
-    try:
-        second = prepare(
-            tmp_path / "b", plan, resume=first.folder.checkpoint, flags={"optimizer": "adam"}, optimizer="adam"
-        )
+    plan, masks = dataclasses.replace(PLAN, pre_train=False), MASKING | {"growth": growth}
+    second = prepare(
+        tmp_path / "b", plan, masks, resume=first.folder.checkpoint, flags={"optimizer": "adam"}, optimizer="adam"
+    )
+    if growth == "momentum":  # there is none to explore by before the first step
+        with pytest.raises(UsageError, match="needs a first optimizer step"):
+            second.run()
+    else:
         second.run()
-    except UsageError as refusal:
-        assert "optimizer" in str(refusal)  # noqa: PT017  both outcomes are right, a crash is not
+        assert len(lines(second.folder.tickets)) == 2
+
+
+def off_the_masks(trainer):
+    """How many weights and entries of optimizer state are not zero where they are to be."""
+    count = 0
+    for name, mask in trainer.masking.masks.items():
+        weight = trainer.model.get_parameter(name)
+        states = [s for s in trainer.optimizer.state[weight].values() if s.shape == weight.shape]
+        count += sum(int(tensor[~mask].count_nonzero()) for tensor in (weight.detach(), *states))
+    return count
+
+
+def zero_after_every_step(trainer, monkeypatch):
+    train_batch, steps = trainer.train_batch, []
+
+    def checked(batch):
+        train_batch(batch)
+        steps.append(off_the_masks(trainer))
+
+    monkeypatch.setattr(trainer, "train_batch", checked)
+    trainer.run()
+    return len(steps) > 3 and not any(steps)
+
+
+OTHERS = {"flags": "others"}
+FROZEN_CYCLES = dataclasses.replace(PLAN, pre_train=False, explore_rate=None, updates_in_cycles=False)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_cycles_alone_in_another_memory_format(tmp_path, monkeypatch, optimizer, layout):
+    other = {torch.contiguous_format: torch.channels_last, torch.channels_last: torch.contiguous_format}[layout]
+    pretraining = dataclasses.replace(PLAN, cyclic_train=False)
+    first = prepare(tmp_path / "a", pretraining, optimizer=optimizer, memory_format=layout)
+    first.run()
+    moved = prepare(
+        tmp_path / "b",
+        FROZEN_CYCLES,
+        resume=first.folder.checkpoint,
+        flags={},
+        optimizer=optimizer,
+        memory_format=other,
+    )
+    for weight, state in moved.optimizer.state.items():
+        for value in state.values():
+            assert value.shape != weight.shape or value.stride() == weight.stride()
+    assert zero_after_every_step(moved, monkeypatch)
+    stayed = prepare(
+        tmp_path / "c", FROZEN_CYCLES, resume=first.folder.checkpoint, flags=OTHERS, optimizer=optimizer,
+        memory_format=layout,
+    )  # fmt: skip
+    stayed.run()
+    for name, weight in stayed.model.named_parameters():
+        assert torch.allclose(weight, moved.model.get_parameter(name), atol=1e-5)
+
+
+def test_sparse_cycles_alone_after_dense_training(tmp_path, monkeypatch):
+    """Masks are the non-zeros of the weights, of which the momentum that is taken over knows nothing."""
+    first = prepare(tmp_path / "a", dataclasses.replace(DENSE, cyclic_train=False), None)
+    first.run()
+    saved = load_torch(first.folder.checkpoint)
+    saved["state_dict"]["0.weight"][2] = 0.0
+    torch.save(saved, tmp_path / "thinned.pth")
+    trainer = prepare(tmp_path / "b", FROZEN_CYCLES, resume=tmp_path / "thinned.pth", flags=OTHERS)
+    assert trainer.masking.active_counts()["0.weight"] <= 108 - 18
+    assert zero_after_every_step(trainer, monkeypatch)
 
 
 def test_no_pretraining_epochs_at_all(tmp_path):

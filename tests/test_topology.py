@@ -390,7 +390,7 @@ def select(request):
 
 def assert_selects_the_largest(select, tensors, k, eligible=None):
     """The chosen values are those of a full sort, every position once, ties to the earlier layer and position."""
-    chosen = select(torch.clone, [(t,) for t in tensors] if eligible is None else zip_up(tensors, eligible), k)
+    chosen = select(torch.positive, [(t,) for t in tensors] if eligible is None else zip_up(tensors, eligible), k)
     everything = torch.cat(tensors)
     if eligible is not None:
         everything = everything.masked_fill(~torch.cat(eligible), -torch.inf)
@@ -417,7 +417,7 @@ def test_select_largest_equals_a_full_sort(data, sizes):
 
 
 def test_select_largest_of_none_is_none():
-    assert positions(select_largest(torch.clone, [(torch.ones(3),), (torch.ones(0),)], 0)) == [[], []]
+    assert positions(select_largest(torch.positive, [(torch.ones(3),), (torch.ones(0),)], 0)) == [[], []]
 
 
 BIG = 2 * SAMPLE_SIZE + 17
@@ -463,18 +463,35 @@ def test_select_largest_around_the_zeros_of_a_sparse_network(select, non_zeros):
 def test_select_largest_never_takes_what_is_marked_out(select, size):
     scores = torch.full((size,), -torch.inf)
     scores[[1, 4, 6]] = torch.tensor([0.0, -3e38, 2.0])
-    assert positions(select(torch.clone, [(scores,)], 3)) == [[1, 4, 6]]
+    assert positions(select(torch.positive, [(scores,)], 3)) == [[1, 4, 6]]
     with pytest.raises(ValueError, match="chosen"):
-        select(torch.clone, [(scores,)], 4)
+        select(torch.positive, [(scores,)], 4)
+
+
+def test_select_largest_never_takes_what_a_sample_sees_everywhere(select):
+    scores = torch.arange(BIG, dtype=torch.float32)
+    scores[::5] = -torch.inf
+    assert_selects_the_largest(select, [scores], int(scores.isfinite().sum()))
+    with pytest.raises(ValueError, match="chosen"):
+        select(torch.positive, [(scores,)], BIG)
+
+
+def test_select_largest_over_many_blocks(select, monkeypatch):
+    monkeypatch.setattr(topology, "BLOCK_SIZE", 1000)
+    scores = torch.randn(BIG, generator=generator()).round(decimals=2)
+    eligible = torch.rand(BIG, generator=generator(1)) < 0.6
+    for k in (1, 500, 20_000, int(eligible.sum())):
+        assert_selects_the_largest(select, scores.split([12_345, BIG - 12_345]), k)
+        assert_selects_the_largest(select, [scores], k, [eligible])
 
 
 @pytest.mark.parametrize("size", [8, BIG])
 def test_select_largest_never_takes_nan(select, size):
     scores = torch.full((size,), -torch.inf)
     scores[[1, 4, 6]] = torch.tensor([0.0, torch.nan, 2.0])
-    assert positions(select(torch.clone, [(scores,)], 2)) == [[1, 6]]
+    assert positions(select(torch.positive, [(scores,)], 2)) == [[1, 6]]
     with pytest.raises(ValueError, match="NaN"):
-        select(torch.clone, [(scores,)], 3)
+        select(torch.positive, [(scores,)], 3)
 
 
 @pytest.mark.parametrize("size", [8, BIG])
