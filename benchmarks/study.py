@@ -11,8 +11,6 @@ import argparse
 import json
 import os
 import re
-import shlex
-import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,11 +22,13 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "CIFAR"))
 
-import cifar_data  # noqa: E402  found once its folder is on the path
+import analyze_tickets  # noqa: E402  found once its folder is on the path
+import cifar_data  # noqa: E402
+import sweep  # noqa: E402
 
 from sparselearning import experiment, flags  # noqa: E402
-from sparselearning.checkpoint import RunFolder, write_json  # noqa: E402
-from sparselearning.errors import FaultError, UsageError  # noqa: E402
+from sparselearning.checkpoint import RunFolder, copy_whole, write_json, write_whole  # noqa: E402
+from sparselearning.errors import UsageError  # noqa: E402
 from sparselearning.runs import find_runs, group_runs, read_run  # noqa: E402
 from sparselearning.tables import markdown_report  # noqa: E402
 
@@ -43,7 +43,8 @@ class Experiment(NamedTuple):
     Attributes:
         methods: names in ``sweep.METHODS``.
         control: train plainly beside them, too.
-        flags: on top of the study's; ``{before}`` stands for the folder of the study's experiments.
+        flags: on top of the study's; ``{before}`` stands for the folder of the study's experiments, ``{seed}`` for the
+            run's seed.
         without: the study's switches to leave out.
     """
 
@@ -70,7 +71,8 @@ class Study:
     images_per_class: int | None = None
 
 
-# Cycles alone, from the pre-trained networks of another experiment, with other flags about tickets.
+# Cycles alone, from the pre-trained networks of another experiment. They start without momentum: compare them with
+# the experiment `again` (`longer-again`), which has the flags of the one that they go on from.
 AGAIN = "--resume {before}/%s/granet/seed{seed}/tickets/ticket_0.pth"
 LONGER = "--epochs 45 --cycle 3 --cycle_rate 0.27 --final-prune-epoch 12"
 
@@ -83,8 +85,10 @@ STUDIES = {
         experiments={
             "main": Experiment(["granet", "rigl", "set"], control=True),
             "longer": Experiment(["granet"], control=True, flags=LONGER),
+            "again": Experiment(["granet"], flags=AGAIN % "main", without=["--pre_train"]),
             "no-exploration": Experiment(["granet"], flags=AGAIN % "main", without=["--pre_train", "--re_explore"]),
             "rate-0.05": Experiment(["granet"], flags=f"--lr_2 0.05 {AGAIN % 'main'}", without=["--pre_train"]),
+            "longer-again": Experiment(["granet"], flags=f"{LONGER} {AGAIN % 'longer'}", without=["--pre_train"]),
             "longer-no-exploration": Experiment(
                 ["granet"], flags=f"{LONGER} {AGAIN % 'longer'}", without=["--pre_train", "--re_explore"]
             ),
@@ -107,8 +111,8 @@ STUDIES = {
         "--epochs 4 --large-death-rate 0.5 --update-frequency 100 --final-density 0.1 --final-prune-epoch 1 "
         "--batch-size 32 --lr 0.05 --test-batch-size 500 --model cifar_resnet_8 --cycle 1 --cycle_rate 0.5",
         experiments={
-            "float32": Experiment(["granet"], flags="--no-channels-last"),
-            "channels-last": Experiment(["granet"]),
+            "float32": Experiment(["granet"], flags="--amp off --no-tf32 --no-channels-last"),
+            "channels-last": Experiment(["granet"], flags="--amp off --no-tf32"),
             "bfloat16": Experiment(["granet"], flags="--amp bf16"),
             "bfloat16-compiled": Experiment(["granet"], flags="--amp bf16 --compile"),
         },
@@ -129,25 +133,26 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     Raises:
         UsageError: if the data are not CIFAR-100.
-        FaultError: if runs failed.
+        FaultError: if they cannot be read, or runs failed.
     """
     args = parse(argv)
     study = STUDIES[args.study]
     data = args.data if args.data in cifar_data.DATASETS else os.path.relpath(args.data, ROOT)
     data_dir = Path(os.path.relpath(args.data_dir, ROOT))
     os.chdir(ROOT)  # so that the commands that runs record work from the top of any checkout
-    if study.images_per_class and not args.collect:
-        data = str(subset(data, data_dir, study.images_per_class))
+    if not args.collect:
+        data = prepared(data, data_dir, study.images_per_class)
     for name in args.only or study.experiments:
         out = WORK / args.study / name
         if not args.collect:
-            call([*sweep_command(study, name, out, args.gpus), "--data", data, "--data-dir", str(data_dir)])
-            for path in find_runs([out]):
+            sweep.main([*sweep_words(study, name, out, args.gpus), "--data", data, "--data-dir", str(data_dir)])
+            for path in runs_under(out):
                 if RunFolder(path).ticket(1).is_file() and not RunFolder(path).analysis.is_file():
-                    call([sys.executable, "CIFAR/analyze_tickets.py", str(path), "--grid", "--points", "3"])
+                    analyze_tickets.main([str(path), "--grid", "--points", "3"])
         collect(out, RESULTS / args.study / name)
     if REPORT.is_file():
-        REPORT.write_text(filled(REPORT.read_text()))
+        text = filled(REPORT.read_text())
+        write_whole(REPORT, lambda file: file.write(text.encode()))
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -158,7 +163,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--data-dir", type=Path, default=Path("data"), metavar="DIR", help="where downloads go")
     parser.add_argument(
         "--gpus", nargs="+", metavar="ID",
-        help="as of sweep.py; on a machine without, as many runs at a time as there are names",
+        help="as for sweep.py; on a machine without, as many runs at a time as there are names",
     )  # fmt: skip
     names = sorted({name for study in STUDIES.values() for name in study.experiments})
     parser.add_argument("--only", nargs="+", choices=names, metavar="NAME", help=f"of {', '.join(names)}")
@@ -169,51 +174,51 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def sweep_command(study: Study, name: str, out: Path, gpus: Sequence[str] | None = None) -> list[str]:
-    """The call of sweep.py that does one experiment, but for the data."""
+def sweep_words(study: Study, name: str, out: Path, gpus: Sequence[str] | None = None) -> list[str]:
+    """What sweep.py has to be told to do one experiment, but for the data."""
     one = study.experiments[name]
     shared = [word for word in study.flags.split() if word not in one.without]
     return [
-        sys.executable, "CIFAR/sweep.py", "--seeds", *map(str, study.seeds), "--methods", *one.methods,
-        *(["--control"] if one.control else []), *(["--gpus", *gpus] if gpus else []), "--out", str(out),
+        "--seeds", *map(str, study.seeds), "--methods", *one.methods, *(["--control"] if one.control else []),
+        *(["--gpus", *gpus] if gpus else []), "--out", str(out),
         "--", *shared, *one.flags.replace("{before}", str(out.parent)).split(),
     ]  # fmt: skip
 
 
-def subset(data: str, data_dir: Path, per_class: int) -> Path:
-    """Write a fixed part of CIFAR-100's training set, with the whole test set, unless it is there.
+def prepared(data: str, data_dir: Path, per_class: int | None) -> str:
+    """Return the ``--data`` of a study's runs; write a fixed part of the training set, with the whole test set.
 
     Raises:
         UsageError: if the data are not CIFAR-100.
+        FaultError: if they cannot be read.
     """
-    path = WORK / f"cifar100-{per_class // 10}k.npz"
-    if path.is_file():
-        return path
+    path = WORK / f"cifar100-{(per_class or 0) // 10}k.npz"
+    if per_class and path.is_file():
+        return str(path)
     (x_train, y_train, x_test, y_test), num_classes = cifar_data.load_arrays(data, data_dir)
     if (len(y_train), num_classes) != (50_000, 100):
         raise UsageError(f"{data} is not CIFAR-100: it has {len(y_train):,} training images of {num_classes} classes")
+    if per_class is None:
+        return data
     generator = np.random.default_rng(0)
     chosen = [generator.permutation(np.flatnonzero(y_train == label))[:per_class] for label in range(100)]
     places = np.sort(np.concatenate(chosen))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    np.savez_compressed(path, x_train=x_train[places], y_train=y_train[places], x_test=x_test, y_test=y_test)
-    return path
+    arrays = cifar_data.Arrays(x_train[places], y_train[places], x_test, y_test)
+    write_whole(path, lambda file: np.savez_compressed(file, **arrays._asdict()))
+    return str(path)
 
 
-def call(command: Sequence[str]) -> None:
-    """Run a command of this repository.
-
-    Raises:
-        FaultError: if it fails.
-    """
-    print(shlex.join(["python", *command[1:]]), flush=True)
-    if code := subprocess.run(command).returncode:
-        raise FaultError(f"exit code {code}: the same command goes on from here")
+def runs_under(folder: Path) -> list[Path]:
+    """Run folders in a folder, which need not exist yet."""
+    try:
+        return find_runs([folder])
+    except UsageError:
+        return []
 
 
 def collect(source: Path, target: Path) -> None:
     """Copy what finished runs say, but no networks and nothing about folders of this machine."""
-    for path in find_runs([source]):
+    for path in runs_under(source):
         run, kept = RunFolder(path), RunFolder(target / path.relative_to(source))
         if not run.summary.is_file():
             continue
@@ -221,8 +226,7 @@ def collect(source: Path, target: Path) -> None:
         write_json(kept.config, {name: value for name, value in config.items() if name != "network"})
         for there, here in zip(_text_files(run), _text_files(kept), strict=True):
             if there.is_file():
-                here.parent.mkdir(parents=True, exist_ok=True)
-                here.write_bytes(there.read_bytes())
+                copy_whole(there, here)
 
 
 def _text_files(run: RunFolder) -> list[Path]:

@@ -16,7 +16,7 @@ import study  # noqa: E402  found once its folder is on the path
 import sweep  # noqa: E402
 
 from sparselearning import report  # noqa: E402
-from sparselearning.errors import FaultError, UsageError  # noqa: E402
+from sparselearning.errors import UsageError  # noqa: E402
 
 EXPERIMENTS = [(name, experiment) for name, one in study.STUDIES.items() for experiment in one.experiments]
 
@@ -24,9 +24,9 @@ EXPERIMENTS = [(name, experiment) for name, one in study.STUDIES.items() for exp
 @pytest.mark.parametrize(("name", "experiment"), EXPERIMENTS)
 def test_every_run_can_be_started_and_every_control_pairs_with_its_runs(name, experiment, tmp_path):
     one = study.STUDIES[name]
-    words = study.sweep_command(one, experiment, tmp_path / experiment)
+    words = study.sweep_words(one, experiment, tmp_path / experiment)
     end = words.index("--")
-    args = sweep.parse(words[2:end])
+    args = sweep.parse(words[:end])
     assert (args.seeds, args.control) == ([41, 42, 43], one.experiments[experiment].control)
     for method in args.methods:
         run = sweep.main_suptickets.parse(sweep.planned(method, 41, words[end + 1 :], args.out, control=False).flags)
@@ -38,12 +38,25 @@ def test_every_run_can_be_started_and_every_control_pairs_with_its_runs(name, ex
             assert {key for key, value in vars(run).items() if value != getattr(control, key)} == tickets
 
 
-def test_one_ticket_flag_per_experiment_differs_from_the_main_one():
-    main = study.STUDIES["cifar100-10k"].experiments["main"]
-    assert main.flags == ""
-    again = study.sweep_command(study.STUDIES["cifar100-10k"], "no-exploration", Path("work/no-exploration"))
-    assert "--re_explore" not in again
-    assert "work/main/granet/seed{seed}/tickets/ticket_0.pth" in again
+@pytest.mark.parametrize("baseline", ["again", "longer-again"])
+def test_cycles_alone_differ_from_their_baseline_in_flags_about_tickets(baseline):
+    one = study.STUDIES["cifar100-10k"]
+    source = "longer" if baseline.startswith("longer") else "main"
+
+    def parsed(name):
+        words = study.sweep_words(one, name, Path("work") / name)
+        run = sweep.planned("granet", 41, words[words.index("--") + 1 :], Path("work") / name, control=False)
+        return vars(sweep.main_suptickets.parse(run.flags))
+
+    def differing(name, other):
+        return {key for key, value in parsed(name).items() if value != parsed(other)[key]} - {"save"}
+
+    assert differing(baseline, source) == {"pre_train", "resume"}
+    assert parsed(baseline)["resume"] == Path(f"work/{source}/granet/seed41/tickets/ticket_0.pth")
+    names = [name for name in one.experiments if parsed(name)["resume"] == parsed(baseline)["resume"]]
+    assert len(names) >= 3
+    for name in names:
+        assert name == baseline or differing(name, baseline) <= {"re_explore", "lr_2"} != set()
 
 
 def test_the_subset_is_balanced_whole_in_test_and_always_the_same(tmp_path, monkeypatch):
@@ -52,7 +65,7 @@ def test_the_subset_is_balanced_whole_in_test_and_always_the_same(tmp_path, monk
     images = np.zeros((50_000, 2, 2, 3), np.uint8)
     images[:, 0, 0, 0], images[:, 0, 1, 0] = np.arange(50_000) % 251, np.arange(50_000) // 251
     np.savez("all.npz", x_train=images, y_train=labels, x_test=images[:300], y_test=labels[:300])
-    path = study.subset("all.npz", Path("data"), per_class=100)
+    path = Path(study.prepared("all.npz", Path("data"), per_class=100))
     assert path == Path("study/cifar100-10k.npz")
     part = np.load(path)
     assert np.bincount(part["y_train"]).tolist() == [100] * 100
@@ -63,16 +76,18 @@ def test_the_subset_is_balanced_whole_in_test_and_always_the_same(tmp_path, monk
     assert len(part["y_test"]) == 300
     before = path.read_bytes()
     path.unlink()
-    study.subset("all.npz", Path("data"), per_class=100)
+    study.prepared("all.npz", Path("data"), per_class=100)
     assert path.read_bytes() == before
+    assert study.prepared("all.npz", Path("data"), None) == "all.npz"
 
 
-def test_other_data_are_refused(tmp_path, monkeypatch):
+@pytest.mark.parametrize("per_class", [100, None])
+def test_other_data_are_refused(tmp_path, monkeypatch, per_class):
     monkeypatch.chdir(tmp_path)
     images = np.zeros((100, 2, 2, 3), np.uint8)
     np.savez("few.npz", x_train=images, y_train=np.arange(100), x_test=images, y_test=np.arange(100))
     with pytest.raises(UsageError, match="not CIFAR-100"):
-        study.subset("few.npz", Path("data"), per_class=100)
+        study.prepared("few.npz", Path("data"), per_class)
 
 
 def test_collecting_keeps_texts_of_finished_runs_and_no_folders(tmp_path):
@@ -102,9 +117,38 @@ def test_tables_are_filled_in_and_filled_again(tmp_path, monkeypatch):
     assert study.filled(once) == once
 
 
-def test_a_failing_command_stops_the_study():
-    with pytest.raises(FaultError, match="exit code 3"):
-        study.call([sys.executable, "-c", "raise SystemExit(3)"])
+def test_an_experiment_runs_is_analysed_and_collected(tmp_path, monkeypatch):
+    """One experiment from its command line to RESULTS.md, on a few images; then nothing is left to do."""
+    labels = np.arange(50_000) % 100
+    images = np.random.default_rng(0).integers(0, 255, (50_000, 8, 8, 3), dtype=np.uint8)
+    np.savez(tmp_path / "all.npz", x_train=images, y_train=labels, x_test=images[:100], y_test=labels[:100])
+    monkeypatch.setattr(study, "ROOT", tmp_path)
+    monkeypatch.setattr(sweep, "SCRIPT", ROOT / "CIFAR" / "main_suptickets.py")
+    small = study.Study(
+        "--pre_train --cyclic_train --epochs 2 --cycle 1 --cycle_rate 0.5 --final-density 0.3 --final-prune-epoch 1 "
+        "--model cifar_resnet_8_4 --batch-size 100 --keep-tickets",
+        {"main": study.Experiment(["rigl"], control=True)},
+        seeds=(5,), images_per_class=10,
+    )  # fmt: skip
+    monkeypatch.setitem(study.STUDIES, "cifar100", small)
+    (tmp_path / "RESULTS.md").write_text("<!-- report results/cifar100/main -->\n<!-- end -->\n")
+    study.main(["cifar100", "--data", str(tmp_path / "all.npz")])
+    text = (tmp_path / "RESULTS.md").read_text()
+    assert "| rigl, plain" in text
+    assert "CAA, BatchNorm averaged" in text
+    config = json.loads((tmp_path / "results/cifar100/main/rigl/seed5/config.json").read_text())
+    assert config["save"] == "study/cifar100/main/rigl/seed5"
+
+    monkeypatch.setattr(sweep, "execute", lambda runs, *_: list(runs))
+    study.main(["cifar100", "--collect"])
+    assert (tmp_path / "RESULTS.md").read_text() == text
+
+
+def test_collecting_is_content_with_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(study, "ROOT", tmp_path)
+    (tmp_path / "RESULTS.md").write_text("<!-- report results/cifar100/main --><!-- end -->")
+    study.main(["cifar100", "--collect"])
+    assert "not run yet" in (tmp_path / "RESULTS.md").read_text()
 
 
 def test_results_say_what_the_kept_files_say(tmp_path, monkeypatch, capsys):
