@@ -99,7 +99,6 @@ def load_data(
             that is smaller than the number of processes.
         FaultError: the data is damaged, wrongly shaped or incomplete, or cannot be downloaded.
     """
-    recipe, _ = _find(name, Path(data_dir))
     arrays, num_classes = load_arrays(name, data_dir)
     kept = _kept_for_training(len(arrays.x_train), valid_split)
     mean, std = channel_statistics(arrays.x_train[:kept])
@@ -114,9 +113,8 @@ def load_data(
         world_size=world_size,
         memory_format=memory_format,
     )
-    train = loader(
-        arrays.x_train[:kept], arrays.y_train[:kept], batch_size=batch_size, augmentation=recipe.augmentation
-    )
+    augmentation = DATASETS.get(name, NPZ_FILE).augmentation
+    train = loader(arrays.x_train[:kept], arrays.y_train[:kept], batch_size=batch_size, augmentation=augmentation)
     test = loader(arrays.x_test, arrays.y_test, batch_size=test_batch_size)
     evaluation = test
     if valid_split > 0:

@@ -54,8 +54,8 @@ LR = 0.001
 PRUNE_RATE = 0.5
 PER_IMAGE_SAMPLE = 1000
 """Images that the per-image pipeline is timed on."""
-BF16 = Runtime(amp="bf16", channels_last=True)
-FP32 = Runtime(amp="off", channels_last=True)
+BF16 = Runtime(amp="bf16")
+FP32 = Runtime(amp="off")
 COMPILED = replace(BF16, compile=True)
 NCHW = torch.contiguous_format
 DEFAULT_LAYOUT = Runtime().memory_format
@@ -237,7 +237,7 @@ def case_step(setting: Setting) -> Iterator[Row]:
     runtimes = {"masked step / dense step": BF16}
     if setting.compile:
         runtimes["masked step / dense step, compiled"] = COMPILED
-    batch = first_batch(setting, torch.channels_last)
+    batch = first_batch(setting, DEFAULT_LAYOUT)
 
     def steps(trainer: Trainer) -> None:
         for _ in range(setting.steps):
@@ -332,7 +332,7 @@ def case_superpose(setting: Setting) -> Iterator[Row]:
 def case_bn(setting: Setting) -> Iterator[Row]:
     """BatchNorm statistics of resident batches: bf16 channels-last against PyTorch's own pass in fp32 NCHW."""
     trainer, model = make_trainer(setting, BF16), make_model(setting, NCHW)
-    ours, theirs = ([first_batch(setting, layout).images] * setting.steps for layout in (torch.channels_last, NCHW))
+    ours, theirs = ([first_batch(setting, layout).images] * setting.steps for layout in (DEFAULT_LAYOUT, NCHW))
 
     def pass_over_batches() -> None:
         with trainer.precision.context(setting.device):
@@ -384,7 +384,7 @@ def case_training(setting: Setting) -> Iterator[Row]:
 
         return Side(steps, setting.steps * setting.batch_size)
 
-    sides = [side(trainer.train_batch, torch.channels_last) for trainer in trainers]
+    sides = [side(trainer.train_batch, DEFAULT_LAYOUT) for trainer in trainers]
     *ours, theirs = setting.measure(*sides, side(reference.step, NCHW))
     for what, seconds in zip(runtimes, ours, strict=True):
         yield Row.of_rates(what, seconds, theirs)
@@ -394,7 +394,7 @@ def case_memory(setting: Setting) -> Iterator[Row]:
     """Memory for masks: on a GPU, the peak of masked training over dense training; on a CPU, the tensors' bytes."""
     trainer = make_trainer(setting, BF16)
     assert trainer.masking is not None
-    trainer.train_batch(first_batch(setting, torch.channels_last))
+    trainer.train_batch(first_batch(setting, DEFAULT_LAYOUT))
     masks = tensor_bytes(trainer.masking.state_dict())
     trained = tensor_bytes([list(trainer.model.parameters()), trainer.optimizer.state_dict()])
     if setting.device.type == "cuda":
@@ -413,7 +413,7 @@ def tensor_bytes(tree: Any) -> int:
 
 def peak_bytes(setting: Setting, sparse: bool) -> int:
     """Most GPU memory that training held at once, a topology update included."""
-    batch = first_batch(setting, torch.channels_last)
+    batch = first_batch(setting, DEFAULT_LAYOUT)
     gc.collect()
     before = torch.cuda.memory_allocated()
     trainer = make_trainer(setting, BF16, sparse)
@@ -441,9 +441,8 @@ CASES: dict[str, Callable[[Setting], Iterator[Row]]] = {
 }
 
 
-def title(setting: Setting) -> str:
+def title(setting: Setting, here: Mapping[str, Any]) -> str:
     """Setting and machine on one line."""
-    here = environment(setting.device)
     where = here["device"] + ("" if setting.device.type == "cuda" else f", {here['threads']} threads")
     return (
         f"{setting.model}, {setting.classes} classes, batch {setting.batch_size}, density {setting.density:g}; "
@@ -451,19 +450,14 @@ def title(setting: Setting) -> str:
     )
 
 
-def as_json(setting: Setting, rows: Sequence[Row], argv: Sequence[str]) -> dict[str, Any]:
-    """Everything measured, with what it takes to measure it again."""
-    return {
-        "title": title(setting),
-        "command": shlex.join(["python", "benchmarks/speed.py", *argv]),
-        "setting": asdict(setting) | {"device": setting.device.type},
-        "machine": environment(setting.device),
-        "rows": [row.as_json() for row in rows],
-    }
-
-
 def markdown_of(path: Path) -> str:
-    """The table of a file that ``--out`` wrote."""
+    """The table of a file that ``--out`` wrote.
+
+    Raises:
+        UsageError: if there is no such file.
+    """
+    if not path.is_file():
+        raise UsageError(f"{path} does not exist: --out writes such a file")
     saved = json.loads(path.read_text())
     return f"{markdown(map(Row.from_json, saved['rows']))}\n{saved['title']}"
 
@@ -502,7 +496,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     setting = Setting(
         args.model, args.classes, args.batch_size, args.density, args.images, args.repeats, args.compile, device
     )
-    print(title(setting), line(TITLES), sep="\n\n", flush=True)
+    here = environment(device)
+    head = title(setting, here)
+    print(head, line(TITLES), sep="\n\n", flush=True)
+    results: dict[str, Any] = {
+        "title": head,
+        "command": shlex.join(["python", "benchmarks/speed.py", *argv]),
+        "setting": asdict(setting) | {"device": device.type},
+        "machine": here,
+    }
     rows: list[Row] = []
     for name in args.only:
         for row in CASES[name](setting):
@@ -510,9 +512,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(line(rows[-1].cells()), flush=True)
         gc.collect()
         if args.out:
-            write_json(args.out, as_json(setting, rows, argv))
+            write_json(args.out, results | {"rows": [row.as_json() for row in rows]})
     if args.plot:
-        plot(rows, title(setting), args.plot)
+        plot(rows, head, args.plot)
 
 
 if __name__ == "__main__":

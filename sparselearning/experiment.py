@@ -1,5 +1,6 @@
 """The part of a script that is no recipe: device, masks, resuming, the run itself, and how it ends."""
 
+import json
 import os
 import sys
 from collections.abc import Callable, Mapping
@@ -19,6 +20,7 @@ from sparselearning.errors import FaultError, UsageError
 from sparselearning.masking import Masking
 from sparselearning.plan import Plan
 from sparselearning.progress import Progress, print_notes, run_table
+from sparselearning.provenance import ENVIRONMENT
 from sparselearning.signals import Stopped, stop_signals
 from sparselearning.sparse_init import SPARSE_INITS
 
@@ -335,4 +337,16 @@ def _open_folder(output: Output, trainer: Trainer) -> None:
                 folder.copy_from(source)
         if not folder.config.exists():
             write_json(folder.config, output.config)
+        else:
+            _note_environment(folder, output.config)
     distributed.barrier()
+
+
+def _note_environment(folder: RunFolder, config: Mapping[str, Any]) -> None:
+    """Add the code, versions and hardware that a run goes on with to its ``config.json``, if they are others."""
+    there = json.loads(folder.config.read_text())
+    latest = there.get("resumed", [there])[-1]
+    now = {name: config[name] for name in ENVIRONMENT if name in config}
+    if any(latest.get(name) != value for name, value in now.items()):
+        there.setdefault("resumed", []).append(now)
+        write_json(folder.config, there)

@@ -2,7 +2,8 @@
 
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ SECONDS_BETWEEN_LINES = 60
 
 
 def print_notes(*sentences: str) -> None:
-    """Tell the user, once for all ranks, what is doubtful but no error."""
+    """Tell the user, once for all ranks, what is doubtful but not an error."""
     if distributed.is_main():
         for sentence in sentences:
             print(f"note: {sentence}", file=sys.stderr)
@@ -34,13 +35,15 @@ class Progress:
     """
 
     def __init__(self, tensorboard: Path | None = None) -> None:
-        self._events = _event_writer(tensorboard) if tensorboard and distributed.is_main() else None
+        self._open_events = _event_writer(tensorboard) if tensorboard and distributed.is_main() else None
+        self._events: Any = None
         self._speaks = distributed.is_main()
         self._bar = tqdm(disable=True)
         self._last_line = time.monotonic()
 
     def start(self, done_batches: int, total_batches: int) -> None:
         """Show the bar of a run of ``total_batches`` that starts or goes on."""
+        self._events = self._open_events() if self._open_events else None
         self._bar = tqdm(
             initial=done_batches,
             total=total_batches,
@@ -104,12 +107,13 @@ class Progress:
                 self._events.add_scalar(key, value, step)
 
 
-def _event_writer(folder: Path) -> Any:
+def _event_writer(folder: Path) -> Callable[[], Any]:
+    """What opens TensorBoard's file in a folder."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise UsageError("--tensorboard needs another package: pip install tensorboard") from None
-    return SummaryWriter(str(folder))
+    return partial(SummaryWriter, str(folder))
 
 
 def run_table(summary: Mapping[str, Any], folder: Path) -> str:

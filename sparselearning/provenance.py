@@ -12,9 +12,12 @@ import torch
 
 from sparselearning import distributed
 
+ENVIRONMENT = ("commit", "versions", "device", "threads", "world_size")
+"""Names of what :func:`environment` tells."""
+
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """Everything in this module, as a run's ``config.json`` and a benchmark's file hold it."""
+    """Commit, versions, device, threads and processes, as in ``config.json`` and the benchmarks' files."""
     return {
         "commit": commit(),
         "versions": {
@@ -30,10 +33,14 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 
 def commit() -> str | None:
-    """Short hash of the checkout that this code belongs to, ``-dirty`` if tracked files changed since; else None."""
+    """Short hash of the checkout that this code belongs to, ``-dirty`` if its code changed since; else None.
+
+    Changes to documents and to kept results do not count.
+    """
     try:
         _git("ls-files", "--error-unmatch", __file__)  # fails for an installed copy that merely lies in some checkout
-        return _git("describe", "--always", "--dirty", "--exclude=*")
+        changed = _git("status", "--porcelain", "--untracked-files=no", "--", ":/*.py")
+        return _git("rev-parse", "--short", "HEAD") + ("-dirty" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return None
 

@@ -14,18 +14,19 @@ from torch import Tensor
 from sparselearning import flags
 from sparselearning.checkpoint import RunFolder, load_torch
 from sparselearning.errors import FaultError, UsageError
+from sparselearning.provenance import ENVIRONMENT
 
 Types = Mapping[str, Any]
 NUMBER: Any = (int, float)
 OPTIONAL_NUMBER = (int, float, type(None))
-NO_FLAGS = {"command", "commit", "versions", "device", "threads", "world_size", "network"}
+NO_FLAGS = {"command", "network", "resumed", *ENVIRONMENT}
 FLAGS = {"seed": int, "sparse": bool, "fix": bool, "method": str, "growth": str, "indicate_method": str}
 METRICS = dict.fromkeys(("epoch", "lr", "train_loss", "train_acc", "eval_loss", "eval_acc", "density"), NUMBER)
 METRICS |= {"ticket": OPTIONAL_NUMBER}
 TICKETS = dict.fromkeys(("ticket", "ticket_acc", "superposed_acc"), NUMBER)
 SUMMARY = dict.fromkeys(("pretrain_acc", "final_acc", "density", "gain", "total_seconds"), NUMBER)
 SUMMARY |= {"ticket_acc": list, "superposed_acc": list, "gain_over_ticket": OPTIONAL_NUMBER}
-ANALYSIS = {"networks": list, "settings": dict}
+ANALYSIS = {"networks": list, "settings": dict, "evaluated_on": dict}
 """What the report needs of each file: name to type."""
 
 SET_ASIDE = re.compile(r"\.old-\d+$")
@@ -38,7 +39,7 @@ class Run:
     Attributes:
         folder: its files.
         flags: every flag's value, under the names of ``config.json``.
-        environment: code, versions and hardware.
+        environments: code, versions and hardware (``provenance.environment``), first and after each change.
         metrics: one row per finished epoch, at least one.
         tickets: one row per ticket.
         summary: None as long as the run is unfinished.
@@ -47,7 +48,7 @@ class Run:
 
     folder: RunFolder
     flags: Mapping[str, Any]
-    environment: Mapping[str, Any]
+    environments: Sequence[Mapping[str, Any]]
     metrics: Sequence[Mapping[str, Any]]
     tickets: Sequence[Mapping[str, Any]]
     summary: Mapping[str, Any] | None
@@ -150,7 +151,8 @@ def read_run(path: Path) -> Run:
     folder = RunFolder(path)
     config = _read_json(folder.config, FLAGS)
     flag_values = {name: value for name, value in config.items() if name not in NO_FLAGS}
-    environment = {key: config.get(key) for key in ("device", "threads", "commit")} | config.get("versions", {})
+    first = {name: config[name] for name in ENVIRONMENT if name in config}
+    environments = [first, *config.get("resumed", [])]
     metrics = _read_jsonl(folder.metrics, METRICS)
     if not metrics:
         raise FaultError(f"{folder.metrics} holds no finished epoch")
@@ -167,7 +169,7 @@ def read_run(path: Path) -> Run:
         if row["ticket"] not in cycles:
             raise FaultError(f"{folder.metrics} is damaged: it has no epoch of ticket {row['ticket']}")
     analysis = _read_json(folder.analysis, ANALYSIS) if folder.analysis.exists() else None
-    return Run(folder, flag_values, environment, metrics, tickets, summary, analysis)
+    return Run(folder, flag_values, environments, metrics, tickets, summary, analysis)
 
 
 def masked_weights(path: Path) -> dict[str, Tensor]:

@@ -2,7 +2,7 @@
 
 import csv
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from statistics import fmean, stdev
@@ -140,11 +140,12 @@ def markdown_table(groups: Sequence[Group]) -> str:
 
 
 def averages_table(groups: Sequence[Group]) -> str:
-    """What else the kept tickets come to, where ``analyze_tickets.py --grid`` has looked; one column per group."""
+    """Accuracies of kept tickets, their ensemble and other averages, where ``analyze_tickets.py`` measured them."""
     looked_at = [group for group in groups if _is_analysed(group)]
     titles = dict.fromkeys(title for group in looked_at for run in group.runs for title in _averages(run))
     rows = [Column(title, title, partial(_average, title)) for title in titles]
-    header = ["accuracy [%]", *(group.label for group in looked_at)]
+    parts = {run.analysis["evaluated_on"]["part"] for group in looked_at for run in group.runs if run.analysis}
+    header = [f"accuracy on the {' or '.join(sorted(parts))} [%]", *(group.label for group in looked_at)]
     cells = [[row.title, *(row.text(row.spread(group), " ± ", "-") for group in looked_at)] for row in rows]
     return _markdown([header, *cells]) if cells else ""
 
@@ -228,10 +229,11 @@ def csv_of_runs(groups: Sequence[Group]) -> str:
     rows = [
         [
             group.label, run.seed, *(_number(column.value(group, run)) for column in columns),
-            run.environment.get("device"), run.environment.get("torch"), run.folder.path,
+            first.get("device"), first.get("versions", {}).get("torch"), run.folder.path,
         ]
         for group in groups
         for run in group.runs
+        for first in run.environments[:1]
     ]  # fmt: skip
     return _csv(["method", "seed", *(column.name for column in columns), "device", "torch", "folder"], rows)
 
@@ -255,11 +257,13 @@ def markdown_report(groups: Sequence[Group], left_out: Sequence[str] = ()) -> st
             "plain training has the same flags and epochs, and no tickets; groups of the same seeds are compared "
             "seed by seed, others by their means, without a deviation"
         )
+    if any(run.analysis for run in runs):
+        notes.append("the best of several tickets or averages, chosen on the images that it is measured on, flatters")
     if any("test_acc" in (run.summary or {}) for run in runs):
         notes.append("gains over plain training are those on the test set, the other gains those on the held-out set")
     notes += [note for note in (_missing_control(group, groups) for group in groups) if note]
     notes += [f"left out: {sentence}" for sentence in left_out]
-    notes.append("ran on: " + "; ".join(sorted({_machine(run) for run in runs})))
+    notes.append("ran on: " + "; ".join(sorted({_machine(known) for run in runs for known in run.environments})))
     tables = [table for table in (markdown_table(groups), averages_table(groups)) if table]
     return "\n".join(tables) + "\n" + "".join(f"- {note}\n" for note in notes)
 
@@ -275,7 +279,10 @@ def _missing_control(group: Group, groups: Sequence[Group]) -> str | None:
     return f"{group.label} has no plain training to compare with: {plain[nearest].label} differs in {listed}"
 
 
-def _machine(run: Run) -> str:
-    known = run.environment
+def _machine(known: Mapping[str, Any]) -> str:
+    torch = known.get("versions", {}).get("torch", "of unknown version")
+    threads = (
+        f", threads: {known['threads']}" if str(known.get("device")).startswith("cpu") and "threads" in known else ""
+    )
     commit = f", commit {known['commit']}" if known.get("commit") else ""
-    return f"{known.get('device', 'an unknown device')} with PyTorch {known.get('torch', 'of unknown version')}{commit}"
+    return f"{known.get('device') or 'an unknown device'}{threads}, PyTorch {torch}{commit}"

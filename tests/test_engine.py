@@ -1,5 +1,6 @@
 """The run itself: plan, tickets, superposition, stopping at any point, faults. A network of a few hundred weights."""
 
+import contextlib
 import copy
 import dataclasses
 import json
@@ -671,6 +672,25 @@ def test_sparse_cycles_alone_after_dense_training(tmp_path, monkeypatch):
     trainer = prepare(tmp_path / "b", FROZEN_CYCLES, resume=tmp_path / "thinned.pth", flags=OTHERS)
     assert trainer.masking.active_counts()["0.weight"] <= 108 - 18
     assert zero_after_every_step(trainer, monkeypatch)
+
+
+def test_a_run_names_every_code_and_machine_that_it_ran_on(tmp_path):
+    def run(commit, at=None):
+        here = {"config": {"commit": commit, "device": "cpu", "lr": 0.1}, "resume": tmp_path if at is None else None}
+        folder = here.pop("resume")
+        with pytest.raises(Stopped) if at else contextlib.nullcontext():
+            output = Output(RunFolder(tmp_path), identity={"f": 1}, resume=folder, **here)
+            trainer = experiment.prepare(recipe(), PLAN, sparse(), Runtime(amp="off"), output, Signals(at))
+            experiment._open_folder(output, trainer)
+            trainer.run()
+        return json.loads((tmp_path / "config.json").read_text())
+
+    run("one", at=9)
+    assert "resumed" not in run("one")
+    assert run("two")["resumed"] == [{"commit": "two", "device": "cpu"}]
+    assert len(run("two")["resumed"]) == 1
+    assert [there["commit"] for there in run("three")["resumed"]] == ["two", "three"]
+    assert run("three")["commit"] == "one"
 
 
 def test_no_pretraining_epochs_at_all(tmp_path):

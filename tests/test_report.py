@@ -26,7 +26,7 @@ def write_run(folder, final=0.9, tickets=2, epochs=4, finished=True, explored=No
     """Pre-training to 80 %, then tickets of one epoch and 85 % each; what they superpose into ends at ``final``."""
     folder.mkdir(parents=True)
     plain = {} if tickets else {"cycle_rate": 0.0}
-    config = FLAGS | plain | flags | {"device": "cpu", "versions": {"torch": "2.11"}}
+    config = FLAGS | plain | {"device": "cpu", "versions": {"torch": "2.11"}} | flags
     (folder / "config.json").write_text(json.dumps(config))
     first_cycle = epochs - tickets
     rows = [
@@ -97,6 +97,7 @@ def write_analysis(folder, shift, tickets=(0, 1, 2)):
     accuracies = {"ticket 0": 0.80, "ticket 1": 0.85, "ticket 2": 0.84, "superposition 1": 0.9, "logit ensemble": 0.90}
     content = {
         "settings": {"tickets": list(tickets)},
+        "evaluated_on": {"part": "test set", "images": 100},
         "networks": [{"name": name, "accuracy": accuracy + shift} for name, accuracy in accuracies.items()],
         "grid": [
             {
@@ -115,7 +116,7 @@ def test_other_averages_of_the_same_tickets_by_hand(study):
     write_analysis(study / "a_tickets/seed2", 0.02)
     groups, _ = groups_of(*find_runs([study]))
     assert averages_table(groups) == (
-        "| accuracy [%]                        |       GraNet |\n"
+        "| accuracy on the test set [%]        |       GraNet |\n"
         "| ----------------------------------- | -----------: |\n"
         "| pre-trained                         | 81.00 ± 1.41 |\n"
         "| tickets, their mean                 | 85.50 ± 1.41 |\n"
@@ -128,6 +129,19 @@ def test_other_averages_of_the_same_tickets_by_hand(study):
         "| CIMA 0.25, BatchNorm averaged       | 77.00 ± 0.00 |\n"
     )
     assert averages_table(groups) in markdown_report(groups)
+
+
+def test_reports_name_every_machine_and_commit(tmp_path):
+    first = {"device": "cpu: Fast", "threads": 2, "commit": "abc1234", "versions": {"torch": "2.11"}}
+    write_run(tmp_path / "seed1", **first, resumed=[first | {"commit": "def5678"}])
+    write_run(tmp_path / "seed2", seed=2, device="H200", threads=8, commit=None)
+    write_run(tmp_path / "seed3", seed=3, device=None, versions={})
+    groups, _ = groups_of(*find_runs([tmp_path]))
+    assert len(groups) == 1
+    assert markdown_report(groups).splitlines()[-1] == (
+        "- ran on: H200, PyTorch 2.11; an unknown device, PyTorch of unknown version; "
+        "cpu: Fast, threads: 2, PyTorch 2.11, commit abc1234; cpu: Fast, threads: 2, PyTorch 2.11, commit def5678"
+    )
 
 
 @pytest.mark.parametrize("other", [None, (0, 1)])
