@@ -15,6 +15,7 @@ from sparselearning import distributed
 from sparselearning.checkpoint import RunFolder, find_checkpoint, load_torch, write_json
 from sparselearning.costs import layer_flops
 from sparselearning.data import Batch
+from sparselearning.distributions import active_count
 from sparselearning.engine import Precision, Sources, Trainer
 from sparselearning.errors import FaultError, UsageError
 from sparselearning.masking import Masking
@@ -204,8 +205,10 @@ def prepare(
         config=output.identity,
         stop_signal=stop_signal,
     )
-    if masking and not plan.pre_train and plan.final_density and masking.density() > plan.final_density:
-        print_notes(f"the weights to start from are denser than the budget of {plan.final_density}")
+    if masking and not plan.pre_train and plan.final_density:
+        budget = active_count(sum(mask.numel() for mask in masking.masks.values()), plan.final_density)
+        if sum(masking.active_counts().values()) > budget:
+            print_notes(f"the weights to start from are denser than the budget of {plan.final_density}")
     if saved is not None:
         if continues:
             trainer.load_checkpoint(saved)

@@ -267,6 +267,18 @@ def test_cycles_alone_after_pretraining_alone(script, source):
     assert summaries[0]["pretrain_acc"] == summaries[1]["pretrain_acc"]
 
 
+@pytest.mark.parametrize(("density", "told"), [("0.3", False), ("0.2", True)])
+def test_cycles_alone_from_a_ticket_are_told_if_it_is_over_the_budget(script, capsys, density, told):
+    sparse = f"{SPARSE} --no_maskupdates"
+    assert (
+        script("--pre_train --cyclic_train --epochs 2 --cycle 1 --cycle_rate 0.5 --keep-tickets --save a", sparse) == 0
+    )
+    capsys.readouterr()
+    start = f"--cyclic_train --epochs 2 --cycle 1 --cycle_rate 0.5 --final-density {density}"
+    assert script(SPARSE, "--no_maskupdates", start, "--resume a/tickets/ticket_1.pth --save b") == 0
+    assert ("denser than the budget" in capsys.readouterr().err) == told
+
+
 def test_cycles_alone_do_not_overwrite_the_run_that_they_start_from(script):
     """Without --save both parts have the same folder: what pre-training left must still be somewhere."""
     assert script(WHOLE_METHOD.replace("--cyclic_train", "")) == 0
