@@ -267,9 +267,10 @@ def test_cycles_alone_after_pretraining_alone(script, source):
     assert summaries[0]["pretrain_acc"] == summaries[1]["pretrain_acc"]
 
 
-@pytest.mark.parametrize(("density", "told"), [("0.3", False), ("0.2", True)])
+@pytest.mark.parametrize(("density", "told"), [("0.29", False), ("0.2", True)])
 def test_cycles_alone_from_a_ticket_are_told_if_it_is_over_the_budget(script, capsys, density, told):
-    flags = f"--cyclic_train --epochs 4 --cycle 1 --cycle_rate 0.25 {SPARSE} --final-prune-epoch 1"
+    """0.29 of the 4,940 weights are 1,433 of them: a little more than that share."""
+    flags = f"--cyclic_train --epochs 4 --cycle 1 --cycle_rate 0.25 {SPARSE} --final-prune-epoch 1 --final-density 0.29"
     assert script(flags, "--pre_train --keep-tickets --save a") == 0
     capsys.readouterr()
     assert script(flags, f"--final-density {density} --resume a/tickets/ticket_0.pth --save b") == 0
