@@ -346,8 +346,15 @@ def _open_folder(output: Output, trainer: Trainer) -> None:
 
 
 def _note_environment(folder: RunFolder, config: Mapping[str, Any]) -> None:
-    """Add the code, versions and hardware that a run goes on with to its ``config.json``, if they are others."""
-    there = json.loads(folder.config.read_text())
+    """Add the code, versions and hardware that a run goes on with to its ``config.json``, if they are others.
+
+    Raises:
+        FaultError: if the file is damaged.
+    """
+    try:
+        there = dict(json.loads(folder.config.read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise FaultError(f"{folder.config} cannot be read as a run's configuration ({error!r})") from error
     latest = there.get("resumed", [there])[-1]
     now = {name: config[name] for name in ENVIRONMENT if name in config}
     if any(latest.get(name) != value for name, value in now.items()):

@@ -691,6 +691,9 @@ def test_a_run_names_every_code_and_machine_that_it_ran_on(tmp_path):
     assert len(run("two")["resumed"]) == 1
     assert [there["commit"] for there in run("three")["resumed"]] == ["two", "three"]
     assert run("three")["commit"] == "one"
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(FaultError, match="cannot be read"):
+        run("three")
 
 
 def test_no_pretraining_epochs_at_all(tmp_path):
