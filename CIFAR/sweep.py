@@ -10,7 +10,6 @@ they stopped, and failed ones are tried again.
 
 import argparse
 import importlib.util
-import json
 import os
 import shlex
 import subprocess
@@ -178,10 +177,7 @@ def planned(method: str, seed: int, shared: Sequence[str], out: Path, control: b
 def _check_folder(run: Run, identity: dict) -> None:
     if not run.folder.config.is_file():
         return
-    try:
-        there = dict(json.loads(run.folder.config.read_text()))
-    except (OSError, ValueError, TypeError) as error:
-        raise FaultError(f"{run.folder.config} cannot be read as a run's configuration ({error!r})") from error
+    there = run.folder.read_config()
     differing = [
         f"{name} {there[name]} there, {value} here"
         for name, value in identity.items()

@@ -8,7 +8,6 @@ Give the same command again: finished runs are skipped, stopped ones go on where
 """
 
 import argparse
-import json
 import os
 import re
 import sys
@@ -71,6 +70,12 @@ class Study:
     images_per_class: int | None = None
 
 
+TICKETS = (
+    "--pre_train --cyclic_train --re_explore --no_maskupdates --cyc_lr --lr_1 0.001 --lr_2 0.005 --update_bn "
+    "--large-death-rate 0.5"
+)
+SHORT = "--update-frequency 100 --final-density 0.1 --batch-size 32 --lr 0.05 --test-batch-size 500 --cycle 1"
+
 # Cycles alone, from the pre-trained networks of another experiment. They start without momentum: compare them with
 # the experiment `again` (`longer-again`), which has the flags of the one that they go on from.
 AGAIN = "--resume {before}/%s/granet/seed{seed}/tickets/ticket_0.pth"
@@ -78,10 +83,8 @@ LONGER = "--epochs 45 --cycle 3 --cycle_rate 0.27 --final-prune-epoch 12"
 
 STUDIES = {
     "cifar100-10k": Study(
-        flags="--pre_train --cyclic_train --re_explore --no_maskupdates --cyc_lr --lr_1 0.001 --lr_2 0.005 --update_bn "
-        "--epochs 20 --large-death-rate 0.5 --update-frequency 100 --final-density 0.1 --final-prune-epoch 8 "
-        "--batch-size 32 --lr 0.05 --test-batch-size 500 --model cifar_resnet_20 --keep-tickets "
-        "--cycle 1 --cycle_rate 0.2",
+        flags=f"{TICKETS} {SHORT} --model cifar_resnet_20 --epochs 20 --cycle_rate 0.2 --final-prune-epoch 8 "
+        "--keep-tickets",
         experiments={
             "main": Experiment(["granet", "rigl", "set"], control=True),
             "longer": Experiment(["granet"], control=True, flags=LONGER),
@@ -107,9 +110,7 @@ STUDIES = {
         images_per_class=100,
     ),
     "number-formats": Study(
-        flags="--pre_train --cyclic_train --re_explore --no_maskupdates --cyc_lr --lr_1 0.001 --lr_2 0.005 --update_bn "
-        "--epochs 4 --large-death-rate 0.5 --update-frequency 100 --final-density 0.1 --final-prune-epoch 1 "
-        "--batch-size 32 --lr 0.05 --test-batch-size 500 --model cifar_resnet_8 --cycle 1 --cycle_rate 0.5",
+        flags=f"{TICKETS} {SHORT} --model cifar_resnet_8 --epochs 4 --cycle_rate 0.5 --final-prune-epoch 1",
         experiments={
             "float32": Experiment(["granet"], flags="--amp off --no-tf32 --no-channels-last"),
             "channels-last": Experiment(["granet"], flags="--amp off --no-tf32"),
@@ -119,10 +120,9 @@ STUDIES = {
         images_per_class=100,
     ),
     "cifar100": Study(
-        flags="--update_bn --pre_train --cyclic_train --re_explore --no_maskupdates --cyc_lr --lr_2 0.005 --lr_1 0.001 "
-        "--cycle 8 --cycle_rate 0.1 --decay-schedule constant --sparse-init ERK --update-frequency 1000 "
-        "--batch-size 128 --prune-rate 0.5 --large-death-rate 0.5 --prune magnitude --final-density 0.05 --epochs 250 "
-        "--model ResNet50 --keep-tickets --compile",
+        flags=f"{TICKETS} --model ResNet50 --epochs 250 --cycle 8 --cycle_rate 0.1 --decay-schedule constant "
+        "--sparse-init ERK --update-frequency 1000 --batch-size 128 --prune-rate 0.5 --prune magnitude "
+        "--final-density 0.05 --keep-tickets --compile",
         experiments={"main": Experiment(["granet", "rigl", "set"], control=True)},
     ),
 }
@@ -222,8 +222,7 @@ def collect(source: Path, target: Path) -> None:
         run, kept = RunFolder(path), RunFolder(target / path.relative_to(source))
         if not run.summary.is_file():
             continue
-        config = json.loads(run.config.read_text())
-        write_json(kept.config, {name: value for name, value in config.items() if name != "network"})
+        write_json(kept.config, {name: value for name, value in run.read_config().items() if name != "network"})
         for there, here in zip(_text_files(run), _text_files(kept), strict=True):
             if there.is_file():
                 copy_whole(there, here)

@@ -99,6 +99,17 @@ class RunFolder:
         self.previous = path / "model_previous.pth"
         self.analysis = path / "analysis" / "analysis.json"
 
+    def read_config(self) -> dict[str, Any]:
+        """Content of ``config.json``.
+
+        Raises:
+            FaultError: if it is damaged.
+        """
+        try:
+            return dict(json.loads(self.config.read_text()))
+        except (OSError, ValueError, TypeError) as error:
+            raise FaultError(f"{self.config} cannot be read as a run's configuration ({error!r})") from error
+
     def ticket(self, number: int) -> Path:
         """Where ``--keep-tickets`` puts a ticket; 0 is the pre-trained network."""
         return self.path / "tickets" / f"ticket_{number}.pth"

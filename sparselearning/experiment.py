@@ -1,6 +1,5 @@
 """The part of a script that is no recipe: device, masks, resuming, the run itself, and how it ends."""
 
-import json
 import os
 import sys
 from collections.abc import Callable, Mapping
@@ -351,10 +350,7 @@ def _note_environment(folder: RunFolder, config: Mapping[str, Any]) -> None:
     Raises:
         FaultError: if the file is damaged.
     """
-    try:
-        there = dict(json.loads(folder.config.read_text()))
-    except (OSError, ValueError, TypeError) as error:
-        raise FaultError(f"{folder.config} cannot be read as a run's configuration ({error!r})") from error
+    there = folder.read_config()
     latest = there.get("resumed", [there])[-1]
     now = {name: config[name] for name in ENVIRONMENT if name in config}
     if any(latest.get(name) != value for name, value in now.items()):
