@@ -53,71 +53,92 @@ class Experiment(NamedTuple):
     without: Sequence[str] = ()
 
 
+class Subset(NamedTuple):
+    """A part of CIFAR-100, the same always: some classes, some training images and all test images of each.
+
+    Attributes:
+        name: of its file.
+        classes: so many, the first in the order of the labels.
+        images_per_class: to train on, drawn at random.
+    """
+
+    name: str
+    classes: int
+    images_per_class: int
+
+
 @dataclass(frozen=True)
 class Study:
-    """Experiments that share flags and seeds.
+    """Experiments that share flags, data and seeds.
 
     Attributes:
         flags: of all runs.
         experiments: by name, in the order in which they run.
         seeds: of each.
-        images_per_class: train on so many of CIFAR-100, on the same ones always; None: on all 500.
+        subset: of CIFAR-100; None: all of it.
     """
 
     flags: str
     experiments: dict[str, Experiment]
     seeds: tuple[int, ...] = (41, 42, 43)
-    images_per_class: int | None = None
+    subset: Subset | None = None
+
+
+def cycles_again(flags: str = "", without: Sequence[str] = ()) -> Experiment:
+    """Cycles alone, from the pre-trained networks of ``main``.
+
+    They start without momentum: compare them with ``cycles_again()``, which has the flags of ``main`` itself.
+    """
+    return Experiment(
+        ["granet"],
+        flags=f"{flags} --resume {{before}}/main/granet/seed{{seed}}/tickets/ticket_0.pth",
+        without=["--pre_train", *without],
+    )
 
 
 TICKETS = (
     "--pre_train --cyclic_train --re_explore --no_maskupdates --cyc_lr --lr_1 0.001 --lr_2 0.005 --update_bn "
     "--large-death-rate 0.5"
 )
-SHORT = "--update-frequency 100 --final-density 0.1 --batch-size 32 --lr 0.05 --test-batch-size 500 --cycle 1"
-
-# Cycles alone, from the pre-trained networks of another experiment. They start without momentum: compare them with
-# the experiment `again` (`longer-again`), which has the flags of the one that they go on from.
-AGAIN = "--resume {before}/%s/granet/seed{seed}/tickets/ticket_0.pth"
-LONGER = "--epochs 45 --cycle 3 --cycle_rate 0.27 --final-prune-epoch 12"
+SHORT = "--update-frequency 100 --final-density 0.1 --batch-size 32 --lr 0.05 --test-batch-size 100"
+TEN_THOUSAND = Subset("cifar100-10k", classes=100, images_per_class=100)
 
 STUDIES = {
     "cifar100-10k": Study(
-        flags=f"{TICKETS} {SHORT} --model cifar_resnet_20 --epochs 20 --cycle_rate 0.2 --final-prune-epoch 8 "
+        flags=f"{TICKETS} {SHORT} --model cifar_resnet_20 --epochs 20 --cycle 1 --cycle_rate 0.2 --final-prune-epoch 8 "
         "--keep-tickets",
         experiments={
             "main": Experiment(["granet", "rigl", "set"], control=True),
-            "longer": Experiment(["granet"], control=True, flags=LONGER),
-            "again": Experiment(["granet"], flags=AGAIN % "main", without=["--pre_train"]),
-            "no-exploration": Experiment(["granet"], flags=AGAIN % "main", without=["--pre_train", "--re_explore"]),
-            "rate-0.05": Experiment(["granet"], flags=f"--lr_2 0.05 {AGAIN % 'main'}", without=["--pre_train"]),
-            "longer-again": Experiment(["granet"], flags=f"{LONGER} {AGAIN % 'longer'}", without=["--pre_train"]),
-            "longer-no-exploration": Experiment(
-                ["granet"], flags=f"{LONGER} {AGAIN % 'longer'}", without=["--pre_train", "--re_explore"]
-            ),
-            "longer-rate-0.05": Experiment(
-                ["granet"], flags=f"{LONGER} --lr_2 0.05 {AGAIN % 'longer'}", without=["--pre_train"]
-            ),
-            "longer-no-exploration-rate-0.05": Experiment(
-                ["granet"],
-                flags=f"{LONGER} --lr_2 0.05 {AGAIN % 'longer'}",
-                without=["--pre_train", "--re_explore"],
-            ),
-            "mask-updates": Experiment(["granet"], without=["--no_maskupdates"]),
+            "again": cycles_again(),
+            "no-exploration": cycles_again(without=["--re_explore"]),
+            "mask-updates": cycles_again(without=["--no_maskupdates"]),
             "density-0.05": Experiment(["granet"], flags="--final-density 0.05"),
             "wider": Experiment(["granet"], flags="--model cifar_resnet_20_24"),
         },
-        images_per_class=100,
+        subset=TEN_THOUSAND,
+    ),
+    "cifar100-20": Study(
+        flags=f"{TICKETS} {SHORT} --model cifar_resnet_20 --epochs 75 --cycle 3 --cycle_rate 0.2 "
+        "--final-prune-epoch 20 --keep-tickets",
+        experiments={
+            "main": Experiment(["granet"], control=True),
+            "again": cycles_again(),
+            "no-exploration": cycles_again(without=["--re_explore"]),
+            "rate-0.05": cycles_again("--lr_2 0.05"),
+            "no-exploration-rate-0.05": cycles_again("--lr_2 0.05", without=["--re_explore"]),
+            "more-tickets": cycles_again("--cycle 1"),
+        },
+        subset=Subset("cifar100-20", classes=20, images_per_class=250),
     ),
     "number-formats": Study(
-        flags=f"{TICKETS} {SHORT} --model cifar_resnet_8 --epochs 4 --cycle_rate 0.5 --final-prune-epoch 1",
+        flags=f"{TICKETS} {SHORT} --model cifar_resnet_8 --epochs 4 --cycle 1 --cycle_rate 0.5 --final-prune-epoch 1",
         experiments={
             "float32": Experiment(["granet"], flags="--amp off --no-tf32 --no-channels-last"),
             "channels-last": Experiment(["granet"], flags="--amp off --no-tf32"),
             "bfloat16": Experiment(["granet"], flags="--amp bf16"),
             "bfloat16-compiled": Experiment(["granet"], flags="--amp bf16 --compile"),
         },
-        images_per_class=100,
+        subset=TEN_THOUSAND,
     ),
     "cifar100": Study(
         flags=f"{TICKETS} --model ResNet50 --epochs 250 --cycle 8 --cycle_rate 0.1 --decay-schedule constant "
@@ -141,7 +162,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     data_dir = Path(os.path.relpath(args.data_dir, ROOT))
     os.chdir(ROOT)  # so that the commands that runs record work from the top of any checkout
     if not args.collect:
-        data = prepared(data, data_dir, study.images_per_class)
+        data = prepared(data, data_dir, study.subset)
     for name in args.only or study.experiments:
         out = WORK / args.study / name
         if not args.collect:
@@ -185,25 +206,26 @@ def sweep_words(study: Study, name: str, out: Path, gpus: Sequence[str] | None =
     ]  # fmt: skip
 
 
-def prepared(data: str, data_dir: Path, per_class: int | None) -> str:
-    """Return the ``--data`` of a study's runs; write a fixed part of the training set, with the whole test set.
+def prepared(data: str, data_dir: Path, subset: Subset | None) -> str:
+    """Return the ``--data`` of a study's runs; write its part of the data, unless that is there already.
 
     Raises:
         UsageError: if the data are not CIFAR-100.
         FaultError: if they cannot be read.
     """
-    path = WORK / f"cifar100-{(per_class or 0) // 10}k.npz"
-    if per_class and path.is_file():
+    path = WORK / f"{subset.name}.npz" if subset else None
+    if path and path.is_file():
         return str(path)
     (x_train, y_train, x_test, y_test), num_classes = cifar_data.load_arrays(data, data_dir)
     if (len(y_train), num_classes) != (50_000, 100):
         raise UsageError(f"{data} is not CIFAR-100: it has {len(y_train):,} training images of {num_classes} classes")
-    if per_class is None:
+    if subset is None:
         return data
     generator = np.random.default_rng(0)
-    chosen = [generator.permutation(np.flatnonzero(y_train == label))[:per_class] for label in range(100)]
-    places = np.sort(np.concatenate(chosen))
-    arrays = cifar_data.Arrays(x_train[places], y_train[places], x_test, y_test)
+    labels = range(subset.classes)
+    chosen = [generator.permutation(np.flatnonzero(y_train == label))[: subset.images_per_class] for label in labels]
+    train, test = np.sort(np.concatenate(chosen)), y_test < subset.classes
+    arrays = cifar_data.Arrays(x_train[train], y_train[train], x_test[test], y_test[test])
     write_whole(path, lambda file: np.savez_compressed(file, **arrays._asdict()))
     return str(path)
 

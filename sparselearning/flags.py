@@ -16,11 +16,12 @@ from sparselearning.sparse_init import SPARSE_INITS
 from sparselearning.superpose import AVERAGING
 from sparselearning.topology import GROWTH, PRUNE, REDISTRIBUTION
 
-# Flags that change where a run's files lie or what it shows, not what it computes: a resumed run may differ in them.
+# Flags that change where a run's files lie, what it shows, or how much it evaluates at a time, not what it computes
+# (but for rounding): a resumed run may differ in them.
 WITHOUT_EFFECT_ON_RESULTS = {
     "benchmark_inference", "benchmark_training", "data_dir", "demo", "evaluate", "gather_checkpoints",
     "indicate_method", "iters", "keep_tickets", "local_rank", "log_interval", "master_port", "mgpu", "print_freq",
-    "prof", "resume", "save", "tensorboard", "workers",
+    "prof", "resume", "save", "tensorboard", "test_batch_size", "workers",
 }  # fmt: skip
 
 

@@ -381,7 +381,7 @@ def test_a_resumed_run_may_move_but_not_change():
         return flags.identity(flags.values(parse(RUN + call)))
 
     first = identity("--save a --log-interval 5 --keep-tickets")
-    assert first == identity("--save b --resume a --data-dir x")
+    assert first == identity("--save b --resume a --data-dir x --test-batch-size 7")
     for change in ("--seed 18", "--lr 0.2", "--model ResNet18", "--final-density 0.1", "--cyc_lr", "--amp bf16"):
         assert first != identity(change), change
 
