@@ -29,11 +29,12 @@ from sparselearning import experiment, flags  # noqa: E402
 from sparselearning.checkpoint import RunFolder, copy_whole, write_json, write_whole  # noqa: E402
 from sparselearning.errors import UsageError  # noqa: E402
 from sparselearning.runs import find_runs, group_runs, read_run  # noqa: E402
-from sparselearning.tables import markdown_report  # noqa: E402
+from sparselearning.tables import markdown_report, markdown_table  # noqa: E402
 
 WORK = Path("study")
 RESULTS = Path("results")
-REPORT = Path("RESULTS.md")
+PAGES = [Path("RESULTS.md"), Path("README.md")]
+HEADLINE = ("pretrain_acc_percent", "last_ticket_acc_percent", "final_acc_percent", "gain_over_plain_points")
 
 
 class Experiment(NamedTuple):
@@ -171,9 +172,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                 if RunFolder(path).ticket(1).is_file() and not RunFolder(path).analysis.is_file():
                     analyze_tickets.main([str(path), "--grid", "--points", "3"])
         collect(out, RESULTS / args.study / name)
-    if REPORT.is_file():
-        text = filled(REPORT.read_text())
-        write_whole(REPORT, lambda file: file.write(text.encode()))
+    for page in filter(Path.is_file, PAGES):
+        fill(page)
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -254,22 +254,32 @@ def _text_files(run: RunFolder) -> list[Path]:
     return [run.summary, run.metrics, run.tickets, run.analysis]
 
 
+def fill(page: Path) -> None:
+    """Fill in the tables of a page, in place."""
+    text = filled(page.read_text())
+    write_whole(page, lambda file: file.write(text.encode()))
+
+
 def filled(text: str) -> str:
-    """Put the report on the runs that a comment ``report FOLDER…`` names below it, up to ``end``."""
+    """Put below a comment ``report FOLDER…`` what the report says of these runs, and end it with a comment ``end``.
+
+    A comment ``headline FOLDER…`` gets the report's table alone, with the columns of :data:`HEADLINE`.
+    """
 
     def table(match: re.Match[str]) -> str:
         folders = [Path(word) for word in match["folders"].split()]
         there = [folder for folder in folders if folder.is_dir()]
         missing = "".join(f"- not run yet: {folder}\n" for folder in folders if folder not in there)
-        return f"<!-- report {match['folders']} -->\n\n{report_of(there) if there else ''}{missing}\n<!-- end -->"
+        return f"<!-- {match['command']} -->\n\n{_report(there, match['kind']) if there else ''}{missing}\n<!-- end -->"
 
-    return re.sub(r"<!-- report (?P<folders>[^>]*?) -->.*?<!-- end -->", table, text, flags=re.DOTALL)
+    command = r"(?P<command>(?P<kind>report|headline) (?P<folders>[^>]*?))"
+    return re.sub(f"<!-- {command} -->.*?<!-- end -->", table, text, flags=re.DOTALL)
 
 
-def report_of(folders: Sequence[Path]) -> str:
-    """What ``python -m sparselearning.report FOLDER…`` tabulates."""
+def _report(folders: Sequence[Path], kind: str) -> str:
+    """What ``python -m sparselearning.report FOLDER…`` tabulates, or its headline."""
     groups, left_out = group_runs([read_run(path) for path in find_runs(folders)])
-    return markdown_report(groups, left_out)
+    return markdown_table(groups, HEADLINE) if kind == "headline" else markdown_report(groups, left_out)
 
 
 if __name__ == "__main__":

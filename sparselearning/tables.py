@@ -2,7 +2,7 @@
 
 import csv
 import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from statistics import fmean, stdev
@@ -119,14 +119,17 @@ COLUMNS = (
 # ------------------------------------------------------------------------------------------------------- tables
 
 
-def _columns(groups: Sequence[Group]) -> list[Column]:
-    """Columns that some group fills."""
-    return [column for column in COLUMNS if any(column.spread(group) for group in groups)]
+def _columns(groups: Sequence[Group], wanted: Container[str] | None = None) -> list[Column]:
+    """Columns that some group fills; ``wanted``: of these names only."""
+    named = [column for column in COLUMNS if wanted is None or column.name in wanted]
+    return [column for column in named if any(column.spread(group) for group in groups)]
 
 
-def _cells(groups: Sequence[Group], plus_minus: str, nothing: str) -> list[list[str]]:
+def _cells(
+    groups: Sequence[Group], plus_minus: str, nothing: str, wanted: Container[str] | None = None
+) -> list[list[str]]:
     """Header and one row per group."""
-    columns = _columns(groups)
+    columns = _columns(groups, wanted)
     rows = [
         [group.label, str(len(group.runs)), *(c.text(c.spread(group), plus_minus, nothing) for c in columns)]
         for group in groups
@@ -134,9 +137,14 @@ def _cells(groups: Sequence[Group], plus_minus: str, nothing: str) -> list[list[
     return [["method", "n", *(column.title for column in columns)], *rows]
 
 
-def markdown_table(groups: Sequence[Group]) -> str:
-    """Mean ± sample standard deviation of each group, to be read as it is or rendered."""
-    return _markdown(_cells(groups, " ± ", "-"))
+def markdown_table(groups: Sequence[Group], wanted: Container[str] | None = None) -> str:
+    """Mean ± sample standard deviation of each group, to be read as it is or rendered.
+
+    Args:
+        groups: a row each.
+        wanted: names of the columns to show; by default all that some group fills.
+    """
+    return _markdown(_cells(groups, " ± ", "-", wanted))
 
 
 def averages_table(groups: Sequence[Group]) -> str:

@@ -118,6 +118,24 @@ def test_tables_are_filled_in_and_filled_again(tmp_path, monkeypatch):
     assert study.filled(once) == once
 
 
+def test_a_headline_is_the_reports_table_without_most_of_its_columns(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_run(tmp_path / "results/a/seed1")
+
+    def cells(line):
+        return [cell.strip() for cell in line.strip("|").split("|")]
+
+    once = study.filled("<!-- headline results/a results/b -->\nold\n<!-- end -->\n")
+    comment, _, header, _, row, missing, _, end = once.splitlines()
+    assert (comment, end) == ("<!-- headline results/a results/b -->", "<!-- end -->")
+    assert cells(header) == ["method", "n", "pre-trained [%]", "last ticket [%]", "final [%]"]
+    assert missing == "- not run yet: results/b"
+    report_lines = study.filled("<!-- report results/a --><!-- end -->").splitlines()
+    whole = dict(zip(cells(report_lines[2]), cells(report_lines[4]), strict=True))
+    assert cells(row) == [whole[title] for title in cells(header)]
+    assert study.filled(once) == once
+
+
 def test_an_experiment_runs_is_analysed_and_collected(tmp_path, monkeypatch):
     """One experiment from its command line to RESULTS.md, on a few images; then nothing is left to do."""
     labels = np.arange(50_000) % 100
@@ -154,8 +172,9 @@ def test_collecting_is_content_with_nothing(tmp_path, monkeypatch):
 
 def test_results_say_what_the_kept_files_say(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
+    for page in study.PAGES:
+        assert study.filled(page.read_text()) == page.read_text()
     text = Path("RESULTS.md").read_text()
-    assert study.filled(text) == text
     folders = re.search(r"<!-- report ([^>]*?) -->", text)[1].split()
     report.main([*folders, "--out", str(tmp_path), "--no-plots"])
     assert (tmp_path / "results.md").read_text() in text
