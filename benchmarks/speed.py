@@ -47,7 +47,7 @@ from sparselearning.plan import Plan
 from sparselearning.provenance import environment
 from sparselearning.schedules import EpochBudget
 from sparselearning.superpose import caa_factor, prune_to_density, superpose, update_bn
-from sparselearning.topology import Layer, gradual_prune
+from sparselearning.topology import Layer, shrink_globally
 
 LR = 0.001
 """Small, for labels drawn at random must not make the loss diverge."""
@@ -309,7 +309,7 @@ def case_gradual_prune(setting: Setting) -> Iterator[Row]:
             layer.mask = mask.flatten().clone()
 
     sides = (
-        Side(lambda: gradual_prune(layers, setting.density, uniform=False), prepare=restore),
+        Side(lambda: shrink_globally(layers, setting.density), prepare=restore),
         Side(lambda: references.gradual_prune(weights, masks, setting.density)),
     )
     yield Row.of_times("gradual global prune of the masks", *setting.measure(*sides))

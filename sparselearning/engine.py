@@ -24,9 +24,9 @@ from sparselearning.errors import FaultError
 from sparselearning.masking import Masking, maskable_parameters
 from sparselearning.plan import Plan
 from sparselearning.progress import Progress
+from sparselearning.selection import SelectionError
 from sparselearning.signals import Stopped
 from sparselearning.superpose import State, prune_to_density, superpose, update_bn
-from sparselearning.topology import SelectionError
 
 SECONDS_BETWEEN_CHECKPOINTS = 60
 
@@ -207,7 +207,7 @@ class Trainer:
         logits, loss = self._backward(batch)
         finite = torch.isfinite(loss.detach())
         self._bad_batch = torch.where(finite | (self._bad_batch >= 0), self._bad_batch, self.batch)
-        update_due = self.masking is not None and self.masking.update_due(self.masking.steps + 1)
+        update_due = self.masking is not None and self.masking.update_due
         if update_due or self.device.type == "cpu":
             self._check_finite()
         if self.masking:

@@ -9,12 +9,11 @@ from typing import Any, NoReturn
 
 from sparselearning.errors import UsageError
 from sparselearning.experiment import AMP, Runtime, SparseTraining
-from sparselearning.masking import METHODS, MOMENTUM_GROWTH
 from sparselearning.plan import Plan
 from sparselearning.schedules import DECAYS, EpochBudget
 from sparselearning.sparse_init import SPARSE_INITS
 from sparselearning.superpose import AVERAGING
-from sparselearning.topology import GROWTH, PRUNE, REDISTRIBUTION
+from sparselearning.topology import GROWTH, METHODS, PRUNE, REDISTRIBUTION, chosen_modes
 
 # Flags that change where a run's files lie, what it shows, or how much it evaluates at a time, not what it computes
 # (but for rounding): a resumed run may differ in them.
@@ -237,13 +236,14 @@ def check(args: argparse.Namespace, momentum_is_zero: bool) -> list[str]:
         raise UsageError("--fix freezes the topology and --re_explore changes it: give one of them")
     if SPARSE_INITS[args.sparse_init].needs_trained_weights and args.resume is None:
         raise UsageError(f"--sparse-init {args.sparse_init} starts from trained weights: give --resume PATH")
-    if momentum_is_zero and (args.growth in MOMENTUM_GROWTH or args.redistribution == "momentum"):
+    modes = chosen_modes(args.prune, args.growth, args.redistribution)
+    if momentum_is_zero and any(mode.reads_momentum for mode in modes):
         raise UsageError("--growth and --redistribution by momentum need a --momentum above 0")
     if args.final_prune_epoch < args.init_prune_epoch:
         raise UsageError(
             f"pruning cannot end at epoch {args.final_prune_epoch}, before it starts at epoch {args.init_prune_epoch}"
         )
-    if METHODS[args.method].gradual:
+    if METHODS[args.method].shrink:
         if args.final_density > args.init_density:
             raise UsageError(
                 f"{args.method} prunes from --init-density {args.init_density} to --final-density "
@@ -274,7 +274,7 @@ def check(args: argparse.Namespace, momentum_is_zero: bool) -> list[str]:
 def pruning_window_warning(args: argparse.Namespace, pretrain_epochs: int) -> list[str]:
     """Warn about gradual pruning that goes on after pre-training."""
     end = args.final_prune_epoch * args.multiplier
-    if not (args.sparse and METHODS[args.method].gradual and end > pretrain_epochs):
+    if not (args.sparse and METHODS[args.method].shrink and end > pretrain_epochs):
         return []
     return [f"gradual pruning ends at epoch {end}, after the {pretrain_epochs} epochs of pre-training"]
 

@@ -1,7 +1,6 @@
 """The owner of the masks: keeps weights and optimizer state sparse, and moves the topology when it is due."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -9,42 +8,24 @@ from torch import Tensor, nn
 
 from sparselearning import distributed
 from sparselearning.errors import FaultError, UsageError
+from sparselearning.optimizer_state import DenseMomentum, has_momentum, per_weight_state
 from sparselearning.schedules import DECAYS, gradual_density
 from sparselearning.seeding import derive_seed
-from sparselearning.sparse_init import SPARSE_INITS, InitSettings, gradient
+from sparselearning.sparse_init import SPARSE_INITS, InitSettings
 from sparselearning.topology import (
     GROWTH,
+    METHODS,
     PRUNE,
     REDISTRIBUTION,
     Layer,
     active_counts,
-    gradual_prune,
+    chosen_modes,
+    classifier,
+    count_true,
     magnitude_quantile,
     prune_and_grow,
     steer_threshold,
 )
-
-
-@dataclass(frozen=True)
-class Method:
-    """What one training method does at a topology update."""
-
-    gradual: bool = False
-    uniform: bool = False
-    grows: bool = True
-
-
-METHODS = {
-    "DST": Method(),
-    "GraNet": Method(gradual=True),
-    "GraNet_uniform": Method(gradual=True, uniform=True),
-    "GMP": Method(gradual=True, grows=False),
-    "GMP_uniform": Method(gradual=True, uniform=True, grows=False),
-}
-
-GRADIENT_GROWTH = ("gradient",)
-MOMENTUM_GROWTH = ("momentum", "momentum_neuron")
-"""Modes of growth that read dense gradients, and those that read dense momentum."""
 
 
 def maskable_parameters(model: nn.Module, keep_first_dense: bool = False) -> dict[str, nn.Parameter]:
@@ -58,10 +39,10 @@ def maskable_parameters(model: nn.Module, keep_first_dense: bool = False) -> dic
 
 
 class Masking:
-    """Sparse training around any optimizer of ``torch.optim`` that keeps per-weight state of the weight's shape.
+    """Sparse training around any optimizer of ``torch.optim`` whose per-weight state, if any, has the weight's shape.
 
-    Call :meth:`step` in place of ``optimizer.step()``. After every step, masked weights and every per-weight
-    optimizer state are exactly zero. All ranks of a data-parallel run hold the same masks.
+    Call :meth:`step` in place of ``optimizer.step()``. After every step, inactive weights and their optimizer state are
+    exactly zero. All ranks of a data-parallel run hold the same masks.
 
     Args:
         optimizer: holds the parameters of the model that :meth:`add_module` gets.
@@ -121,11 +102,11 @@ class Masking:
             raise UsageError(f"update_frequency is at least 1 step, not {update_frequency}")
         if decay_schedule != "constant" and not total_steps:
             raise UsageError(f"decay_schedule {decay_schedule!r} needs total_steps")
-        if (growth in MOMENTUM_GROWTH or redistribution == "momentum") and not any(
-            _momentum_coefficients(optimizer).values()
-        ):
+        modes = chosen_modes(prune, growth, redistribution)
+        reads_momentum = any(mode.reads_momentum for mode in modes)
+        if reads_momentum and not has_momentum(optimizer):
             raise UsageError("growth or redistribution by momentum needs an optimizer with momentum above 0")
-        if METHODS[method].gradual:
+        if METHODS[method].shrink:
             if final_density > init_density:
                 raise UsageError(
                     f"{method} prunes from init_density to final_density, and {final_density} is above {init_density}"
@@ -159,7 +140,9 @@ class Masking:
         self._zeroed = False  # masks were applied since optimizer state was made or loaded: zeros only need keeping
         self._overdue = False  # an update that met overflowed gradients waits for the next step
         self._threshold: float | None = None
-        self._off_mask_momentum: dict[str, dict[str, Tensor]] = {}
+        self._reads_gradient = any(mode.reads_gradient for mode in modes)
+        self._reads_momentum = reads_momentum
+        self._dense_momentum = DenseMomentum(optimizer)
         self._ever_active: dict[str, Tensor] = {}
 
     # ------------------------------------------------------------------------------------------ the face
@@ -182,7 +165,8 @@ class Masking:
             keep_first_dense: leave the first layer without a mask.
 
         Raises:
-            UsageError: if nothing is maskable, gradients are missing, or a model was added before.
+            UsageError: if nothing is maskable, the optimizer is not this model's, gradients are missing, or a model
+                was added before.
         """
         _check_choice("sparse_init", sparse_init, SPARSE_INITS)
         if not 0 <= pruning_rate <= 1:
@@ -192,6 +176,9 @@ class Masking:
         parameters = maskable_parameters(model, keep_first_dense)
         if not parameters:
             raise UsageError("the model has no 2-D or 4-D parameter to mask")
+        optimized = {parameter for group in self.optimizer.param_groups for parameter in group["params"]}
+        if optimized.isdisjoint(parameters.values()):
+            raise UsageError("the optimizer holds no weight of this model: make it from this very model's parameters")
         self._parameters = parameters
         self.seed = distributed.broadcast_object(self.seed)
         generator = torch.Generator().manual_seed(derive_seed(self.seed, "first masks"))
@@ -213,14 +200,18 @@ class Masking:
         Args:
             scaler: scales the gradients in float16 training; steps and updates itself here. A topology update that
                 meets overflowed gradients waits for the next step.
-            keep_gradients: leave the dense gradients as they are, for :meth:`truncate_weights`. Without, a step that
-                needs them no more masks them in place of weights and optimizer state, which saves a pass or two
-                over memory: zeros stay zeros under SGD and Adam, though not under every rule (Rprop). Gradients
-                that overflow off the masks alone then cost no step in float16 training.
+            keep_gradients: leave the dense gradients in place, for a :meth:`truncate_weights` that may follow. If not,
+                a step without a topology update masks the gradients before the optimizer step, instead of weights and
+                optimizer state after it, which saves a pass or two over memory. What is zero then stays zero, provided
+                that nothing else writes weights between steps, and that the optimizer leaves a weight without
+                gradient and state alone (SGD and Adam do, Rprop does not). In float16 training, gradients that
+                overflow at inactive weights alone then skip no step.
         """
-        self.steps += 1
-        due, tracks = self.update_due(self.steps), self.growth in MOMENTUM_GROWTH
+        self._check_has_model()
+        due = self.update_due
+        tracks = GROWTH[self.growth].reads_momentum
         masks_gradients = self._zeroed and not (keep_gradients or due or tracks)
+        self.steps += 1
         if masks_gradients:
             self.mask_gradients()
         if scaler is None:
@@ -230,7 +221,7 @@ class Masking:
             scaler.update()
         skipped = scaler is not None and (due or tracks) and not self.gradients_are_finite()
         if tracks and not skipped:
-            self._decay_off_mask_momentum()
+            self._dense_momentum.age(self._parameters)
         if not masks_gradients:
             self.apply_masks()
             self._zeroed = True
@@ -238,9 +229,10 @@ class Masking:
         if due and not skipped:
             self._update_topology()
 
-    def update_due(self, step: int) -> bool:
-        """Whether the topology is updated at the end of optimizer step ``step``, counted from 1."""
-        return self.updates_enabled and (self._overdue or step % self.update_frequency == 0)
+    @property
+    def update_due(self) -> bool:
+        """Whether the next :meth:`step` ends with a topology update."""
+        return self.updates_enabled and (self._overdue or (self.steps + 1) % self.update_frequency == 0)
 
     @torch.no_grad()
     def truncate_weights(self, prune_rate: float | None = None) -> None:
@@ -258,17 +250,17 @@ class Masking:
 
     def density(self) -> float:
         """Active over maskable weights, exactly."""
-        self._check_has_model()
         return sum(self.active_counts().values()) / sum(mask.numel() for mask in self.masks.values())
 
     def active_counts(self) -> dict[str, int]:
         """Active weights of each masked parameter."""
-        counts = active_counts([Layer(mask, mask) for mask in self.masks.values()])
-        return dict(zip(self.masks, counts, strict=True))
+        self._check_has_model()
+        return dict(zip(self.masks, count_true(self.masks.values()), strict=True))
 
     def explored(self) -> float:
         """Share of maskable weights that were ever active, R_s of In-Time Over-Parameterization (Liu et al. 2021)."""
-        active = sum(int(torch.count_nonzero(seen)) for seen in self._ever_active.values())
+        self._check_has_model()
+        active = sum(count_true(self._ever_active.values()))
         return active / sum(seen.numel() for seen in self._ever_active.values())
 
     def current_prune_rate(self) -> float:
@@ -278,12 +270,12 @@ class Masking:
 
     @property
     def sparse_steps(self) -> int | None:
-        """Steps on sparse gradients for each that needs the dense one; None: none does (``costs.training_flops``)."""
-        if self.growth in MOMENTUM_GROWTH:
+        """Steps on sparse gradients for each that needs dense ones, ΔT of ``costs.training_flops``; None: none does."""
+        if GROWTH[self.growth].reads_momentum:
             return 0
-        waits = self.method.gradual and self.steps < self.prune_start_step
+        waits = self.method.shrink is not None and self.steps < self.prune_start_step
         updates = self.updates_enabled and self.method.grows and not waits
-        return self.update_frequency if updates and self.growth in GRADIENT_GROWTH else None
+        return self.update_frequency if updates and GROWTH[self.growth].reads_gradient else None
 
     def scheduled_density(self) -> float:
         """Density that a gradual method prunes to at this step."""
@@ -296,11 +288,9 @@ class Masking:
     def apply_masks(self) -> None:
         """Zero every inactive weight and its optimizer state, in place."""
         for name, weight in self._parameters.items():
-            mask = self.masks[name]
-            states = dict(self._per_weight_state(weight))
-            for key, kept in self._off_mask_momentum.get(name, {}).items():
-                kept.add_(states[key]).masked_fill_(mask, 0)
-            zero_inactive([weight, *states.values()], mask)
+            self._dense_momentum.keep(name, weight, self.masks[name])
+            states = [state for _, state in per_weight_state(self.optimizer, weight)]
+            zero_inactive([weight, *states], self.masks[name])
 
     def mask_gradients(self) -> None:
         """Zero the gradient of every inactive weight, in place."""
@@ -317,7 +307,7 @@ class Masking:
             "overdue": self._overdue,
             "threshold": self._threshold,
             "ever_active": dict(self._ever_active),
-            "off_mask_momentum": {name: dict(kept) for name, kept in self._off_mask_momentum.items()},
+            "off_mask_momentum": self._dense_momentum.state_dict(),
             "seed": self.seed,
         }
 
@@ -327,9 +317,11 @@ class Masking:
         Raises:
             UsageError: if the masks are those of another model.
         """
-        shapes = {name: tuple(mask.shape) for name, mask in state["masks"].items()}
-        if shapes != {name: tuple(mask.shape) for name, mask in self.masks.items()}:
-            raise UsageError("the saved masks belong to another model, or add_module was not called yet")
+        self._check_has_model()
+        shapes, saved = ({name: mask.shape for name, mask in masks.items()} for masks in (self.masks, state["masks"]))
+        for name in shapes | saved:
+            if shapes.get(name) != saved.get(name):
+                raise UsageError(f"the saved masks belong to another model: {name} does not fit")
         for name, mask in self.masks.items():
             mask.copy_(state["masks"][name])
             self._ever_active[name].copy_(state["ever_active"][name])
@@ -338,27 +330,19 @@ class Masking:
         self._overdue = state["overdue"]
         self._threshold = state["threshold"]
         self.seed = state["seed"]
-        coefficients = _momentum_coefficients(self.optimizer)  # momentum of another optimizer is none here
-        self._off_mask_momentum = {
-            name: {
-                key: torch.empty_like(self._parameters[name]).copy_(kept)
-                for key, kept in saved.items()
-                if key in coefficients[self._parameters[name]]
-            }
-            for name, saved in state["off_mask_momentum"].items()
-            if self.growth in MOMENTUM_GROWTH
-        }
+        if GROWTH[self.growth].reads_momentum:
+            self._dense_momentum.load_state_dict(state["off_mask_momentum"], self._parameters)
         self._zeroed = False
 
     # ----------------------------------------------------------------------------------- topology updates
 
     @torch.no_grad()
     def _update_topology(self) -> None:
-        if self.method.gradual and self.steps < self.prune_start_step:
+        if self.method.shrink and self.steps < self.prune_start_step:
             return
         layers = self._layers()
-        if self.method.gradual:
-            gradual_prune(layers, self.scheduled_density(), self.method.uniform)
+        if self.method.shrink:
+            self.method.shrink(layers, self.scheduled_density())
         if self.method.grows:
             self._explore(layers)
         self._settle(layers)
@@ -395,28 +379,28 @@ class Masking:
                 raise FaultError(f"the ranks' masks differ after the topology update at step {self.steps}")
 
     def _layers(self) -> list[Layer]:
-        """Flat views of every masked weight with what the chosen modes read."""
-        matrices = [name for name, weight in self._parameters.items() if weight.dim() == 2]
-        needs_gradient = self.growth in GRADIENT_GROWTH
-        needs_momentum = self.growth in MOMENTUM_GROWTH or self.redistribution == "momentum"
-        if needs_gradient and all(weight.grad is None for weight in self._parameters.values()):
-            raise UsageError(f"{self.growth} growth needs gradients: run a backward pass before")
+        """Flat views of every masked weight with what the chosen modes read.
+
+        A mask whose weight has changed its memory format since is laid out anew.
+        """
+        if self._reads_gradient and all(weight.grad is None for weight in self._parameters.values()):
+            raise UsageError("growth by gradient needs gradients: run a backward pass before")
+        last = classifier(self._parameters)
         layers = []
         for name, weight in self._parameters.items():
-            if self.masks[name].stride() != weight.stride():  # the model changed its memory format
+            if self.masks[name].stride() != weight.stride():
                 self.masks[name] = torch.empty_like(weight, dtype=torch.bool).copy_(self.masks[name])
             layer = Layer(
                 weight=_flat(weight.detach(), weight),
                 mask=_flat(self.masks[name], weight),
                 neurons=weight.shape[0],
-                is_classifier=name in matrices[-1:],
+                is_classifier=name == last,
             )
-            if needs_gradient:
-                layer.gradient = (
-                    torch.zeros_like(layer.weight) if weight.grad is None else _flat(gradient(weight), weight)
-                )
-            if needs_momentum:
-                layer.momentum = _flat(self._dense_momentum(name), weight)
+            if self._reads_gradient:
+                gradient = torch.zeros_like(weight) if weight.grad is None else weight.grad
+                layer.gradient = _flat(gradient.detach(), weight)
+            if self._reads_momentum:
+                layer.momentum = _flat(self._dense_momentum.of(name, weight), weight)
             layers.append(layer)
         return layers
 
@@ -428,38 +412,6 @@ class Masking:
         """Whether all gradients of the optimizer's parameters are finite; a loss scaler skips steps where not."""
         parameters = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
         return bool(torch.stack([p.grad.isfinite().all() for p in parameters]).all())
-
-    # ------------------------------------------------------------------------------------ optimizer state
-
-    def _per_weight_state(self, weight: nn.Parameter) -> Iterator[tuple[str, Tensor]]:
-        for key, value in self.optimizer.state.get(weight, {}).items():
-            if isinstance(value, Tensor) and value.shape == weight.shape:
-                yield key, value
-
-    def _decay_off_mask_momentum(self) -> None:
-        """Age the momentum of inactive weights as the optimizer ages that of active ones.
-
-        The optimizer's own buffers are zero off the mask, which would leave momentum growth nothing to rank. So for
-        these modes the rest of the dense momentum is kept beside them, and :meth:`apply_masks` moves into it what
-        the optimizer just added there. Buffer plus rest is what dense training would hold.
-        """
-        coefficients = _momentum_coefficients(self.optimizer)
-        for name, weight in self._parameters.items():
-            kept = self._off_mask_momentum.setdefault(name, {})
-            for key, state in self._per_weight_state(weight):
-                if key in coefficients[weight]:
-                    kept.setdefault(key, torch.zeros_like(state)).mul_(coefficients[weight][key])
-
-    def _dense_momentum(self, name: str) -> Tensor:
-        weight = self._parameters[name]
-        state = dict(self._per_weight_state(weight))
-        for key, kept in self._off_mask_momentum.get(name, {}).items():
-            state[key] = state[key] + kept
-        if "momentum_buffer" in state:
-            return state["momentum_buffer"]
-        if "exp_avg" in state:
-            return state["exp_avg"] / (state["exp_avg_sq"].sqrt() + 1e-8)
-        raise UsageError("growth or redistribution by momentum needs a first optimizer step, which makes the momentum")
 
 
 BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -498,18 +450,6 @@ def _fingerprint(mask: Tensor) -> Tensor:
         mixed = mixed * factor
         mixed = mixed.bitwise_xor(mixed >> 29)
     return mixed.sum()
-
-
-def _momentum_coefficients(optimizer: torch.optim.Optimizer) -> dict[Tensor, dict[str, float]]:
-    """Per parameter, the momentum-like states that its optimizer keeps and what they shrink by at a step."""
-    coefficients = {}
-    for group in optimizer.param_groups:
-        if "betas" in group:
-            decay = dict(zip(("exp_avg", "exp_avg_sq"), group["betas"], strict=True))
-        else:
-            decay = {"momentum_buffer": group["momentum"]} if group.get("momentum") else {}
-        coefficients.update(dict.fromkeys(group["params"], decay))
-    return coefficients
 
 
 def _check_choice(name: str, value: str, table: Mapping[str, Any]) -> None:

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from sparselearning.distributions import DENSITIES, active_count, layer_counts, random_mask
 from sparselearning.errors import UsageError
-from sparselearning.topology import select_largest
+from sparselearning.selection import select_largest
+from sparselearning.topology import classifier
 
 Masks = dict[str, Tensor]
 Draw = Callable[[Mapping[str, Tensor], "InitSettings"], Masks]
@@ -55,7 +56,7 @@ def _dense(weights: Mapping[str, Tensor], settings: InitSettings) -> Masks:
 
 def _snip(weights: Mapping[str, Tensor], settings: InitSettings) -> Masks:
     """One-shot saliency |g·w|, global top-k (Lee et al. 2019, eq. 4)."""
-    saliency = {name: (gradient(weight) * weight).abs() for name, weight in weights.items()}
+    saliency = {name: (_gradient(weights, name) * weight).abs() for name, weight in weights.items()}
     return _keep_largest(saliency, settings.density)
 
 
@@ -91,7 +92,7 @@ def _then_grow(prune: Draw) -> Draw:
         for name, weight in weights.items():
             lost = int(torch.count_nonzero(weight)) - int(torch.count_nonzero(masks[name]))
             flat = masks[name].flatten()
-            grown = select_largest(torch.abs, [(gradient(weight).flatten(), ~flat)], lost)[0]
+            grown = select_largest(torch.abs, [(_gradient(weights, name).flatten(), ~flat)], lost)[0]
             masks[name] = (flat | grown).view(weight.shape)
         return masks
 
@@ -106,7 +107,7 @@ def _prune_and_grow_structured(weights: Mapping[str, Tensor], settings: InitSett
         alive = weight.flatten(1).any(dim=1)
         kept = masks[name].flatten(1).any(dim=1)
         lost = int(torch.count_nonzero(alive)) - int(torch.count_nonzero(kept))
-        norms = gradient(weight).flatten(1).norm(dim=1)
+        norms = _gradient(weights, name).flatten(1).norm(dim=1)
         masks[name][select_largest(torch.abs, [(norms, ~kept)], lost)[0]] = True
     return masks
 
@@ -128,15 +129,16 @@ SPARSE_INITS = {
 }
 
 
-def gradient(weight: Tensor) -> Tensor:
-    """Return the gradient of the last backward pass at a parameter.
+def _gradient(weights: Mapping[str, Tensor], name: str) -> Tensor:
+    """Gradient of the last backward pass at a parameter.
 
     Raises:
-        UsageError: if there was no backward pass.
+        UsageError: if there was no backward pass, or it did not reach the parameter.
     """
-    if weight.grad is None:
-        raise UsageError("this mode needs gradients: run a backward pass on one batch before it")
-    return weight.grad.detach()
+    gradient = weights[name].grad
+    if gradient is None:
+        raise UsageError(f"{name} has no gradient, which this sparse_init needs: run a backward pass before")
+    return gradient.detach()
 
 
 def _keep_largest(scores: Mapping[str, Tensor], density: float) -> Masks:
@@ -158,6 +160,5 @@ def _largest(scores: Mapping[str, Tensor], count: int) -> Masks:
 
 
 def _structured_layers(weights: Mapping[str, Tensor]) -> list[str]:
-    """All layers but the classifier: the last one that is a matrix."""
-    matrices = [name for name, weight in weights.items() if weight.dim() == 2]
-    return [name for name in weights if name not in matrices[-1:]]
+    """All layers but the classifier."""
+    return [name for name in weights if name != classifier(weights)]

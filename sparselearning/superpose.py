@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from sparselearning import distributed
 from sparselearning.distributions import active_count
-from sparselearning.topology import select_largest
+from sparselearning.selection import select_largest
 
 State = dict[str, Tensor]
 

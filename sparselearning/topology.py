@@ -1,32 +1,30 @@
 """Which weights to remove and which to grow: pure tensor code without state.
 
 Everything is one question, asked with different scores: *where are the k largest?* Pruning asks it of the active
-weights, growing of the inactive ones, and RigL differs from SET in the score alone. :func:`select_largest`
-answers exactly, to the unit, whatever ties the scores hold.
+weights, growing of the inactive ones, and RigL differs from SET in the score alone. ``select_largest`` answers it.
 
-A layer is seen through flat one-dimensional views (:class:`Layer`), so that nothing here depends on its shape.
+A layer is seen through flat one-dimensional views (:class:`Layer`), so that nothing here depends on its shape. What one
+can choose from stands in four tables: :data:`PRUNE`, :data:`GROWTH`, :data:`REDISTRIBUTION` and :data:`METHODS`.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from sparselearning.distributions import active_count, apportion
-
-SAMPLE_SIZE = 1 << 15
-"""More scores than these are bracketed by a sample before they are searched."""
-BLOCK_SIZE = 1 << 18
-"""Scores that a CPU works on at a time, so that its cache still holds what the operation before wrote."""
+from sparselearning.selection import select_largest
 
 
 @dataclass
 class Layer:
     """Flat views of one masked weight while its topology is being updated; all share one element order.
 
-    Output neurons (filters) are contiguous: ``tensor.view(neurons, -1)`` has one row per neuron.
+    Output neurons (filters) are contiguous: ``tensor.view(neurons, -1)`` has one row per neuron. ``gradient`` and
+    ``momentum``, what dense training would have there, are filled in for modes that say they read them.
     """
 
     weight: Tensor
@@ -37,134 +35,23 @@ class Layer:
     momentum: Tensor = field(default_factory=lambda: torch.empty(0))
 
 
-# ---------------------------------------------------------------------------------------------- selection
+@dataclass(frozen=True)
+class Mode:
+    """One entry of a table: a function, and what it reads of a :class:`Layer` besides weight and mask."""
+
+    function: Callable[..., Any]
+    reads_gradient: bool = False
+    reads_momentum: bool = False
+
+    def __call__(self, *args: Any) -> Any:
+        """Call the function."""
+        return self.function(*args)
 
 
-class SelectionError(ValueError):
-    """More weights are to be chosen than may be: some scores are NaN."""
-
-
-def select_largest(score: Callable[[Tensor], Tensor], layers: Sequence[tuple[Tensor, ...]], k: int) -> list[Tensor]:
-    """Find the ``k`` largest scores over all layers together.
-
-    Args:
-        score: element-wise function of values; ``-inf`` and NaN are never chosen.
-        layers: per layer the flat values and, unless all may be chosen, flags of those that may.
-        k: how many to choose, at most the number of scores above ``-inf`` that may be.
-
-    Returns:
-        Per layer a flat boolean tensor with the chosen ones true. Ties go to the earlier layer and position.
-
-    Raises:
-        SelectionError: if fewer than ``k`` may be chosen.
-    """
-    if k == 0:
-        return [torch.zeros_like(values, dtype=torch.bool) for values, *_ in layers]
-    select = _select_by_bracket if layers[0][0].device.type == "cpu" else _select_at_once
-    return select(score, layers, k)
-
-
-def _select_at_once(score: Callable[[Tensor], Tensor], layers: Sequence[tuple[Tensor, ...]], k: int) -> list[Tensor]:
-    """For a GPU: a few operations on everything, and one look at a result, since each look makes the GPU wait."""
-    scores = torch.cat([_eligible(score(values), *flags) for values, *flags in layers])
-    threshold = scores.topk(min(k, len(scores)), sorted=False).values.amin()
-    if k > len(scores) or threshold == -torch.inf:
-        raise _too_few(k, int(torch.count_nonzero(scores > -torch.inf)))
-    chosen = scores > threshold
-    ties = scores == threshold
-    places = ties.cumsum(0, dtype=torch.int32)
-    chosen.logical_or_(ties.logical_and_(places <= k - torch.count_nonzero(chosen)))
-    return list(chosen.split([len(values) for values, *_ in layers]))
-
-
-def _eligible(scores: Tensor, *flags: Tensor) -> Tensor:
-    """Scores with ``-inf`` in place of NaN, and wherever one of the ``flags`` is false."""
-    scores = scores.masked_fill(scores.isnan(), -torch.inf)
-    for flag in flags:
-        scores.masked_fill_(~flag, -torch.inf)
-    return scores
-
-
-def _too_few(k: int, there: int) -> SelectionError:
-    return SelectionError(f"{k} weights are to be chosen where only {there} may be (NaN never is)")
-
-
-def _select_by_bracket(score: Callable[[Tensor], Tensor], layers: Sequence[tuple[Tensor, ...]], k: int) -> list[Tensor]:
-    """For a CPU, the SELECT of Floyd & Rivest (1975).
-
-    A sample brackets the k-th largest score from both sides, one comparison each settles nearly all others, and only
-    those inside the bracket are searched exactly. Should the sample mislead, everything is searched, so the result
-    never depends on luck.
-    """
-    chosen = [torch.zeros_like(values, dtype=torch.bool) for values, *_ in layers]
-    blocks = [block for layer, flags in zip(layers, chosen, strict=True) for block in _blocks(flags, *layer)]
-    for low, high in (_bracket(score, layers, k), (None, None)):
-        positions, pools = [], []
-        for above, values, *eligible in blocks:
-            scores = score(values)
-            within = _compare(torch.gt, scores, -torch.inf if low is None else low)
-            if high is None:
-                above.fill_(False)
-            else:
-                above.copy_(_compare(torch.ge, scores, high))
-            for flags in eligible:
-                within.logical_and_(flags)
-                above.logical_and_(flags)
-            positions.append(within.logical_and_(~above).nonzero().squeeze(1))
-            pools.append(scores[positions[-1]])
-        missing = k - sum(int(torch.count_nonzero(above)) for above in chosen)
-        pool = torch.cat(pools)
-        if 0 <= missing <= len(pool):
-            break
-    else:
-        raise _too_few(k, len(pool))
-    picked = _largest_exactly(pool, missing).split([len(p) for p in positions])
-    for (above, *_), candidates, part in zip(blocks, positions, picked, strict=True):
-        above.index_fill_(0, candidates[part], True)
-    return chosen
-
-
-def _blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Cut tensors of one size into pieces that the cache holds."""
-    return zip(*(tensor.split(BLOCK_SIZE) for tensor in tensors), strict=True)
-
-
-def _compare(comparison: Callable[..., Tensor], scores: Tensor, bound: float) -> Tensor:
-    """``comparison(scores, bound)``, by way of numbers: PyTorch vectorises it only within one type."""
-    return comparison(scores, bound, out=torch.empty_like(scores)).bool()
-
-
-def _bracket(
-    score: Callable[[Tensor], Tensor], layers: Sequence[tuple[Tensor, ...]], k: int
-) -> tuple[float | None, float | None]:
-    """Two scores between which, judging by a strided sample, the k-th largest lies; None: no bound.
-
-    The lower one is exclusive, so that the zeros of a sparse network, should it be one of them, are not searched.
-    """
-    size = sum(values.numel() for values, *_ in layers)
-    if size <= SAMPLE_SIZE:
-        return None, None
-    stride = round(size ** (1 / 3)) // 2 | 1  # odd: a power of two would see some channels of a layer alone
-    sample = torch.cat([_eligible(score(values[::stride]), *(f[::stride] for f in flags)) for values, *flags in layers])
-    rank = k / size * len(sample)
-    slack = 4 * math.sqrt(rank * (1 - k / size)) + 4  # four standard deviations of the rank, and rounding
-    low, high = math.ceil(rank + slack), math.floor(rank - slack)
-    bounds = [
-        float(sample.kthvalue(len(sample) - rank + 1).values) if 1 <= rank <= len(sample) else -torch.inf
-        for rank in (low, high)
-    ]
-    lower, upper = (bound if bound > -torch.inf else None for bound in bounds)
-    return lower, upper
-
-
-def _largest_exactly(values: Tensor, k: int) -> Tensor:
-    """Boolean mask of the ``k`` largest of one-dimensional ``values``; ties go to the earlier ones."""
-    if k == 0:
-        return torch.zeros_like(values, dtype=torch.bool)
-    threshold = values.kthvalue(len(values) - k + 1).values
-    chosen = values > threshold
-    ties = (values == threshold).nonzero().squeeze(1)
-    return chosen.index_fill_(0, ties[: k - int(torch.count_nonzero(chosen))], True)
+def classifier(weights: Mapping[str, Tensor]) -> str | None:
+    """Name of the layer that is taken for the classifier: the last one that is a matrix."""
+    matrices = [name for name, weight in weights.items() if weight.dim() == 2]
+    return matrices[-1] if matrices else None
 
 
 def _smallness(values: Tensor) -> Tensor:
@@ -177,9 +64,14 @@ def smallest_active(layers: Sequence[Layer], k: int) -> list[Tensor]:
     return select_largest(_smallness, [(layer.weight, layer.mask) for layer in layers], k)
 
 
+def count_true(masks: Iterable[Tensor]) -> list[int]:
+    """How many are true in each mask, with one transfer to the host."""
+    return torch.stack([torch.count_nonzero(mask) for mask in masks]).tolist()
+
+
 def active_counts(layers: Sequence[Layer]) -> list[int]:
-    """Active weights of each layer, with one transfer to the host."""
-    return torch.stack([torch.count_nonzero(layer.mask) for layer in layers]).tolist()
+    """Active weights of each layer."""
+    return count_true(layer.mask for layer in layers)
 
 
 # ------------------------------------------------------------------------------------------------ pruning
@@ -224,10 +116,10 @@ def prune_global_magnitude(layers: Sequence[Layer], prune_rate: float, threshold
 
 
 PRUNE = {
-    "magnitude": prune_magnitude,
-    "SET": prune_set,
-    "threshold": prune_threshold,
-    "global_magnitude": prune_global_magnitude,
+    "magnitude": Mode(prune_magnitude),
+    "SET": Mode(prune_set),
+    "threshold": Mode(prune_threshold),
+    "global_magnitude": Mode(prune_global_magnitude),
 }
 
 
@@ -278,10 +170,10 @@ def grow_momentum_neuron(layer: Layer, k: int, generator: torch.Generator) -> Te
 
 
 GROWTH = {
-    "random": grow_random,
-    "gradient": grow_gradient,
-    "momentum": grow_momentum,
-    "momentum_neuron": grow_momentum_neuron,
+    "random": Mode(grow_random),
+    "gradient": Mode(grow_gradient, reads_gradient=True),
+    "momentum": Mode(grow_momentum, reads_momentum=True),
+    "momentum_neuron": Mode(grow_momentum_neuron, reads_momentum=True),
 }
 
 
@@ -309,12 +201,17 @@ def _mean_magnitude(values: Tensor, mask: Tensor) -> float:
     return float(active.abs().mean()) if active.numel() else 0.0
 
 
-REDISTRIBUTION: dict[str, Callable[[Layer], float] | None] = {
+REDISTRIBUTION: dict[str, Mode | None] = {
     "none": None,
-    "nonzeros": claim_nonzeros,
-    "magnitude": claim_magnitude,
-    "momentum": claim_momentum,
+    "nonzeros": Mode(claim_nonzeros),
+    "magnitude": Mode(claim_magnitude),
+    "momentum": Mode(claim_momentum, reads_momentum=True),
 }
+
+
+def chosen_modes(prune: str, growth: str, redistribution: str) -> list[Mode]:
+    """What is behind these names."""
+    return [mode for mode in (PRUNE[prune], GROWTH[growth], REDISTRIBUTION[redistribution]) if mode]
 
 
 # --------------------------------------------------------------------------------------- one whole update
@@ -347,9 +244,8 @@ def prune_and_grow(
     claim = REDISTRIBUTION[redistribution]
     claims = [claim(layer) for layer in layers] if claim else []
     removed = PRUNE[prune](layers, prune_rate, threshold)
-    for layer, chosen in zip(layers, removed, strict=True):
-        layer.mask.logical_xor_(chosen)
-    counts = torch.stack([torch.count_nonzero(chosen) for chosen in removed]).tolist()
+    _remove(layers, removed)
+    counts = count_true(removed)
     removed_total = sum(counts)
     if claim:
         room = [layer.mask.numel() - n for layer, n in zip(layers, active_counts(layers), strict=True)]
@@ -360,24 +256,40 @@ def prune_and_grow(
     return removed_total
 
 
-def gradual_prune(layers: Sequence[Layer], density: float, uniform: bool) -> None:
-    """Remove the smallest weights until exactly ``round(size · density)`` are active; changes the masks in place.
+# ----------------------------------------------------------------------------------------- gradual pruning
+# Each way: (layers, density); prunes until exactly round(size · density) weights are active, in place. Does nothing
+# where the masks are at the density, or below it.
 
-    Global magnitude over all layers (GraNet, sec. 3.2), or ``uniform``: every layer at the same density, except that
-    below a density of 0.2 the classifier stays at 0.2 and the others take up the difference. A layer that is already
-    sparser than its target keeps what it has. Does nothing where the masks are at the density, or below it.
+
+def shrink_globally(layers: Sequence[Layer], density: float) -> None:
+    """Remove the smallest weights over all layers together (GraNet, sec. 3.2)."""
+    active = sum(active_counts(layers))
+    target = _target(layers, density)
+    if target < active:
+        _remove(layers, smallest_active(layers, active - target))
+
+
+def shrink_uniformly(layers: Sequence[Layer], density: float) -> None:
+    """Remove the smallest weights of each layer, so that all have the same density.
+
+    Except that below a density of 0.2 the classifier stays at 0.2 and the others take up the difference. A layer that
+    is already sparser than its target keeps what it has.
     """
     active = active_counts(layers)
-    target = active_count(sum(layer.mask.numel() for layer in layers), density)
-    if target >= sum(active):
-        return
-    if uniform:
+    target = _target(layers, density)
+    if target < sum(active):
         keep = _uniform_targets(layers, active, density, target)
         removed = [smallest_active([layer], n - kept)[0] for layer, n, kept in zip(layers, active, keep, strict=True)]
-    else:
-        removed = smallest_active(layers, sum(active) - target)
-    for layer, chosen in zip(layers, removed, strict=True):
-        layer.mask.logical_xor_(chosen)
+        _remove(layers, removed)
+
+
+def _target(layers: Sequence[Layer], density: float) -> int:
+    return active_count(sum(layer.mask.numel() for layer in layers), density)
+
+
+def _remove(layers: Sequence[Layer], chosen: Sequence[Tensor]) -> None:
+    for layer, removed in zip(layers, chosen, strict=True):
+        layer.mask.logical_xor_(removed)
 
 
 CLASSIFIER_DENSITY = 0.2
@@ -399,3 +311,28 @@ def _uniform_targets(layers: Sequence[Layer], active: list[int], density: float,
         return apportion(target, shares, active)
     keep = apportion(target - held, shares, capacity)
     return [held if layer.is_classifier and held else kept for layer, kept in zip(layers, keep, strict=True)]
+
+
+# ------------------------------------------------------------------------------------------------ methods
+
+
+@dataclass(frozen=True)
+class Method:
+    """What one training method does at a topology update.
+
+    Attributes:
+        shrink: first, prune gradually to the scheduled density; None: the density is constant.
+        grows: then, prune and grow.
+    """
+
+    shrink: Callable[[Sequence[Layer], float], None] | None = None
+    grows: bool = True
+
+
+METHODS = {
+    "DST": Method(),
+    "GraNet": Method(shrink_globally),
+    "GraNet_uniform": Method(shrink_uniformly),
+    "GMP": Method(shrink_globally, grows=False),
+    "GMP_uniform": Method(shrink_uniformly, grows=False),
+}

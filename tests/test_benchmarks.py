@@ -11,7 +11,7 @@ import torch
 
 from sparselearning.errors import UsageError
 from sparselearning.superpose import prune_to_density
-from sparselearning.topology import Layer, gradual_prune
+from sparselearning.topology import Layer, shrink_globally
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
@@ -122,7 +122,7 @@ class TestReferences:
             Layer(weight.flatten(), network.masking.masks[name].flatten().clone())
             for name, weight in zip(names, weights, strict=True)
         ]
-        gradual_prune(layers, 0.05, uniform=False)
+        shrink_globally(layers, 0.05)
         kept = references.gradual_prune(weights, list(network.masking.masks.values()), 0.05)
         for layer, mask, name in zip(layers, kept, names, strict=True):
             assert torch.equal(layer.mask, mask.flatten())

@@ -1,0 +1,92 @@
+"""What an optimizer keeps for every weight, and the momentum that dense training would keep."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparselearning.errors import UsageError
+
+
+def per_weight_state(optimizer: torch.optim.Optimizer, weight: nn.Parameter) -> Iterator[tuple[str, Tensor]]:
+    """State tensors of the weight's shape, by name."""
+    for key, value in optimizer.state.get(weight, {}).items():
+        if isinstance(value, Tensor) and value.shape == weight.shape:
+            yield key, value
+
+
+def has_momentum(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether the optimizer keeps momentum for any of its parameters."""
+    return any(_decay(group) for group in optimizer.param_groups)
+
+
+class DenseMomentum:
+    """The momentum that dense training would hold: of SGD its buffer, of Adam m / (√v + 1e-8), not bias-corrected.
+
+    The optimizer's own buffers are zero wherever a weight is inactive, which would leave growth by momentum nothing to
+    rank. So the rest is kept here: :meth:`keep` moves in what masking is about to zero, :meth:`age` lets it shrink as
+    the optimizer lets its buffers shrink. A weight that grows starts without momentum. If neither is called, the
+    buffer alone counts, which is all there is to know of active weights.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer = optimizer
+        self._off_mask: dict[str, dict[str, Tensor]] = {}  # parameter name, state name
+
+    def age(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        """Let the momentum of inactive weights shrink; call it after an optimizer step, before :meth:`keep`."""
+        decays = self._decays()
+        for name, weight in parameters.items():
+            kept = self._off_mask.setdefault(name, {})
+            for key, state in per_weight_state(self.optimizer, weight):
+                if key in decays[weight]:
+                    kept.setdefault(key, torch.zeros_like(state)).mul_(decays[weight][key])
+
+    def keep(self, name: str, weight: nn.Parameter, mask: Tensor) -> None:
+        """Take over the optimizer's momentum where ``mask`` is false, and forget what was kept of active weights."""
+        state = dict(per_weight_state(self.optimizer, weight))
+        for key, kept in self._off_mask.get(name, {}).items():
+            kept.add_(state[key]).masked_fill_(mask, 0)
+
+    def of(self, name: str, weight: nn.Parameter) -> Tensor:
+        """Momentum of every weight, in its shape.
+
+        Raises:
+            UsageError: if the optimizer has not made any yet.
+        """
+        state = dict(per_weight_state(self.optimizer, weight))
+        for key, kept in self._off_mask.get(name, {}).items():
+            state[key] = state[key] + kept
+        if "momentum_buffer" in state:
+            return state["momentum_buffer"]
+        if "exp_avg" in state:
+            return state["exp_avg"] / (state["exp_avg_sq"].sqrt() + 1e-8)
+        raise UsageError("growth or redistribution by momentum needs a first optimizer step, which makes the momentum")
+
+    def state_dict(self) -> dict[str, Any]:
+        """What is kept beside the optimizer's own state."""
+        return {name: dict(kept) for name, kept in self._off_mask.items()}
+
+    def load_state_dict(self, saved: Mapping[str, Any], parameters: Mapping[str, nn.Parameter]) -> None:
+        """Go on from a :meth:`state_dict`; momentum that another kind of optimizer kept is none here."""
+        decays = self._decays()
+        self._off_mask = {
+            name: {
+                key: torch.empty_like(parameters[name]).copy_(kept)
+                for key, kept in states.items()
+                if key in decays[parameters[name]]
+            }
+            for name, states in saved.items()
+        }
+
+    def _decays(self) -> dict[Tensor, dict[str, float]]:
+        """Per parameter, the momentum-like states that its optimizer keeps and what they shrink by at a step."""
+        groups = self.optimizer.param_groups
+        return {parameter: _decay(group) for group in groups for parameter in group["params"]}
+
+
+def _decay(group: Mapping[str, Any]) -> dict[str, float]:
+    if "betas" in group:
+        return dict(zip(("exp_avg", "exp_avg_sq"), group["betas"], strict=True))
+    return {"momentum_buffer": group["momentum"]} if group.get("momentum") else {}
