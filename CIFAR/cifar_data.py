@@ -8,7 +8,7 @@ processes of a data-parallel run draw the same global batches and each take thei
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -113,13 +113,16 @@ def load_data(
         world_size=world_size,
         memory_format=memory_format,
     )
+    *_, channels = arrays.x_train.shape
     augmentation = DATASETS.get(name, NPZ_FILE).augmentation
+    if name not in DATASETS and channels == 1:  # digits and letters, as a rule: mirrored, they are others or none
+        augmentation = replace(augmentation, flip=False)
     train = loader(arrays.x_train[:kept], arrays.y_train[:kept], batch_size=batch_size, augmentation=augmentation)
     test = loader(arrays.x_test, arrays.y_test, batch_size=test_batch_size)
     evaluation = test
     if valid_split > 0:
         evaluation = loader(arrays.x_train[kept:], arrays.y_train[kept:], batch_size=test_batch_size)
-    _, image_size, _, channels = arrays.x_train.shape
+    image_size = arrays.x_train.shape[1]
     return Data(Path(name).stem, train, evaluation, test, num_classes, channels, image_size)
 
 
@@ -420,7 +423,7 @@ DATASETS = {
 
 NPZ_FILE = DataSet(
     load=_load_npz,
-    about="an .npz file (x_train, x_test: uint8, N x H x H or N x H x H x 3; y_train, y_test: integers)",
+    about="an .npz file (x_train, x_test: uint8, N x H x H, not flipped, or N x H x H x 3; y_train, y_test: integers)",
     augmentation=Augmentation(padding="constant", flip=True),
     num_classes=None,
 )

@@ -118,7 +118,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def run(args: argparse.Namespace, argv: Sequence[str] | None) -> None:
     """Do one run of one seed."""
-    warnings = flags.check(args, momentum_is_zero=args.optimizer == "sgd" and args.momentum == 0)
+    warnings = check(args)
     budget = epoch_budget(args.epochs * args.multiplier, args.cycle_rate, args.cycle)
     warnings += flags.check_budget(args, budget) + flags.pruning_window_warning(args, budget.pretrain_epochs)
     device, runtime = flags.runtime(args).start()
@@ -159,6 +159,16 @@ def run(args: argparse.Namespace, argv: Sequence[str] | None) -> None:
             tensorboard=args.tensorboard,
         ),
     )
+
+
+def check(args: argparse.Namespace) -> list[str]:
+    """Refuse contradictory flags; return warnings about doubtful ones.
+
+    Raises:
+        UsageError: one sentence about the first contradiction.
+    """
+    momentum_is_zero = args.optimizer == "sgd" and args.momentum == 0
+    return flags.check(args, momentum_is_zero, has_weights=args.resume is not None)
 
 
 def load(args: argparse.Namespace, runtime: experiment.Runtime, device: torch.device) -> tuple[Data, nn.Module]:

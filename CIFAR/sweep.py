@@ -165,7 +165,7 @@ def planned(method: str, seed: int, shared: Sequence[str], out: Path, control: b
     run = Run(f"{folder.path.parent.name} seed {seed}", words, folder)
 
     args = main_suptickets.parse(words)
-    flags.check(args, momentum_is_zero=args.optimizer == "sgd" and args.momentum == 0)
+    main_suptickets.check(args)
     if args.iters > 1:
         raise UsageError("--iters and --seeds both ask for several seeds: give --seeds alone")
     if args.sparse and "--sparse" not in words:

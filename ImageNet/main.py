@@ -179,11 +179,12 @@ def check(args: argparse.Namespace, budget: EpochBudget) -> list[str]:
         raise UsageError("loss scaling is for float16: give --fp16 as well")
     if args.static_loss_scale and args.dynamic_loss_scale:
         raise UsageError("give one of --static-loss-scale and --dynamic-loss-scale")
-    if args.evaluate and not (args.resume or args.pretrained_weights):
+    has_weights = args.resume is not None or args.pretrained_weights is not None
+    if args.evaluate and not has_weights:
         raise UsageError("--evaluate needs weights: give --resume PATH or --pretrained-weights PATH")
     if args.evaluate or measures_only(args):
         args.pre_train = args.pre_train or not args.cyclic_train
-    warnings = flags.check(args, momentum_is_zero=args.momentum == 0)
+    warnings = flags.check(args, momentum_is_zero=args.momentum == 0, has_weights=has_weights)
     return warnings + flags.check_budget(args, budget) + flags.pruning_window_warning(args, budget.pretrain_epochs)
 
 

@@ -99,6 +99,13 @@ class RunFolder:
         self.previous = path / "model_previous.pth"
         self.analysis = path / "analysis" / "analysis.json"
 
+    @classmethod
+    def of(cls, path: Path) -> "RunFolder":
+        """The folder that ``--resume PATH`` means: itself, or the one that a checkpoint lies in."""
+        if path.is_dir():
+            return cls(path)
+        return cls(path.parent.parent if path.parent.name == "checkpoints" else path.parent)
+
     def read_config(self) -> dict[str, Any]:
         """Content of ``config.json``.
 
@@ -124,6 +131,8 @@ class RunFolder:
             raise FaultError(f"{self.path} is to be a run's folder, but a file stands there")
         if not any(file.exists() for file in (self.config, self.metrics, self.summary, self.checkpoint)):
             return None
+        if self.config.exists() and "versions" not in self.read_config():
+            raise UsageError(f"{self.config} is no run's: name another folder for the run")
         if self.path.resolve() == Path.cwd():
             raise UsageError(f"{self.path} is the present folder, and not empty: name another one for the run")
         number = 1

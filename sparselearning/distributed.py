@@ -1,4 +1,4 @@
-"""The one file through which processes communicate. In a single process every call here is free and does the obvious."""
+"""The one file through which processes communicate. In a single process every call is free and does the obvious."""
 
 import inspect
 import os

@@ -275,17 +275,18 @@ class Trainer:
             "images_per_second": samples / self._seconds,
         }
         self.metrics.append(row)
-        self.progress.epoch(row)
         if epoch + 1 == plan.budget.pretrain_epochs:
             self._adopt_pretrained(eval_acc, epochs=epoch + 1)
         if ticket_row:
             self.tickets.append(ticket_row)
-            self.progress.ticket(ticket_row)
         if distributed.is_main():
             write_jsonl(self.folder.metrics, self.metrics)
             if ticket_row:
                 write_jsonl(self.folder.tickets, self.tickets)
                 self._write_networks(ticket_row["ticket"], epochs=epoch + 1)
+        self.progress.epoch(row)
+        if ticket_row:
+            self.progress.ticket(ticket_row)
         self.epoch, self.batch, self.trained = epoch + 1, 0, False
         self._tally.zero_()
         self._seconds = self._flops = 0.0

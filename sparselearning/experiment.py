@@ -24,6 +24,8 @@ from sparselearning.provenance import ENVIRONMENT
 from sparselearning.signals import Stopped, stop_signals
 from sparselearning.sparse_init import SPARSE_INITS
 
+CHECKPOINT_KEYS = {"config", "masking", "optimizer", "ranks"}
+"""Some of what :meth:`Trainer.save_checkpoint` writes, and other people's files do not have."""
 AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 """Name to number format of forward passes."""
 
@@ -174,7 +176,8 @@ def prepare(
     device = next(recipe.model.parameters()).device
     runtime = runtime.resolved(device)
     saved = load_torch(find_checkpoint(output.resume)) if output.resume else None
-    continues = saved is not None and _continues(saved, plan, sparse, output)
+    is_checkpoint = saved is not None and saved.keys() >= CHECKPOINT_KEYS
+    continues = saved is not None and _continues(saved, is_checkpoint, plan, sparse, output)
     if saved is not None and not continues:
         load_weights(recipe.model, saved, output.resume)
     masking, init = None, "resume"
@@ -208,11 +211,15 @@ def prepare(
         budget = active_count(sum(mask.numel() for mask in masking.masks.values()), plan.final_density)
         if sum(masking.active_counts().values()) > budget:
             print_notes(f"the weights to start from are denser than the budget of {plan.final_density}")
+    if masking:
+        masking.steps = plan.first_epoch * len(recipe.sources.train)  # cycles alone come after pre-training
     if saved is not None:
         if continues:
             trainer.load_checkpoint(saved)
-        elif not plan.pre_train and "optimizer" in saved and init == "resume":
+        elif not plan.pre_train and is_checkpoint and init == "resume":
             trainer.load_training_state(saved)
+    if masking:
+        _note_unfinished_pruning(masking, plan, len(recipe.sources.train))
     return trainer
 
 
@@ -252,9 +259,15 @@ def run_script(main: Callable[[], None]) -> None:
     except torch.OutOfMemoryError as error:
         message, code = f"error: the GPU's memory is full ({error.args[0].splitlines()[0]}): try a smaller batch", 1
     except RuntimeError as error:
-        if not distributed.is_lost_contact(error):
+        if "can't allocate memory" in str(error):
+            message, code = "error: the memory of this machine is full: try a smaller batch or network", 1
+        elif distributed.is_lost_contact(error):
+            message, code = "error: another process of this run has gone away or cannot be reached", 1
+        else:
             raise
-        message, code = "error: another process of this run has gone away or cannot be reached", 1
+    except BrokenPipeError:
+        message, code = "error: nobody reads this output any more", 1
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it once more at its end
     except KeyboardInterrupt:
         message, code = "stopped", 130
     if distributed.is_main() or code in (UsageError.exit_code, FaultError.exit_code):  # a fault may be one rank's own
@@ -279,21 +292,44 @@ def _mask(recipe: Recipe, sparse: SparseTraining, init: str) -> Masking:
     return masking
 
 
-def _continues(saved: Mapping[str, Any], plan: Plan, sparse: SparseTraining | None, output: Output) -> bool:
+def _note_unfinished_pruning(masking: Masking, plan: Plan, batches: int) -> None:
+    """Tell the user if the last topology update comes before gradual pruning is at its end."""
+    if not (masking.method.shrink and masking.updates_enabled and masking.prune_end_step):
+        return
+    end = (plan.end_epoch if plan.updates_in_cycles else plan.budget.pretrain_epochs) * batches
+    last = end - end % masking.update_frequency
+    if masking.steps < end and last < masking.prune_end_step:
+        print_notes(
+            f"gradual pruning does not get to density {masking.final_density}: its window ends at step "
+            f"{masking.prune_end_step}, and the last topology update (one in {masking.update_frequency} steps) is at "
+            f"step {last}"
+        )
+
+
+def _continues(
+    saved: Mapping[str, Any], is_checkpoint: bool, plan: Plan, sparse: SparseTraining | None, output: Output
+) -> bool:
     """Whether a saved file is a run with these very flags, to go on with; else its weights are a start.
+
+    A finished run with flags that start from weights can be either. It is gone on with in its own folder; in another,
+    its weights are the start of a new run.
 
     Raises:
         UsageError: if it is neither.
     """
-    is_checkpoint = "config" in saved
+    starts_from_weights = not plan.pre_train or (sparse and SPARSE_INITS[sparse.sparse_init].needs_trained_weights)
     if is_checkpoint and saved["config"] == output.identity:
+        assert output.resume is not None
+        own = RunFolder.of(output.resume).path.resolve() == output.folder.path.resolve()
+        if starts_from_weights and saved["epoch"] == plan.end_epoch and not own:
+            return False
         if len(saved["ranks"]) != distributed.world_size():
             raise UsageError(
                 f"{output.resume} was written by {len(saved['ranks'])} process(es): go on with as many, "
                 f"not {distributed.world_size()}"
             )
         return True
-    if not plan.pre_train or (sparse and SPARSE_INITS[sparse.sparse_init].needs_trained_weights):
+    if starts_from_weights:
         return False
     if not is_checkpoint:
         raise UsageError(
@@ -313,12 +349,14 @@ def load_weights(model: nn.Module, saved: Mapping[str, Any], source: Path | None
     """Load the weights of any saved ``.pth``: a run's file, or a bare state dict, data-parallel or not.
 
     Raises:
-        UsageError: if they belong to another model.
+        UsageError: if they belong to another model, or are no weights.
     """
-    state: Mapping[str, Tensor] = saved.get("state_dict", saved)
-    state = {name.removeprefix("module."): entry for name, entry in state.items()}
+    state: Any = saved.get("state_dict", saved)
+    if not isinstance(state, Mapping) or not all(isinstance(name, str) for name in state):
+        raise UsageError(f"{source} holds no state dict of a model")
+    state = {name.replace("_orig_mod.", "").removeprefix("module."): entry for name, entry in state.items()}
     own = model.state_dict()
-    for name in [*own, *state]:
+    for name in own | state:
         if name not in own or name not in state or own[name].shape != getattr(state[name], "shape", None):
             raise UsageError(f"{source} holds weights of another model: {name} does not fit")
     model.load_state_dict(state)
@@ -331,7 +369,7 @@ def _open_folder(output: Output, trainer: Trainer) -> None:
     """
     if distributed.is_main():
         folder = output.folder
-        source = find_checkpoint(output.resume).parent if output.resume and trainer.continues else None
+        source = RunFolder.of(output.resume).path if output.resume and trainer.continues else None
         if source is None or source.resolve() != folder.path.resolve():
             if aside := folder.make_room():
                 print_notes(f"an earlier run stood in {folder.path}: moved to {aside}")

@@ -89,7 +89,7 @@ def _number(text: str, kind: Callable[[str], Any], valid: Callable[[Any], bool],
     try:
         value = kind(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number: {rule}") from None
+        raise argparse.ArgumentTypeError(f"{rule}, not {text!r}") from None
     if not valid(value):
         raise argparse.ArgumentTypeError(f"{rule}, not {text}")
     return value
@@ -214,8 +214,13 @@ def add_ticket_flags(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
-def check(args: argparse.Namespace, momentum_is_zero: bool) -> list[str]:
+def check(args: argparse.Namespace, momentum_is_zero: bool, has_weights: bool) -> list[str]:
     """Refuse contradictory flags before anything is trained or written; return warnings about doubtful ones.
+
+    Args:
+        args: the command line.
+        momentum_is_zero: whether the optimizer that it asks for keeps no momentum.
+        has_weights: whether it names weights to start from.
 
     Raises:
         UsageError: one sentence about the first contradiction.
@@ -225,7 +230,7 @@ def check(args: argparse.Namespace, momentum_is_zero: bool) -> list[str]:
         raise UsageError(f"--fp16 means --amp fp16, which contradicts --amp {args.amp}")
     if not (args.pre_train or args.cyclic_train):
         raise UsageError("nothing to do: give --pre_train, --cyclic_train, or both")
-    if args.cyclic_train and not args.pre_train and args.resume is None:
+    if args.cyclic_train and not args.pre_train and not has_weights:
         raise UsageError("--cyclic_train alone needs trained weights to start from: give --resume PATH or --pre_train")
     if not args.sparse:
         for flag in ("re_explore", "no_maskupdates"):
@@ -234,7 +239,7 @@ def check(args: argparse.Namespace, momentum_is_zero: bool) -> list[str]:
         return warnings
     if args.fix and args.re_explore:
         raise UsageError("--fix freezes the topology and --re_explore changes it: give one of them")
-    if SPARSE_INITS[args.sparse_init].needs_trained_weights and args.resume is None:
+    if SPARSE_INITS[args.sparse_init].needs_trained_weights and not has_weights:
         raise UsageError(f"--sparse-init {args.sparse_init} starts from trained weights: give --resume PATH")
     modes = chosen_modes(args.prune, args.growth, args.redistribution)
     if momentum_is_zero and any(mode.reads_momentum for mode in modes):
@@ -261,6 +266,8 @@ def check(args: argparse.Namespace, momentum_is_zero: bool) -> list[str]:
                 f"--sparse-init GMP starts dense, but the pruning schedule at --init-density {args.init_density}: "
                 "give --init-density 1 for a schedule from dense"
             )
+    elif SPARSE_INITS[args.sparse_init].needs_trained_weights:
+        pass  # the loaded weights decide what the density is
     elif args.sparse_init == "GMP":
         warnings.append("--sparse-init GMP starts dense and DST stays so; only the superposition is cut to the budget")
     elif args.init_density != args.final_density:

@@ -314,6 +314,8 @@ class Masking:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a :meth:`state_dict`; call it after :meth:`add_module`.
 
+        Load the model's weights after :meth:`add_module`, too: the first masks that it draws zero what they leave out.
+
         Raises:
             UsageError: if the masks are those of another model.
         """

@@ -22,7 +22,9 @@ def has_momentum(optimizer: torch.optim.Optimizer) -> bool:
 
 
 class DenseMomentum:
-    """The momentum that dense training would hold: of SGD its buffer, of Adam m / (√v + 1e-8), not bias-corrected.
+    """The momentum that dense training would hold.
+
+    Of SGD it is the momentum buffer, of Adam m / (√v + 1e-8), not bias-corrected, of Adamax, which has no v, m.
 
     The optimizer's own buffers are zero wherever a weight is inactive, which would leave growth by momentum nothing to
     rank. So the rest is kept here: :meth:`keep` moves in what masking is about to zero, :meth:`age` lets it shrink as
@@ -50,19 +52,21 @@ class DenseMomentum:
             kept.add_(state[key]).masked_fill_(mask, 0)
 
     def of(self, name: str, weight: nn.Parameter) -> Tensor:
-        """Momentum of every weight, in its shape.
+        """Momentum of every weight, in its shape; zero if the weight is not trained.
 
         Raises:
-            UsageError: if the optimizer has not made any yet.
+            UsageError: if the optimizer has not taken a step yet.
         """
+        if not self.optimizer.state:
+            raise UsageError("growth or redistribution by momentum needs a first optimizer step, which makes it")
         state = dict(per_weight_state(self.optimizer, weight))
         for key, kept in self._off_mask.get(name, {}).items():
             state[key] = state[key] + kept
         if "momentum_buffer" in state:
             return state["momentum_buffer"]
-        if "exp_avg" in state:
+        if "exp_avg_sq" in state:
             return state["exp_avg"] / (state["exp_avg_sq"].sqrt() + 1e-8)
-        raise UsageError("growth or redistribution by momentum needs a first optimizer step, which makes the momentum")
+        return state.get("exp_avg", torch.zeros_like(weight))
 
     def state_dict(self) -> dict[str, Any]:
         """What is kept beside the optimizer's own state."""

@@ -113,6 +113,8 @@ def _event_writer(folder: Path) -> Callable[[], Any]:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise UsageError("--tensorboard needs another package: pip install tensorboard") from None
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"--tensorboard writes into a folder, and {folder} is a file")
     return partial(SummaryWriter, str(folder))
 
 

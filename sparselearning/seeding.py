@@ -8,5 +8,6 @@ def derive_seed(*parts: int | str) -> int:
 
     Equal parts give equal seeds on every machine; streams of different parts are unrelated.
     """
-    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
+    plain = tuple(part if isinstance(part, str) else int(part) for part in parts)  # of NumPy's integers, too
+    digest = hashlib.blake2b(repr(plain).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1

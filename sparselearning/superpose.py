@@ -43,18 +43,23 @@ def superpose(previous: Mapping[str, Tensor], ticket: Mapping[str, Tensor], fact
 
     Returns:
         A new state dict; neither input is changed. Floating-point entries are averaged, others (BatchNorm's batch
-        counter) are the ticket's.
+        counter) are the ticket's. Entries that are one tensor in the ticket (tied weights) are one here.
 
     Raises:
-        ValueError: if the names differ.
+        ValueError: if names or shapes differ.
     """
-    if previous.keys() != ticket.keys():
-        differing = sorted(previous.keys() ^ ticket.keys())
+    shapes, others = ({name: entry.shape for name, entry in state.items()} for state in (previous, ticket))
+    differing = [name for name in shapes | others if shapes.get(name) != others.get(name)]
+    if differing:
         raise ValueError(f"only networks of the same architecture superpose; these differ in {differing[:3]}")
-    return {
-        name: (1 - factor) * previous[name] + factor * entry if entry.is_floating_point() else entry.clone()
-        for name, entry in ticket.items()
-    }
+    averaged: State = {}
+    ties: dict[tuple, Tensor] = {}
+    for name, entry in ticket.items():
+        if _memory(entry) not in ties:
+            floating = entry.is_floating_point()
+            ties[_memory(entry)] = (1 - factor) * previous[name] + factor * entry if floating else entry.clone()
+        averaged[name] = ties[_memory(entry)]
+    return averaged
 
 
 @torch.no_grad()
@@ -70,19 +75,30 @@ def prune_to_density(
 
     Returns:
         A new state dict whose other entries are shared with ``state``, and the boolean masks of the named entries.
+        What is one tensor with a named entry (tied weights) is pruned with it.
 
     Raises:
-        ValueError: if the density lies outside (0, 1].
+        ValueError: if the density lies outside (0, 1], or ``state`` has no entry of some name.
     """
     if not 0 < density <= 1:
         raise ValueError(f"a density lies in (0, 1], not {density}")
     names = list(names)
+    if missing := [name for name in names if name not in state]:
+        raise ValueError(
+            f"the state has no entry {missing[0]!r}: take the state dict of the model itself, not of its compiled or "
+            "data-parallel wrapper"
+        )
     flat = [(state[name].flatten(),) for name in names]
     budget = active_count(sum(weights.numel() for (weights,) in flat), density)
     chosen = select_largest(torch.abs, flat, budget)
     masks = {name: mask.view(state[name].shape) for name, mask in zip(names, chosen, strict=True)}
-    pruned = dict(state) | {name: state[name].masked_fill(~mask, 0) for name, mask in masks.items()}
-    return pruned, masks
+    pruned = {_memory(state[name]): state[name].masked_fill(~mask, 0) for name, mask in masks.items()}
+    return {name: pruned.get(_memory(entry), entry) for name, entry in state.items()}, masks
+
+
+def _memory(tensor: Tensor) -> tuple:
+    """What two tensors share if they are one."""
+    return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
 
 
 @torch.no_grad()

@@ -54,6 +54,11 @@ def classifier(weights: Mapping[str, Tensor]) -> str | None:
     return matrices[-1] if matrices else None
 
 
+def removal_count(prune_rate: float, active: int) -> int:
+    """``ceil(prune_rate · active)`` of the rate as it is written: 0.07 · 100 is 7, though above 7 in binary."""
+    return math.ceil(prune_rate * active - 1e-9)
+
+
 def _smallness(values: Tensor) -> Tensor:
     """Score of weights by smallness, for pruning."""
     return values.abs().neg_()
@@ -82,7 +87,7 @@ def active_counts(layers: Sequence[Layer]) -> list[int]:
 def prune_magnitude(layers: Sequence[Layer], prune_rate: float, threshold: float) -> list[Tensor]:
     """Remove from every layer the ``ceil(prune_rate · n)`` of its ``n`` active weights with the smallest |w|."""
     return [
-        smallest_active([layer], math.ceil(prune_rate * n))[0]
+        smallest_active([layer], removal_count(prune_rate, n))[0]
         for layer, n in zip(layers, active_counts(layers), strict=True)
     ]
 
@@ -95,7 +100,7 @@ def prune_set(layers: Sequence[Layer], prune_rate: float, threshold: float) -> l
     """
     removed = []
     for layer, n in zip(layers, active_counts(layers), strict=True):
-        k = math.ceil(prune_rate * n)
+        k = removal_count(prune_rate, n)
         negatives = int(torch.count_nonzero(layer.weight[layer.mask] < 0))
         from_negative = max(min(k // 2, negatives), k - (n - negatives))
         is_negative = layer.weight < 0
@@ -112,7 +117,7 @@ def prune_threshold(layers: Sequence[Layer], prune_rate: float, threshold: float
 
 def prune_global_magnitude(layers: Sequence[Layer], prune_rate: float, threshold: float) -> list[Tensor]:
     """Remove the ``ceil(prune_rate · n)`` smallest of all ``n`` active weights, wherever they are."""
-    return smallest_active(layers, math.ceil(prune_rate * sum(active_counts(layers))))
+    return smallest_active(layers, removal_count(prune_rate, sum(active_counts(layers))))
 
 
 PRUNE = {

@@ -218,6 +218,20 @@ def test_names_of_the_files(tmp_path):
     assert folder.ticket(3).parent == tmp_path / "tickets"
 
 
+def test_a_folder_of_something_else_is_refused_and_stays(tmp_path):
+    (tmp_path / "config.json").write_text('{"name": "my-package"}')
+    (tmp_path / "src.py").write_text("mine")
+    with pytest.raises(UsageError, match=r"config\.json"):
+        RunFolder(tmp_path).make_room()
+    assert (tmp_path / "src.py").read_text() == "mine"
+
+
+@pytest.mark.parametrize("path", ["run", "run/checkpoint.pth", "run/model_previous.pth", "run/checkpoints/epoch_2.pth"])
+def test_the_run_that_a_file_belongs_to(tmp_path, path):
+    (tmp_path / "run").mkdir()
+    assert RunFolder.of(tmp_path / path).path == tmp_path / "run"
+
+
 @pytest.mark.parametrize("make", [lambda path: None, lambda path: path.mkdir()])
 def test_nothing_is_in_the_way(tmp_path, make):
     make(tmp_path / "run")

@@ -58,6 +58,13 @@ def load(name, **options):
 # Crops, mirror images, normalisation
 
 
+@pytest.mark.parametrize(("shape", "flip"), [((20, 8, 8), False), ((20, 8, 8, 3), True)])
+def test_only_colour_images_of_a_file_are_mirrored(tmp_path, shape, flip):
+    test = (10, *shape[1:])
+    path = write_npz(tmp_path / "some.npz", x_train=np.zeros(shape, np.uint8), x_test=np.zeros(test, np.uint8))
+    assert load(path).train._augmentation == Augmentation("constant", flip=flip)
+
+
 @pytest.mark.parametrize("padding", PADDED)
 @pytest.mark.parametrize("flip", [False, True])
 def test_augmentation_draws_every_hand_worked_crop_and_nothing_else(padding, flip):

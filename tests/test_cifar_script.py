@@ -289,6 +289,51 @@ def test_cycles_alone_do_not_overwrite_the_run_that_they_start_from(script):
     assert checkpoint in [path.read_bytes() for path in Path("saved_models").rglob("*.pth")]
 
 
+def test_cycles_alone_go_on_from_cycles_alone(script):
+    """The same flags, from a run that has just these: its weights are the start, not its end the result."""
+    cycles = WHOLE_METHOD.replace("--pre_train", "") + " --keep-tickets"
+    assert script(WHOLE_METHOD.replace("--cyclic_train", ""), "--save pretrained") == 0
+    assert script(cycles, "--save first --resume pretrained") == 0
+    assert script(cycles, "--save second --resume first") == 0
+    start = load_torch(Path("second/tickets/ticket_0.pth"))["state_dict"]
+    assert plain(start) == plain(load_torch(Path("first/model_current.pth"))["state_dict"])
+    before = outcome("second")
+    assert script(cycles, "--save second --resume second") == 0  # in its own folder it is finished
+    assert outcome("second") == before
+
+
+def test_pruning_goes_on_from_pruning(script):
+    call = f"{BOTH} {SPARSE} --cycle_rate 0 --method DST --fix --sparse-init prune_global --pruning-rate 0.2"
+    assert script(BOTH, "--cycle_rate 0 --save dense") == 0
+    assert script(call, "--save first --resume dense") == 0
+    assert script(call, "--save second --resume first") == 0
+    densities = [json.loads(Path(folder, "summary.json").read_text())["density"] for folder in ("first", "second")]
+    assert densities == pytest.approx([0.8, 0.64], abs=1e-3)
+
+
+def test_cycles_alone_from_bare_weights_come_after_the_pruning_window(script):
+    call = f"{BOTH} {SPARSE} --final-prune-epoch 2"
+    assert script(BOTH.replace("--cyclic_train", ""), "--save dense") == 0
+    assert script(call.replace("--pre_train", ""), "--save cycles --resume dense/model_previous.pth") == 0
+    assert lines("cycles/metrics.jsonl")[0]["density"] == round(TOTAL * 0.3) / TOTAL
+    assert load_torch(Path("cycles/checkpoint.pth"))["masking"]["steps"] == 12
+
+
+@pytest.mark.parametrize(
+    ("call", "told"),
+    [
+        ("--final-prune-epoch 2", False),
+        ("--final-prune-epoch 1", False),
+        ("--final-prune-epoch 1 --update-frequency 1000", True),
+        ("--final-prune-epoch 4 --update-frequency 7", True),
+        ("--final-prune-epoch 1 --update-frequency 1000 --method DST", False),
+    ],
+)
+def test_gradual_pruning_that_does_not_get_to_its_end_is_told(script, capsys, call, told):
+    assert script(BOTH, SPARSE, call, "--save run") == 0
+    assert ("does not get to density 0.3" in capsys.readouterr().err) == told
+
+
 def test_a_cycle_rate_of_one(script):
     assert script(BOTH, "--cycle_rate 1 --re_explore", SPARSE, "--save run") == 0
     assert len(lines("run/tickets.jsonl")) == 4
@@ -744,6 +789,50 @@ def test_weights_of_another_model_are_refused(script, stopped, capsys, call, mod
     assert script(call, "--model", model, "--save run --resume", stopped / "model_current.pth") == 2
     assert "another model" in one_sentence(capsys.readouterr().err)
     assert os.listdir() == []
+
+
+def test_cycles_alone_start_from_checkpoints_of_other_programs(script, stopped):
+    weights = load_torch(stopped / "model_current.pth")["state_dict"]
+    others = {
+        "example": {"epoch": 3, "arch": "resnet", "state_dict": weights, "best_acc1": 0.1, "optimizer": {"state": {}}},
+        "parallel": {"state_dict": {f"module.{name}": entry for name, entry in weights.items()}, "optimizer": {}},
+        "compiled": {f"_orig_mod.{name}": entry for name, entry in weights.items()},
+        "configured": {"config": "resnet", "state_dict": weights},
+    }
+    for name, content in others.items():
+        torch.save(content, f"{name}.pth")
+        assert script(WHOLE_METHOD.replace("--pre_train", ""), f"--save {name} --resume {name}.pth") == 0, name
+
+
+@pytest.mark.parametrize(
+    "content", [{0: torch.ones(2)}, {"state_dict": torch.ones(2)}, {"state_dict": {}}, {"config": {"a": 1}}]
+)
+@pytest.mark.parametrize("call", [WHOLE_METHOD, WHOLE_METHOD.replace("--pre_train", "")])
+def test_files_that_are_no_weights_are_refused(script, capsys, content, call):
+    torch.save(content, "odd.pth")
+    assert script(call, "--save run --resume odd.pth") == 2
+    assert "odd.pth" in one_sentence(capsys.readouterr().err)
+    assert os.listdir() == ["odd.pth"]
+
+
+def test_output_that_nobody_reads_any_more(data):
+    process = spawn(data, WHOLE_METHOD, "--save run")
+    process.stdout.close()
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert "nobody reads" in one_sentence(err)
+    assert lines("run/metrics.jsonl")
+
+
+def test_events_where_a_file_stands(script, capsys):
+    Path("events").write_text("mine")
+    assert script(WHOLE_METHOD, "--save run --tensorboard events") == 2
+    assert "events" in one_sentence(capsys.readouterr().err)
+
+
+def test_more_memory_than_there_is(script, capsys):
+    assert script(WHOLE_METHOD, "--model cifar_resnet_8_1000000 --save run") == 1
+    assert "memory" in one_sentence(capsys.readouterr().err)
 
 
 @pytest.mark.parametrize("change", ["--optimizer adam", "--rm-first", "--growth momentum"])

@@ -70,7 +70,7 @@ def test_both_names_of_the_batchnorm_flag():
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_lines(name, capsys):
     args = parse(PUBLISHED[name])
-    flags.check(args, momentum_is_zero=False)
+    main_suptickets.check(args)
     budget = epoch_budget(args.epochs, args.cycle_rate, args.cycle)
     assert (budget.pretrain_epochs, budget.cyclic_epochs, budget.tickets) == (226, 24, 3)
     assert (args.lr, args.lr_1, args.lr_2) == (0.1, 0.001, 0.005)
@@ -92,7 +92,7 @@ def test_demo_presets_give_way_to_flags():
     )  # fmt: skip
     budget = epoch_budget(args.epochs, args.cycle_rate, args.cycle)
     assert budget.tickets >= 3
-    assert not flags.check(args, momentum_is_zero=False)
+    assert not main_suptickets.check(args)
     assert not flags.pruning_window_warning(args, budget.pretrain_epochs)
     given = parse("--epochs 7 --demo --final-density 0.2")
     assert (given.epochs, given.final_density, given.data) == (7, 0.2, "digits")
@@ -274,11 +274,11 @@ def test_wrong_calls_do_not_wait_for_the_data(workplace, monkeypatch):
 
 def test_momentum_growth_with_adam_needs_no_momentum_flag():
     args = parse(RUN + "--growth momentum --momentum 0 --optimizer adam")
-    assert not flags.check(args, momentum_is_zero=args.optimizer == "sgd" and args.momentum == 0)
+    assert not main_suptickets.check(args)
 
 
 def test_a_denser_end_is_allowed_where_no_schedule_goes_there():
-    flags.check(parse(RUN + "--method DST --init-density 0.1 --final-density 0.2"), momentum_is_zero=False)
+    main_suptickets.check(parse(RUN + "--method DST --init-density 0.1 --final-density 0.2"))
 
 
 # ------------------------------------------------------------------------------------------------------ warnings
@@ -294,13 +294,21 @@ def test_a_denser_end_is_allowed_where_no_schedule_goes_there():
     ],
 )
 def test_doubtful_flags_are_warned_about(call, fragment):
-    warnings = flags.check(parse(call), momentum_is_zero=False)
+    warnings = main_suptickets.check(parse(call))
     assert any(fragment in warning for warning in warnings)
 
 
-@pytest.mark.parametrize("call", [RUN, RUN + "--method DST --init-density 0.05", "--pre_train"])
+@pytest.mark.parametrize(
+    "call",
+    [
+        RUN,
+        RUN + "--method DST --init-density 0.05",
+        "--pre_train",
+        RUN + "--method DST --init-density 0.5 --sparse-init resume --resume there",
+    ],
+)
 def test_sound_flags_are_not(call):
-    assert flags.check(parse(call), momentum_is_zero=False) == []
+    assert main_suptickets.check(parse(call)) == []
 
 
 def test_a_pruning_window_past_pretraining_is_warned_about():

@@ -302,6 +302,15 @@ def test_pretrained_weights_are_where_training_starts(home, trained, tmp_path):
     assert all(torch.equal(start[name], end[name]) for name in start if name.endswith(("weight", "bias")))
 
 
+def test_cycles_alone_start_from_pretrained_weights(home, trained, tmp_path):
+    cycles = [word for word in SMALL if word != "--pre_train"]
+    flags = [*cycles, "--pretrained-weights", trained.previous, "--save", tmp_path / "run", "--keep-tickets"]
+    assert run(*flags, home / "imagenet2012") == 0
+    start = load_torch(tmp_path / "run" / "tickets" / "ticket_0.pth")["state_dict"]
+    weights = load_torch(trained.previous)["state_dict"]
+    assert all(torch.equal(start[name], weights[name]) for name in weights)
+
+
 @pytest.mark.parametrize(
     ("flags", "printed"),
     [

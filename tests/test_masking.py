@@ -6,6 +6,7 @@ import itertools
 import math
 from collections import Counter
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -15,7 +16,8 @@ from sparselearning.distributions import erk_densities, layer_counts
 from sparselearning.errors import UsageError
 from sparselearning.masking import METHODS
 from sparselearning.seeding import derive_seed
-from sparselearning.topology import GROWTH, PRUNE, REDISTRIBUTION
+from sparselearning.selection import select_largest
+from sparselearning.topology import GROWTH, PRUNE, REDISTRIBUTION, Mode
 
 GRADUAL = [name for name in METHODS if name != "DST"]
 
@@ -632,6 +634,10 @@ def test_derived_seeds_are_reproducible_distinct_and_in_range():
     assert derive_seed("1") != derive_seed(1)
 
 
+def test_numpys_integers_are_seeds_as_pythons_are():
+    assert derive_seed(np.int64(3), "growth") == derive_seed(3, "growth")
+
+
 # ------------------------------------------------------------------------------------ exploring by call
 
 
@@ -1180,6 +1186,49 @@ def test_momentum_modes_need_a_first_step():
         masking.truncate_weights(0.5)
 
 
+@pytest.mark.parametrize("growth", ["momentum", "momentum_neuron"])
+@pytest.mark.parametrize("optimizer", ["Adamax", "NAdam", "RAdam"])
+def test_kin_of_adam_have_momentum_to_grow_by(optimizer, growth):
+    model = SmallNet()
+    masking = Masking(getattr(torch.optim, optimizer)(model.parameters()), growth=growth, update_frequency=1)
+    masking.add_module(model)
+    before, size = snapshot(masking), counts(masking)
+    for number in range(3):
+        backward(model, number)
+        masking.step()
+    assert counts(masking) == size
+    assert not same(masking.masks, before)
+
+
+def test_a_frozen_layer_has_no_momentum_and_does_no_harm():
+    model = SmallNet()
+    model.conv.requires_grad_(False)
+    masking = Masking(torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), growth="momentum", update_frequency=1)
+    masking.add_module(model)
+    before = counts(masking)
+    backward(model, 0)
+    masking.step()
+    assert counts(masking) == before
+
+
+def test_a_growth_mode_of_ones_own(monkeypatch):
+    """Its table entry says what it reads, and that is all there is to do."""
+
+    def grow_agreement(layer, k, generator):
+        return select_largest(torch.positive, [(layer.gradient * layer.momentum, ~layer.mask)], k)[0]
+
+    monkeypatch.setitem(GROWTH, "agreement", Mode(grow_agreement, reads_gradient=True, reads_momentum=True))
+    with pytest.raises(UsageError, match="momentum"):
+        eight([1.0] * 8, growth="agreement")
+    model, masking = eight([5.0, 4.0, 3.0, 2.0, 0.0, 0.0, 0.0, 0.0], momentum=0.5, growth="agreement", prune_rate=0.5)
+    masking.updates_enabled = False
+    step(model, masking, [0, 0, 0, 0, 1.0, -3.0, 2.0, -1.0])
+    masking.updates_enabled = True
+    # Momentum is now half of that plus the gradient: 1, -2.5, -1, 0.5; the products are 0.5, 2.5, 2, 0.5.
+    step(model, masking, [0, 0, 0, 0, 0.5, -1.0, -2.0, 1.0])
+    assert active(masking) == [0, 1, 5, 6]
+
+
 def test_gradient_growth_needs_gradients():
     model = SmallNet()
     masking = Masking(sgd(model), growth="gradient", init_density=0.3)
@@ -1211,6 +1260,26 @@ def test_one_masking_masks_one_model_with_something_to_mask():
         masking.add_module(nn.BatchNorm2d(3))
     masking.add_module(model)
     with pytest.raises(UsageError, match="one Masking per model"):
+        masking.add_module(SmallNet())
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        Masking.step, Masking.density, Masking.active_counts, Masking.explored, Masking.truncate_weights,
+        lambda masking: masking.load_state_dict({"masks": {}}),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("growth", ["gradient", "random"])
+def test_a_masking_without_a_model_says_so(growth, use):
+    masking = Masking(torch.optim.SGD(SmallNet().parameters(), lr=0.1), growth=growth)
+    with pytest.raises(UsageError, match="add_module"):
+        use(masking)
+
+
+def test_the_optimizer_of_another_model_is_refused():
+    masking = Masking(torch.optim.SGD(SmallNet().parameters(), lr=0.1))
+    with pytest.raises(UsageError, match="optimizer"):
         masking.add_module(SmallNet())
 
 

@@ -89,6 +89,34 @@ def test_networks_of_other_names_do_not_superpose():
         superpose({"w": torch.ones(2)}, {"w": torch.ones(2), "extra": torch.ones(1)}, 0.5)
 
 
+def test_networks_of_other_shapes_do_not_superpose():
+    with pytest.raises(ValueError, match=r"architecture.*'a'"):
+        superpose({"a": torch.ones(1, 4)}, {"a": torch.zeros(3, 4)}, 0.5)
+
+
+def test_tied_weights_stay_tied_and_are_pruned_together():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embedding = nn.Embedding(50, 16)
+            self.out = nn.Linear(16, 50)
+            self.out.weight = self.embedding.weight
+
+    model = Tied()
+    state, masks = prune_to_density(superpose(Tied().state_dict(), model.state_dict(), 0.5), ["embedding.weight"], 0.1)
+    assert list(masks) == ["embedding.weight"]
+    assert state["out.weight"] is state["embedding.weight"]
+    model.load_state_dict(state)
+    assert torch.count_nonzero(model.embedding.weight) == 80
+
+
+@pytest.mark.parametrize("wrap", [torch.compile, lambda model: nn.Sequential(model)])
+def test_the_state_of_a_wrapper_is_refused_in_words(wrap):
+    model = nn.Linear(4, 4)
+    with pytest.raises(ValueError, match="wrapper"):
+        prune_to_density(wrap(model).state_dict(), ["weight"], 0.5)
+
+
 # ---------------------------------------------------------------------------------------- prune to density
 
 # |a| 1 4 2 5 3 6 0 0, |b| 10 20 30 40 2.5 0 0 0

@@ -15,6 +15,7 @@ from sparselearning.topology import (
     Layer,
     magnitude_quantile,
     prune_and_grow,
+    removal_count,
     shrink_globally,
     shrink_uniformly,
     steer_threshold,
@@ -100,6 +101,14 @@ def test_pruning_by_hand(mode, rate, removed):
 
 def test_every_prune_mode_has_a_table_here():
     assert {mode for mode, _, _ in PRUNED} == set(PRUNE)
+
+
+@pytest.mark.parametrize(
+    ("rate", "n", "removed"),
+    [(0.07, 100, 7), (0.14, 50, 7), (0.55, 100, 55), (0.5, 7, 4), (0.1, 1, 1), (0.0, 9, 0), (1.0, 9, 9)],
+)
+def test_counts_are_not_off_by_binary_rounding(rate, n, removed):
+    assert removal_count(rate, n) == removed
 
 
 @pytest.mark.parametrize(
@@ -283,9 +292,9 @@ def test_an_update_keeps_every_count(prune, growth, redistribution, layers, rate
     if redistribution == "none":
         assert sizes_of(after) == counts
     if prune in ("magnitude", "SET"):
-        assert removed == [math.ceil(rate * n) for n in counts]
+        assert removed == [removal_count(rate, n) for n in counts]
     if prune == "global_magnitude":
-        assert sum(removed) == math.ceil(rate * sum(counts))
+        assert sum(removed) == removal_count(rate, sum(counts))
     if prune == "threshold":
         within = [mask & (x.weight.abs() <= threshold) for x, mask in zip(layers, before, strict=True)]
         assert removed == sizes_of(within)
