@@ -167,7 +167,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name in args.only or study.experiments:
         out = WORK / args.study / name
         if not args.collect:
-            sweep.main([*sweep_words(study, name, out, args.gpus), "--data", data, "--data-dir", str(data_dir)])
+            words = sweep_words(study, name, out, args.seeds or study.seeds, args.gpus)
+            sweep.main([*words, "--data", data, "--data-dir", str(data_dir)])
             for path in runs_under(out):
                 if RunFolder(path).ticket(1).is_file() and not RunFolder(path).analysis.is_file():
                     analyze_tickets.main([str(path), "--grid", "--points", "3"])
@@ -188,6 +189,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )  # fmt: skip
     names = sorted({name for study in STUDIES.values() for name in study.experiments})
     parser.add_argument("--only", nargs="+", choices=names, metavar="NAME", help=f"of {', '.join(names)}")
+    parser.add_argument("--seeds", type=flags.seed, nargs="+", metavar="SEED", help="in place of the study's own")
     parser.add_argument("--collect", action="store_true", help="run nothing, only gather what there is")
     args = parser.parse_args(argv)
     if missing := [name for name in args.only or () if name not in STUDIES[args.study].experiments]:
@@ -195,12 +197,14 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def sweep_words(study: Study, name: str, out: Path, gpus: Sequence[str] | None = None) -> list[str]:
+def sweep_words(
+    study: Study, name: str, out: Path, seeds: Sequence[int], gpus: Sequence[str] | None = None
+) -> list[str]:
     """What sweep.py has to be told to do one experiment, but for the data."""
     one = study.experiments[name]
     shared = [word for word in study.flags.split() if word not in one.without]
     return [
-        "--seeds", *map(str, study.seeds), "--methods", *one.methods, *(["--control"] if one.control else []),
+        "--seeds", *map(str, seeds), "--methods", *one.methods, *(["--control"] if one.control else []),
         *(["--gpus", *gpus] if gpus else []), "--out", str(out),
         "--", *shared, *one.flags.replace("{before}", str(out.parent)).split(),
     ]  # fmt: skip

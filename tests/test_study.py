@@ -24,7 +24,7 @@ EXPERIMENTS = [(name, experiment) for name, one in study.STUDIES.items() for exp
 @pytest.mark.parametrize(("name", "experiment"), EXPERIMENTS)
 def test_every_run_can_be_started_and_every_control_pairs_with_its_runs(name, experiment, tmp_path):
     one = study.STUDIES[name]
-    words = study.sweep_words(one, experiment, tmp_path / experiment)
+    words = study.sweep_words(one, experiment, tmp_path / experiment, one.seeds)
     end = words.index("--")
     args = sweep.parse(words[:end])
     assert (args.seeds, args.control) == ([41, 42, 43], one.experiments[experiment].control)
@@ -43,7 +43,7 @@ def test_cycles_alone_differ_from_their_baseline_in_flags_about_tickets(name):
     one = study.STUDIES[name]
 
     def parsed(experiment):
-        words = study.sweep_words(one, experiment, Path("work") / experiment)
+        words = study.sweep_words(one, experiment, Path("work") / experiment, [41])
         run = sweep.planned("granet", 41, words[words.index("--") + 1 :], Path("work") / experiment, control=False)
         return vars(sweep.main_suptickets.parse(run.flags))
 
@@ -147,11 +147,11 @@ def test_an_experiment_runs_is_analysed_and_collected(tmp_path, monkeypatch):
         "--pre_train --cyclic_train --epochs 2 --cycle 1 --cycle_rate 0.5 --final-density 0.3 --final-prune-epoch 1 "
         "--model cifar_resnet_8_4 --batch-size 100 --keep-tickets",
         {"main": study.Experiment(["rigl"], control=True)},
-        seeds=(5,), subset=study.Subset("part", 100, images_per_class=10),
+        seeds=(5, 6), subset=study.Subset("part", 100, images_per_class=10),
     )  # fmt: skip
     monkeypatch.setitem(study.STUDIES, "cifar100", small)
     (tmp_path / "RESULTS.md").write_text("<!-- report results/cifar100/main -->\n<!-- end -->\n")
-    study.main(["cifar100", "--data", str(tmp_path / "all.npz")])
+    study.main(["cifar100", "--seeds", "5", "--data", str(tmp_path / "all.npz")])
     text = (tmp_path / "RESULTS.md").read_text()
     assert "| rigl, plain" in text
     assert "CAA, BatchNorm averaged" in text
