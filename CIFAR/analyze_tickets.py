@@ -23,9 +23,10 @@ from cifar_data import Data
 from torch import Tensor, nn
 
 from sparselearning import experiment, flags
-from sparselearning.checkpoint import RunFolder, load_torch, save_torch, write_json
+from sparselearning.costs import overall_density
 from sparselearning.engine import Precision
 from sparselearning.errors import FaultError, UsageError
+from sparselearning.files import RunFolder, load_torch, save_torch, write_json
 from sparselearning.masking import maskable_parameters
 from sparselearning.progress import print_notes
 from sparselearning.runs import find_runs, read_run
@@ -116,7 +117,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--grid", action="store_true", help="also measure CAA, and CIMA with each of --factors, with and without BN"
     )
     many.add_argument(
-        "--factors", type=flags.rate, nargs="+", metavar="F", default=[0.1, 0.25, 0.5, 0.75, 0.9], help="of the grid"
+        "--factors",
+        type=flags.rate,
+        nargs="+",
+        metavar="F",
+        default=[0.1, 0.25, 0.5, 0.75, 0.9],
+        help="CIMA's, for --grid",
     )
     lines = parser.add_argument_group("straight lines between networks")
     lines.add_argument("--points", type=two_or_more, default=11, help="networks per line, both ends included")
@@ -247,7 +253,7 @@ class Bench:
         return {
             "name": networks[0].name if len(networks) == 1 else "logit ensemble",
             **self.quality(logits),
-            "density": sum(int(w.count_nonzero()) for w in weights) / sum(w.numel() for w in weights),
+            "density": overall_density(weights),
             "forward_passes": len(networks),
         }
 

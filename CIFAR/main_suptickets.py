@@ -17,11 +17,13 @@ from cifar_models import build_model, model_names
 from torch import nn
 
 from sparselearning import distributed, experiment, flags, launch, provenance
-from sparselearning.checkpoint import RunFolder, seed_everything
 from sparselearning.engine import Sources
 from sparselearning.errors import UsageError
+from sparselearning.files import RunFolder
+from sparselearning.plan import EpochBudget
 from sparselearning.progress import print_notes
-from sparselearning.schedules import EpochBudget, epoch_budget, milestone_lr
+from sparselearning.schedules import milestone_lr
+from sparselearning.seeding import seed_everything
 from sparselearning.sparse_init import SPARSE_INITS
 
 OPTIMIZERS = {
@@ -88,7 +90,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     recipe.add_argument("--batch-size", type=flags.positive, default=128, help="images per step, over all processes")
     recipe.add_argument("--test-batch-size", type=flags.positive, default=128, help="images per evaluation step")
-    recipe.add_argument("--optimizer", choices=OPTIMIZERS, default="sgd", help="rule that changes the weights")
+    recipe.add_argument("--optimizer", choices=OPTIMIZERS, default="sgd", help="optimizer")
     recipe.add_argument("--lr", type=flags.non_negative_float, default=0.1, help="learning rate of pre-training")
     recipe.add_argument(
         "--nolrsche", action="store_true", help="constant rate; without: x0.1 at half and three quarters"
@@ -105,7 +107,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         default=4,
         help="without effect, kept for old command lines: batches are made on the device",
     )
-    recipe.add_argument("--log-interval", type=flags.positive, default=100, metavar="STEPS", help="steps between looks")
+    recipe.add_argument(
+        "--log-interval", type=flags.positive, default=100, metavar="STEPS", help="steps between progress updates"
+    )
     recipe.add_argument("--iters", type=flags.positive, default=1, help="runs, with seeds seed, seed + 1, …")
     recipe.add_argument("--mgpu", action="store_true", help="use all GPUs of this machine")
     flags.add_sparse_flags(parser)
@@ -119,7 +123,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def run(args: argparse.Namespace, argv: Sequence[str] | None) -> None:
     """Do one run of one seed."""
     warnings = check(args)
-    budget = epoch_budget(args.epochs * args.multiplier, args.cycle_rate, args.cycle)
+    budget = EpochBudget.of_share(args.epochs * args.multiplier, args.cycle_rate, args.cycle)
     warnings += flags.check_budget(args, budget) + flags.pruning_window_warning(args, budget.pretrain_epochs)
     device, runtime = flags.runtime(args).start()
     print_notes(*warnings)
@@ -140,7 +144,12 @@ def run(args: argparse.Namespace, argv: Sequence[str] | None) -> None:
     recipe = experiment.Recipe(
         model=model,
         optimizer=OPTIMIZERS[args.optimizer](model.parameters(), args),
-        sources=Sources(data.train, data.train, data.evaluation, data.test if args.valid_split else None),
+        sources=Sources(
+            train=data.train,
+            train_once=data.train,  # has every image once already
+            evaluation=data.evaluation,
+            test=data.test if args.valid_split else None,
+        ),
         sample_shape=(data.channels, data.image_size, data.image_size),
         class_balanced_batch=lambda: data.train.class_balanced_batch(args.batch_size, args.seed),
     )

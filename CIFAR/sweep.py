@@ -24,8 +24,8 @@ from typing import NamedTuple
 import main_suptickets
 
 from sparselearning import experiment, flags, report
-from sparselearning.checkpoint import RunFolder
 from sparselearning.errors import FaultError, UsageError
+from sparselearning.files import RunFolder
 from sparselearning.signals import stop_signals
 
 SCRIPT = Path(__file__).with_name("main_suptickets.py")
@@ -56,8 +56,8 @@ METHODS = {
 }
 PLAIN = Method("--pre_train --cycle_rate 0", without=("--cyclic_train",))
 """On top of a method: the same training for the same epochs with its own full schedule, without tickets."""
-A_METHODS_OWN = ("--sparse", "--fix")
-"""Switches that no method shares with another by accident."""
+METHOD_SWITCHES = ("--sparse", "--fix")
+"""Switches that methods set: left out of what all runs share."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -101,7 +101,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Read what stands before ``--``."""
     parser = flags.Parser(description=__doc__.splitlines()[0])
     parser.usage = "%(prog)s --seeds N [N …] --methods NAME [NAME …] [options] -- FLAGS OF main_suptickets.py"
-    parser.add_argument("--seeds", type=flags.non_negative, nargs="+", required=True, metavar="N", help="of the runs")
+    parser.add_argument("--seeds", type=flags.non_negative, nargs="+", required=True, metavar="N", help="a run each")
     parser.add_argument(
         "--methods", choices=METHODS, nargs="+", required=True, metavar="NAME", help=f"of {', '.join(METHODS)}"
     )
@@ -156,7 +156,7 @@ def planned(method: str, seed: int, shared: Sequence[str], out: Path, control: b
         FaultError: if the folder's configuration is damaged.
     """
     layers = [METHODS[method], PLAIN] if control else [METHODS[method]]
-    without = {*A_METHODS_OWN, *(switch for layer in layers for switch in layer.without)}
+    without = {*METHOD_SWITCHES, *(switch for layer in layers for switch in layer.without)}
     words = [word.replace("{seed}", str(seed)) for word in shared if word not in without]
     density = main_suptickets.parse(words).final_density
     words += [word for layer in layers for word in layer.flags.format(density=density).split()]

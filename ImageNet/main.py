@@ -17,12 +17,13 @@ from imagenet_resnet import ARCHS, INITS, build_model
 from torch import nn
 
 from sparselearning import distributed, experiment, flags, profiling, provenance
-from sparselearning.checkpoint import RunFolder, load_torch, seed_everything
 from sparselearning.engine import Sources
 from sparselearning.errors import UsageError
-from sparselearning.plan import Plan
+from sparselearning.files import RunFolder, load_torch
+from sparselearning.plan import EpochBudget, Plan
 from sparselearning.progress import print_notes
-from sparselearning.schedules import EpochBudget, milestone_lr
+from sparselearning.schedules import milestone_lr
+from sparselearning.seeding import seed_everything
 
 FINAL_DENSITY = 0.1
 
@@ -122,7 +123,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     files.add_argument("-j", "--workers", type=flags.non_negative, default=5, help="decoding processes per process")
     files.add_argument("--strict-data", action="store_true", help="stop at a damaged image; without: skip and count it")
     files.add_argument(
-        "-p", "--print-freq", type=flags.positive, default=10, metavar="STEPS", help="steps between looks"
+        "-p", "--print-freq", type=flags.positive, default=10, metavar="STEPS", help="steps between progress updates"
     )
     files.add_argument("--gather-checkpoints", action="store_true", help="keep the checkpoint of every epoch")
     launch = parser.add_argument_group("processes")

@@ -65,7 +65,7 @@ class Row:
     """One comparison.
 
     Attributes:
-        what: is compared.
+        what: name of the comparison.
         unit: of both sides; one that ends in ``/s`` is a rate, of which more is better.
         this: the library's figure, round by round.
         reference: the reference's.

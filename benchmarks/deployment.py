@@ -29,9 +29,9 @@ sys.path.insert(0, str(HERE.parent / "CIFAR"))
 from cifar_models import build_model  # noqa: E402  found once its folder is on the path
 
 from sparselearning import Masking  # noqa: E402
-from sparselearning.checkpoint import write_json  # noqa: E402
 from sparselearning.distributions import active_count  # noqa: E402
 from sparselearning.export import save_sparse  # noqa: E402
+from sparselearning.files import write_json  # noqa: E402
 from sparselearning.masking import maskable_parameters  # noqa: E402
 from sparselearning.provenance import environment  # noqa: E402
 

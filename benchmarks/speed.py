@@ -37,15 +37,14 @@ from cifar_models import build_model, model_names
 from comparison import TITLES, Bar, Row, Side, alternate, line, markdown, plot
 
 from sparselearning import experiment, flags
-from sparselearning.checkpoint import RunFolder, write_json
 from sparselearning.data import Batch
 from sparselearning.engine import Sources, Trainer
 from sparselearning.errors import UsageError
 from sparselearning.experiment import Runtime, SparseTraining
+from sparselearning.files import RunFolder, write_json
 from sparselearning.masking import Masking, maskable_parameters
-from sparselearning.plan import Plan
+from sparselearning.plan import EpochBudget, Plan
 from sparselearning.provenance import environment
-from sparselearning.schedules import EpochBudget
 from sparselearning.superpose import caa_factor, prune_to_density, superpose, update_bn
 from sparselearning.topology import Layer, shrink_globally
 

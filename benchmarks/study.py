@@ -26,8 +26,8 @@ import cifar_data  # noqa: E402
 import sweep  # noqa: E402
 
 from sparselearning import experiment, flags  # noqa: E402
-from sparselearning.checkpoint import RunFolder, copy_whole, write_json, write_whole  # noqa: E402
 from sparselearning.errors import UsageError  # noqa: E402
+from sparselearning.files import RunFolder, copy_whole, write_json, write_text, write_whole  # noqa: E402
 from sparselearning.runs import find_runs, group_runs, read_run  # noqa: E402
 from sparselearning.tables import markdown_report, markdown_table  # noqa: E402
 
@@ -260,8 +260,7 @@ def _text_files(run: RunFolder) -> list[Path]:
 
 def fill(page: Path) -> None:
     """Fill in the tables of a page, in place."""
-    text = filled(page.read_text())
-    write_whole(page, lambda file: file.write(text.encode()))
+    write_text(page, filled(page.read_text()))
 
 
 def filled(text: str) -> str:

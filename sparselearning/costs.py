@@ -15,7 +15,7 @@ The conventions are those of RigL (Evci et al. 2020, arXiv 1911.11134, appendix 
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
 from typing import Any
 
@@ -26,7 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from sparselearning import distributed
-from sparselearning.distributions import active_count
+from sparselearning.distributions import active_count, nonzero_counts
 
 
 def layer_flops(
@@ -87,7 +87,14 @@ class _FlopsByWeight(TorchDispatchMode):
 
 def layer_densities(weights: Mapping[str, Tensor]) -> dict[str, float]:
     """Share of non-zero entries of each weight, or of true entries of each mask, in [0, 1]."""
-    return {name: int(torch.count_nonzero(weight)) / weight.numel() for name, weight in weights.items()}
+    counts = nonzero_counts(weights.values())
+    return {name: count / weight.numel() for (name, weight), count in zip(weights.items(), counts, strict=True)}
+
+
+def overall_density(weights: Iterable[Tensor]) -> float:
+    """Non-zero over all entries of these weights together, exactly."""
+    weights = list(weights)
+    return sum(nonzero_counts(weights)) / sum(weight.numel() for weight in weights)
 
 
 def inference_flops(layers: Mapping[str, float], densities: Mapping[str, float] | None = None) -> float:

@@ -1,10 +1,16 @@
 """How a density budget is shared out over layers: from shapes to densities to exact integer counts."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
+
+
+def nonzero_counts(tensors: Iterable[Tensor]) -> list[int]:
+    """Non-zero entries of each tensor, or true ones of each mask, with one transfer to the host."""
+    counts = [torch.count_nonzero(tensor) for tensor in tensors]
+    return torch.stack(counts).tolist() if counts else []
 
 
 def active_count(size: int, density: float) -> int:

@@ -17,13 +17,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparselearning import distributed
-from sparselearning.checkpoint import RunFolder, copy_whole, rng_state, save_torch, set_rng_state, write_jsonl
-from sparselearning.costs import cost_summary, inference_flops, layer_densities, training_flops
+from sparselearning.costs import cost_summary, inference_flops, layer_densities, overall_density, training_flops
 from sparselearning.data import Batch, BatchSource
 from sparselearning.errors import FaultError
+from sparselearning.files import RunFolder, copy_whole, save_torch, write_jsonl
 from sparselearning.masking import Masking, maskable_parameters
 from sparselearning.plan import Plan
 from sparselearning.progress import Progress
+from sparselearning.seeding import rng_state, set_rng_state
 from sparselearning.selection import SelectionError
 from sparselearning.signals import Stopped
 from sparselearning.superpose import State, prune_to_density, superpose, update_bn
@@ -80,7 +81,7 @@ class Trainer:
         log_interval: batches between looks at the running loss.
         keep_tickets: write every ticket to a file of its own.
         keep_checkpoints: write a checkpoint after every epoch, and keep them all.
-        config: values that a checkpoint must share with the run that resumes it.
+        identity: values that a checkpoint must share with the run that resumes it.
         stop_signal: returns the signal that asks the run to stop, 0 for none.
     """
 
@@ -101,7 +102,7 @@ class Trainer:
         log_interval: int = 100,
         keep_tickets: bool = False,
         keep_checkpoints: bool = False,
-        config: Mapping[str, Any] | None = None,
+        identity: Mapping[str, Any] | None = None,
         stop_signal: Callable[[], int] = lambda: 0,
     ) -> None:
         self.model = model
@@ -118,7 +119,7 @@ class Trainer:
         self.log_interval = log_interval
         self.keep_tickets = keep_tickets
         self.keep_checkpoints = keep_checkpoints
-        self.config = dict(config or {})
+        self.identity = dict(identity or {})
         self.stop_signal = stop_signal
 
         self.device = next(model.parameters()).device
@@ -181,7 +182,8 @@ class Trainer:
         plan = self.plan
         self.network.train()
         if self.masking and plan.is_cycle(self.epoch):
-            self.masking.updates_enabled &= plan.updates_in_cycles
+            if not plan.updates_in_cycles:
+                self.masking.updates_enabled = False
             self._price_training()
         began = time.perf_counter()
         images = 0  # since this call began: a resumed epoch's rate is its own
@@ -208,7 +210,7 @@ class Trainer:
         finite = torch.isfinite(loss.detach())
         self._bad_batch = torch.where(finite | (self._bad_batch >= 0), self._bad_batch, self.batch)
         update_due = self.masking is not None and self.masking.update_due
-        if update_due or self.device.type == "cpu":
+        if update_due or self.device.type == "cpu":  # looking costs a GPU a wait, a CPU nothing
             self._check_finite()
         if self.masking:
             try:
@@ -387,9 +389,7 @@ class Trainer:
 
     def _density(self, state: Mapping[str, Tensor]) -> float:
         """Non-zero over maskable weights, exactly."""
-        weights = [state[name] for name in self.maskable]
-        non_zero = torch.stack([torch.count_nonzero(weight) for weight in weights]).sum()
-        return int(non_zero) / sum(weight.numel() for weight in weights)
+        return overall_density(state[name] for name in self.maskable)
 
     # ------------------------------------------------------------------------------------ stopping and faults
 
@@ -529,7 +529,7 @@ class Trainer:
             save_torch(
                 self.folder.checkpoint,
                 {
-                    "config": self.config,
+                    "config": self.identity,
                     "epoch": self.epoch,
                     "batch": self.batch,
                     "trained": self.trained,

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from sparselearning import distributed
-from sparselearning.checkpoint import RunFolder, find_checkpoint, load_torch, write_json
 from sparselearning.costs import layer_flops
 from sparselearning.data import Batch
 from sparselearning.distributions import active_count
 from sparselearning.engine import Precision, Sources, Trainer
 from sparselearning.errors import FaultError, UsageError
+from sparselearning.files import RunFolder, find_checkpoint, load_torch, saved_state, write_json
 from sparselearning.masking import Masking
 from sparselearning.plan import Plan
 from sparselearning.progress import Progress, print_notes, run_table
@@ -178,16 +178,12 @@ def prepare(
     saved = load_torch(find_checkpoint(output.resume)) if output.resume else None
     is_checkpoint = saved is not None and saved.keys() >= CHECKPOINT_KEYS
     continues = saved is not None and _continues(saved, is_checkpoint, plan, sparse, output)
-    if saved is not None and not continues:
+    if output.resume and saved is not None and not continues:
         load_weights(recipe.model, saved, output.resume)
-    masking, init = None, "resume"
+    masking, keeps_pattern = None, True
     if sparse:
-        init = sparse.sparse_init
-        if continues:
-            init = "GMP"  # any: the checkpoint's masks replace them
-        elif not plan.pre_train and not SPARSE_INITS[init].needs_trained_weights:
-            init = "resume"  # cycles alone start from trained weights, which random masks would destroy
-        masking = _mask(recipe, sparse, init)
+        init = _first_masks(plan, sparse, continues)
+        masking, keeps_pattern = _mask(recipe, sparse, init), init == "resume"
     network: Any = torch.compile(recipe.model) if runtime.compile else recipe.model
     trainer = Trainer(
         recipe.model,
@@ -204,19 +200,16 @@ def prepare(
         log_interval=output.log_interval,
         keep_tickets=output.keep_tickets,
         keep_checkpoints=output.keep_checkpoints,
-        config=output.identity,
+        identity=output.identity,
         stop_signal=stop_signal,
     )
-    if masking and not plan.pre_train and plan.final_density:
-        budget = active_count(sum(mask.numel() for mask in masking.masks.values()), plan.final_density)
-        if sum(masking.active_counts().values()) > budget:
-            print_notes(f"the weights to start from are denser than the budget of {plan.final_density}")
     if masking:
+        _note_density(masking, plan)
         masking.steps = plan.first_epoch * len(recipe.sources.train)  # cycles alone come after pre-training
     if saved is not None:
         if continues:
             trainer.load_checkpoint(saved)
-        elif not plan.pre_train and is_checkpoint and init == "resume":
+        elif not plan.pre_train and is_checkpoint and keeps_pattern:
             trainer.load_training_state(saved)
     if masking:
         _note_unfinished_pruning(masking, plan, len(recipe.sources.train))
@@ -292,6 +285,24 @@ def _mask(recipe: Recipe, sparse: SparseTraining, init: str) -> Masking:
     return masking
 
 
+def _first_masks(plan: Plan, sparse: SparseTraining, continues: bool) -> str:
+    """Name in :data:`SPARSE_INITS` of how the first masks are drawn."""
+    if continues:
+        return "GMP"  # any: the checkpoint's masks replace them
+    if plan.pre_train or SPARSE_INITS[sparse.sparse_init].needs_trained_weights:
+        return sparse.sparse_init
+    return "resume"  # cycles alone start from trained weights, which random masks would destroy
+
+
+def _note_density(masking: Masking, plan: Plan) -> None:
+    """Tell the user if cycles alone start from more weights than the budget allows."""
+    if plan.pre_train or not plan.final_density:
+        return
+    budget = active_count(sum(mask.numel() for mask in masking.masks.values()), plan.final_density)
+    if sum(masking.active_counts().values()) > budget:
+        print_notes(f"the weights to start from are denser than the budget of {plan.final_density}")
+
+
 def _note_unfinished_pruning(masking: Masking, plan: Plan, batches: int) -> None:
     """Tell the user if the last topology update comes before gradual pruning is at its end."""
     if not (masking.method.shrink and masking.updates_enabled and masking.prune_end_step):
@@ -345,19 +356,15 @@ def _continues(
     raise UsageError(f"{output.resume} belongs to a run with other flags: {', '.join(differing)}")
 
 
-def load_weights(model: nn.Module, saved: Mapping[str, Any], source: Path | None) -> None:
+def load_weights(model: nn.Module, saved: Mapping[str, Any], source: Path) -> None:
     """Load the weights of any saved ``.pth``: a run's file, or a bare state dict, data-parallel or not.
 
     Raises:
         UsageError: if they belong to another model, or are no weights.
     """
-    state: Any = saved.get("state_dict", saved)
-    if not isinstance(state, Mapping) or not all(isinstance(name, str) for name in state):
-        raise UsageError(f"{source} holds no state dict of a model")
-    state = {name.replace("_orig_mod.", "").removeprefix("module."): entry for name, entry in state.items()}
-    own = model.state_dict()
+    state, own = saved_state(saved, source), model.state_dict()
     for name in own | state:
-        if name not in own or name not in state or own[name].shape != getattr(state[name], "shape", None):
+        if name not in own or name not in state or own[name].shape != state[name].shape:
             raise UsageError(f"{source} holds weights of another model: {name} does not fit")
     model.load_state_dict(state)
 

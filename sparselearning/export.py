@@ -20,16 +20,16 @@ import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from sparselearning.checkpoint import RunFolder, load_torch, write_whole
 from sparselearning.errors import FaultError, UsageError
 from sparselearning.experiment import load_weights, run_script
+from sparselearning.files import RunFolder, load_torch, saved_state, write_bytes
 from sparselearning.flags import Parser
 
 FORMAT_VERSION = 1
@@ -64,7 +64,7 @@ def save_sparse(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str, 
     shapes = {name: list(entry.shape) for name, entry in state.items()}
     everything = {**metadata, "format_version": FORMAT_VERSION, "shapes": shapes, "densities": densities}
     content = safetensors.save(tensors, {key: json.dumps(value) for key, value in everything.items()})
-    _write(path, content)
+    write_bytes(path, content)
 
 
 def load_sparse(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -297,7 +297,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.fold_bn:
         print(f"folded BatchNorms: {metadata['folded_batchnorms']}, left: {_count_batchnorms(network)}")
     if onnx:
-        _write(args.onnx, onnx)
+        write_bytes(args.onnx, onnx)
         print(f"{args.onnx}: {_megabytes(len(onnx))}, agrees with PyTorch within {TOLERANCE:g}")
 
 
@@ -305,23 +305,15 @@ def _read_state(source: Path) -> dict[str, Tensor]:
     """State dict of any saved ``.pth``: a run's file, or a bare state dict, data-parallel or not."""
     if source.name == "model_previous.pth" and not source.exists() and source.parent.is_dir():
         raise UsageError(f"{source.parent} has no model_previous.pth, which a run writes when its pre-training ends")
-    saved = load_torch(source)
-    state = saved.get("state_dict", saved)
-    for name, entry in state.items():
-        if not isinstance(entry, Tensor):
-            raise UsageError(f"{source} is no saved network: its entry {name} is no tensor")
-    return {name.removeprefix("module."): entry for name, entry in state.items()}
+    return saved_state(load_torch(source), source)
 
 
 def _read_config(source: Path) -> dict[str, Any]:
     """``config.json`` of the run that a network belongs to; empty if there is none."""
     for folder in source.parents[:2]:  # a ticket lies in a folder of the run's
-        path = RunFolder(folder).config
-        if path.is_file():
-            try:
-                return json.loads(path.read_text())
-            except (OSError, ValueError) as error:
-                raise FaultError(f"{path} cannot be read or is no JSON file") from error
+        run = RunFolder(folder)
+        if run.config.is_file():
+            return run.read_config()
     return {}
 
 
@@ -342,13 +334,6 @@ def _count_batchnorms(network: nn.Module) -> int:
 
 def _megabytes(size: int) -> str:
     return f"{size / 1e6:.2f} MB"
-
-
-def _write(path: Path, content: bytes) -> None:
-    def write(file: IO[bytes]) -> None:
-        file.write(content)
-
-    write_whole(path, write)
 
 
 def _optional(what: str, *modules: str) -> list[Any]:

@@ -9,8 +9,8 @@ from typing import Any, NoReturn
 
 from sparselearning.errors import UsageError
 from sparselearning.experiment import AMP, Runtime, SparseTraining
-from sparselearning.plan import Plan
-from sparselearning.schedules import DECAYS, EpochBudget
+from sparselearning.plan import EpochBudget, Plan
+from sparselearning.schedules import DECAYS
 from sparselearning.sparse_init import SPARSE_INITS
 from sparselearning.superpose import AVERAGING
 from sparselearning.topology import GROWTH, METHODS, PRUNE, REDISTRIBUTION, chosen_modes
@@ -98,7 +98,9 @@ def _number(text: str, kind: Callable[[str], Any], valid: Callable[[Any], bool],
 def add_run_flags(parser: argparse.ArgumentParser) -> None:
     """Flags about the run as a whole: seed, files, device, number formats."""
     group = parser.add_argument_group("run")
-    group.add_argument("--indicate_method", default="Results", metavar="NAME", help="first folder of the run's path")
+    group.add_argument(
+        "--indicate_method", default="Results", metavar="NAME", help="name of the run: in its path and in reports"
+    )
     group.add_argument("--seed", type=seed, default=17, help="of weights, masks, data order and augmentation")
     group.add_argument("--save", type=Path, metavar="DIR", help="where the run's files go, in place of saved_models/…")
     group.add_argument(
@@ -144,7 +146,10 @@ def add_sparse_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("sparse training")
     group.add_argument("--sparse", action="store_true", help="train with masks; without it training is dense")
     group.add_argument("--fix", action="store_true", help="freeze the topology: static sparse training")
-    group.add_argument("--sparse-init", choices=SPARSE_INITS, default="ERK", help="how the first masks are drawn")
+    group.add_argument(
+        "--sparse-init", choices=SPARSE_INITS, default="ERK",
+        help="how the first masks are drawn; cycles alone take the pattern of the loaded weights, but for prune_*",
+    )  # fmt: skip
     group.add_argument("--method", choices=METHODS, default="GraNet", help="what happens at a topology update")
     group.add_argument("--prune", choices=PRUNE, default="magnitude", help="which weights an update removes")
     group.add_argument("--growth", choices=GROWTH, default="gradient", help="which weights an update grows")

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from sparselearning import distributed
+from sparselearning.distributions import nonzero_counts
 from sparselearning.errors import FaultError, UsageError
 from sparselearning.optimizer_state import DenseMomentum, has_momentum, per_weight_state
 from sparselearning.schedules import DECAYS, gradual_density
@@ -21,7 +22,6 @@ from sparselearning.topology import (
     active_counts,
     chosen_modes,
     classifier,
-    count_true,
     magnitude_quantile,
     prune_and_grow,
     steer_threshold,
@@ -255,12 +255,12 @@ class Masking:
     def active_counts(self) -> dict[str, int]:
         """Active weights of each masked parameter."""
         self._check_has_model()
-        return dict(zip(self.masks, count_true(self.masks.values()), strict=True))
+        return dict(zip(self.masks, nonzero_counts(self.masks.values()), strict=True))
 
     def explored(self) -> float:
         """Share of maskable weights that were ever active, R_s of In-Time Over-Parameterization (Liu et al. 2021)."""
         self._check_has_model()
-        active = sum(count_true(self._ever_active.values()))
+        active = sum(nonzero_counts(self._ever_active.values()))
         return active / sum(seen.numel() for seen in self._ever_active.values())
 
     def current_prune_rate(self) -> float:

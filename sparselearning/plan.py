@@ -1,9 +1,40 @@
 """When a run does what: which epoch belongs to which phase, ticket and learning rate."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from sparselearning.schedules import EpochBudget, cyclic_lr
+from sparselearning.schedules import cyclic_lr
+
+
+@dataclass(frozen=True)
+class EpochBudget:
+    """How one run divides its epochs between pre-training and cycles of ``cycle_epochs`` each."""
+
+    pretrain_epochs: int
+    cycle_epochs: int
+    tickets: int
+
+    @property
+    def cyclic_epochs(self) -> int:
+        """Epochs spent in cycles."""
+        return self.cycle_epochs * self.tickets
+
+    @property
+    def total_epochs(self) -> int:
+        """Epochs of the whole run."""
+        return self.pretrain_epochs + self.cyclic_epochs
+
+    @classmethod
+    def of_share(cls, epochs: int, cycle_rate: float, cycle_epochs: int) -> "EpochBudget":
+        """Give ``cycle_rate`` of the epochs to whole cycles and the rest to pre-training (Sup-tickets, sec. 3).
+
+        >>> EpochBudget.of_share(250, 0.1, 8)
+        EpochBudget(pretrain_epochs=226, cycle_epochs=8, tickets=3)
+        """
+        # 0.3 * 10 is 2.9999999999999996 in binary; the nudge keeps floor() from losing that epoch.
+        tickets = math.floor(epochs * cycle_rate + 1e-9) // cycle_epochs
+        return cls(epochs - tickets * cycle_epochs, cycle_epochs, tickets)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 import math
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -13,11 +13,10 @@ from matplotlib import style
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
-from torch import Tensor
 
-from sparselearning.checkpoint import write_whole
-from sparselearning.costs import layer_densities
+from sparselearning.costs import layer_densities, overall_density
 from sparselearning.distributions import erk_densities
+from sparselearning.files import write_whole
 from sparselearning.runs import Group, Run, masked_weights
 from sparselearning.schedules import cyclic_lr
 from sparselearning.tables import COLUMNS
@@ -186,7 +185,7 @@ def layer_figure(run: Run) -> Figure | None:
     if not networks or not all(networks.values()):
         return None
     final = list(networks.values())[-1]
-    overall = _density(final)
+    overall = overall_density(final.values())
     erk = erk_densities({name: weight.shape for name, weight in final.items()}, overall)
     figure = Figure(figsize=(WIDTH, 1.5 + 0.19 * len(final)))
     axes = figure.subplots()
@@ -204,7 +203,8 @@ def layer_figure(run: Run) -> Figure | None:
     for label, weights in networks.items():
         densities = layer_densities(weights).values()
         highest = max(highest, *densities)
-        axes.plot(list(densities), places, label=f"{label} ({_density(weights):.4f} overall)", **files[label][1])
+        label_text = f"{label} ({overall_density(weights.values()):.4f} overall)"
+        axes.plot(list(densities), places, label=label_text, **files[label][1])
     axes.set_xscale("function", functions=(lambda x: np.sqrt(np.maximum(x, 0)), np.square))
     axes.set(xlim=(0, 1.05 * highest), xlabel="density [share of the layer's weights], square-root scale")
     ticks = [0.0]
@@ -218,12 +218,6 @@ def layer_figure(run: Run) -> Figure | None:
     axes.set(ylim=(len(final) - 0.4, -0.6), ylabel="layer (number of weights)")
     _legend_above(figure, axes)
     return figure
-
-
-def _density(weights: Mapping[str, Tensor]) -> float:
-    """Share of non-zero weights of all layers together."""
-    sizes = {name: weight.numel() for name, weight in weights.items()}
-    return sum(density * sizes[name] for name, density in layer_densities(weights).items()) / sum(sizes.values())
 
 
 # -------------------------------------------------------------------------------------------------- several runs

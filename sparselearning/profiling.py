@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Iterable
 
 import torch
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import ProfilerActivity
 
 from sparselearning import distributed
 from sparselearning.data import Batch
@@ -13,15 +13,18 @@ from sparselearning.engine import Trainer
 
 WARMUP_STEPS = 5
 STEPS = 20
+PROFILED_STEPS = 5
 
 
 def measure(trainer: Trainer, *, training: bool, inference: bool, profile: bool) -> None:
     """Print images per second of training and evaluation steps, and a table of the costliest operations."""
     if training:
+        trainer.network.train()
         resident = next(iter(trainer.sources.train.epoch(0)))
         _report("training step, one resident batch", trainer, itertools.repeat(resident), trainer.train_batch)
         _report("training step, batches from the loader", trainer, _endless(trainer), trainer.train_batch)
     if inference:
+        trainer.network.eval()
         resident = next(iter(trainer.sources.evaluation.epoch(0)))
         _report("evaluation step, one resident batch", trainer, itertools.repeat(resident), trainer.predict)
     if profile:
@@ -33,7 +36,6 @@ def _endless(trainer: Trainer) -> Iterable[Batch]:
 
 
 def _report(what: str, trainer: Trainer, batches: Iterable[Batch], step: Callable[[Batch], object]) -> None:
-    trainer.network.train(step == trainer.train_batch)
     images = 0
     began = 0.0
     for number, batch in enumerate(itertools.islice(batches, WARMUP_STEPS + STEPS)):
@@ -62,8 +64,8 @@ def _profile(trainer: Trainer) -> None:
     trainer.network.train()
     for _ in range(WARMUP_STEPS):
         trainer.train_batch(batch)
-    with profile(activities=activities) as result:
-        for _ in range(WARMUP_STEPS):
+    with torch.profiler.profile(activities=activities) as result:
+        for _ in range(PROFILED_STEPS):
             trainer.train_batch(batch)
         _wait(trainer)
     if distributed.is_main():

@@ -6,13 +6,12 @@ RUN is a run's folder, or a folder under which runs lie. The same files give the
 """
 
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from types import ModuleType
-from typing import IO
 
-from sparselearning.checkpoint import write_whole
 from sparselearning.errors import UsageError
+from sparselearning.experiment import run_script
+from sparselearning.files import write_text
 from sparselearning.flags import Parser
 from sparselearning.progress import run_table
 from sparselearning.runs import find_runs, group_runs, read_run
@@ -55,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             "runs.csv": csv_of_runs(groups),
         }
     for name, text in tables.items():
-        write_whole(out / name, partial(_write_text, text))
+        write_text(out / name, text)
     if plots:
         figures = plots.run_figures(single) if single else {"comparison": plots.comparison(groups)}
         for name, figure in figures.items():
@@ -66,10 +65,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     else:
         print(tables.get("results.md") or f"{left_out[0]}; pictures, but no tables yet")
     print(f"written to {out}")
-
-
-def _write_text(text: str, file: IO[bytes]) -> None:
-    file.write(text.encode())
 
 
 def _plots() -> ModuleType:
@@ -88,6 +83,4 @@ def _plots() -> ModuleType:
 
 
 if __name__ == "__main__":
-    from sparselearning.experiment import run_script
-
     run_script(main)

@@ -12,8 +12,8 @@ from typing import Any
 from torch import Tensor
 
 from sparselearning import flags
-from sparselearning.checkpoint import RunFolder, load_torch
 from sparselearning.errors import FaultError, UsageError
+from sparselearning.files import RunFolder, load_torch
 from sparselearning.provenance import ENVIRONMENT
 
 Types = Mapping[str, Any]

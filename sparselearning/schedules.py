@@ -5,7 +5,6 @@ Nothing here has state, so a resumed run needs no replay and a test is one line.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 MIN_COSINE_PRUNE_RATE = 0.005
 
@@ -56,33 +55,3 @@ def _linear(prune_rate: float, progress: float) -> float:
 
 DECAYS = {"constant": _constant, "cosine": _cosine, "linear": _linear}
 """How the prune rate falls from its initial value while ``progress`` goes from 0 to 1 over the run."""
-
-
-@dataclass(frozen=True)
-class EpochBudget:
-    """How one run divides its epochs between pre-training and cycles of ``cycle_epochs`` each."""
-
-    pretrain_epochs: int
-    cycle_epochs: int
-    tickets: int
-
-    @property
-    def cyclic_epochs(self) -> int:
-        """Epochs spent in cycles."""
-        return self.cycle_epochs * self.tickets
-
-    @property
-    def total_epochs(self) -> int:
-        """Epochs of the whole run."""
-        return self.pretrain_epochs + self.cyclic_epochs
-
-
-def epoch_budget(epochs: int, cycle_rate: float, cycle_epochs: int) -> EpochBudget:
-    """Give ``cycle_rate`` of the epochs to whole cycles and the rest to pre-training (Sup-tickets, sec. 3).
-
-    >>> epoch_budget(250, 0.1, 8)
-    EpochBudget(pretrain_epochs=226, cycle_epochs=8, tickets=3)
-    """
-    # 0.3 * 10 is 2.9999999999999996 in binary; the nudge keeps floor() from losing that epoch.
-    tickets = math.floor(epochs * cycle_rate + 1e-9) // cycle_epochs
-    return EpochBudget(epochs - tickets * cycle_epochs, cycle_epochs, tickets)

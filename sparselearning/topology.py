@@ -8,14 +8,14 @@ can choose from stands in four tables: :data:`PRUNE`, :data:`GROWTH`, :data:`RED
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sparselearning.distributions import active_count, apportion
+from sparselearning.distributions import active_count, apportion, nonzero_counts
 from sparselearning.selection import select_largest
 
 
@@ -69,14 +69,9 @@ def smallest_active(layers: Sequence[Layer], k: int) -> list[Tensor]:
     return select_largest(_smallness, [(layer.weight, layer.mask) for layer in layers], k)
 
 
-def count_true(masks: Iterable[Tensor]) -> list[int]:
-    """How many are true in each mask, with one transfer to the host."""
-    return torch.stack([torch.count_nonzero(mask) for mask in masks]).tolist()
-
-
 def active_counts(layers: Sequence[Layer]) -> list[int]:
     """Active weights of each layer."""
-    return count_true(layer.mask for layer in layers)
+    return nonzero_counts(layer.mask for layer in layers)
 
 
 # ------------------------------------------------------------------------------------------------ pruning
@@ -250,7 +245,7 @@ def prune_and_grow(
     claims = [claim(layer) for layer in layers] if claim else []
     removed = PRUNE[prune](layers, prune_rate, threshold)
     _remove(layers, removed)
-    counts = count_true(removed)
+    counts = nonzero_counts(removed)
     removed_total = sum(counts)
     if claim:
         room = [layer.mask.numel() - n for layer, n in zip(layers, active_counts(layers), strict=True)]

@@ -13,8 +13,8 @@ import pytest
 import torch
 from analyze_tickets import Network, barrier, compare_layer, disagreement, jaccard, kl_divergence, superpose_again
 
-from sparselearning.checkpoint import save_torch
 from sparselearning.errors import FaultError, UsageError
+from sparselearning.files import save_torch
 from sparselearning.superpose import caa_factor, cima_factor, prune_to_density, superpose
 
 DENSITY, FACTOR, MEMBERS = 0.1, 0.3, 3

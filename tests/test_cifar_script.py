@@ -19,8 +19,8 @@ import torch
 from cifar_models import build_model
 
 from sparselearning import experiment
-from sparselearning.checkpoint import load_torch
 from sparselearning.engine import Trainer
+from sparselearning.files import load_torch
 
 SCRIPT = Path(main_suptickets.__file__)
 MODEL = "cifar_resnet_8_4"

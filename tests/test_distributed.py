@@ -32,12 +32,12 @@ from torch.distributed.elastic.multiprocessing.api import ProcessFailure, Signal
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from sparselearning import Masking, caa_factor, distributed, experiment, launch, update_bn
-from sparselearning.checkpoint import RunFolder, load_torch, seed_everything
 from sparselearning.data import Batch
 from sparselearning.engine import Sources
 from sparselearning.errors import FaultError, UsageError
-from sparselearning.plan import Plan
-from sparselearning.schedules import EpochBudget
+from sparselearning.files import RunFolder, load_torch
+from sparselearning.plan import EpochBudget, Plan
+from sparselearning.seeding import seed_everything
 from sparselearning.signals import Stopped
 from sparselearning.topology import GROWTH, PRUNE, REDISTRIBUTION
 

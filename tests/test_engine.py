@@ -15,13 +15,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from sparselearning import experiment
-from sparselearning.checkpoint import RunFolder, load_torch
 from sparselearning.data import Batch
 from sparselearning.engine import Sources, Trainer
 from sparselearning.errors import FaultError, UsageError
 from sparselearning.experiment import Output, Recipe, Runtime, SparseTraining
-from sparselearning.plan import Plan
-from sparselearning.schedules import EpochBudget
+from sparselearning.files import RunFolder, load_torch
+from sparselearning.plan import EpochBudget, Plan
 from sparselearning.signals import Stopped, stop_signals
 from sparselearning.superpose import AVERAGING
 

@@ -15,7 +15,8 @@ from cifar_models import model_names
 from sparselearning import experiment, flags
 from sparselearning.errors import UsageError
 from sparselearning.masking import METHODS
-from sparselearning.schedules import DECAYS, EpochBudget, epoch_budget
+from sparselearning.plan import EpochBudget
+from sparselearning.schedules import DECAYS
 from sparselearning.sparse_init import SPARSE_INITS
 from sparselearning.superpose import AVERAGING
 from sparselearning.topology import GROWTH, PRUNE, REDISTRIBUTION
@@ -71,7 +72,7 @@ def test_both_names_of_the_batchnorm_flag():
 def test_published_lines(name, capsys):
     args = parse(PUBLISHED[name])
     main_suptickets.check(args)
-    budget = epoch_budget(args.epochs, args.cycle_rate, args.cycle)
+    budget = EpochBudget.of_share(args.epochs, args.cycle_rate, args.cycle)
     assert (budget.pretrain_epochs, budget.cyclic_epochs, budget.tickets) == (226, 24, 3)
     assert (args.lr, args.lr_1, args.lr_2) == (0.1, 0.001, 0.005)
     plan = flags.plan(args, budget, main_suptickets.pretrain_lr(args, budget))
@@ -90,7 +91,7 @@ def test_demo_presets_give_way_to_flags():
     assert (args.data, args.sparse, args.pre_train, args.cyclic_train, args.final_density) == (
         "digits", True, True, True, 0.05,
     )  # fmt: skip
-    budget = epoch_budget(args.epochs, args.cycle_rate, args.cycle)
+    budget = EpochBudget.of_share(args.epochs, args.cycle_rate, args.cycle)
     assert budget.tickets >= 3
     assert not main_suptickets.check(args)
     assert not flags.pruning_window_warning(args, budget.pretrain_epochs)
@@ -320,7 +321,7 @@ def test_a_pruning_window_past_pretraining_is_warned_about():
 
 def test_too_few_epochs_for_a_cycle_are_told():
     args = parse(RUN + "--epochs 30")
-    assert epoch_budget(30, 0.2, 8) == EpochBudget(30, 8, 0)
+    assert EpochBudget.of_share(30, 0.2, 8) == EpochBudget(30, 8, 0)
     assert "8 epochs" in flags.check_budget(args, EpochBudget(30, 8, 0))[0]
     assert flags.check_budget(args, EpochBudget(22, 8, 1)) == []
     assert flags.check_budget(parse("--sparse --pre_train"), EpochBudget(30, 8, 0)) == []
@@ -342,7 +343,7 @@ def test_too_few_epochs_for_a_cycle_are_told():
     ],
 )
 def test_epoch_budget(epochs, rate, cycle, expected):
-    budget = epoch_budget(epochs, rate, cycle)
+    budget = EpochBudget.of_share(epochs, rate, cycle)
     assert (budget.pretrain_epochs, budget.cyclic_epochs, budget.tickets) == expected
 
 
@@ -367,7 +368,7 @@ def test_dense_training_has_neither_masks_nor_a_budget():
 
 def test_folder_of_a_run():
     args = parse(PUBLISHED["rigl"])
-    path = flags.run_path(args, "ResNet50", "cifar100", epoch_budget(250, 0.1, 8))
+    path = flags.run_path(args, "ResNet50", "cifar100", EpochBudget.of_share(250, 0.1, 8))
     assert str(path) == (
         "saved_models/rigl/ResNet50/cifar100/cycle_num_8/pretrain_epoch_226/cyclic_epochs_24/density_0.05/M=3/"
         "ex_rate=0.5/seed41"

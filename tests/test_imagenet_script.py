@@ -24,7 +24,7 @@ from PIL import Image
 from test_distributed import ROOT, assert_identical, finished, free_port, read_jsonl, results, started, wait_until
 
 from sparselearning import experiment, profiling
-from sparselearning.checkpoint import RunFolder, load_torch
+from sparselearning.files import RunFolder, load_torch
 
 SCRIPTS = ROOT / "ImageNet"
 CLASSES, TRAIN_IMAGES, VAL_IMAGES = 4, 8, 4

@@ -5,7 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sparselearning import cyclic_lr, gradual_density
-from sparselearning.schedules import DECAYS, epoch_budget, milestone_lr
+from sparselearning.plan import EpochBudget
+from sparselearning.schedules import DECAYS, milestone_lr
 
 # d_final + (d_init - d_final) · (1 - done)³ from 0.5 to 0.1 over steps 10 to 30: 0.1 + 0.4 · (1, 27/64, 1/8, 1/64, 0)
 GRADUAL = [(0, 0.5), (9, 0.5), (10, 0.5), (15, 0.26875), (20, 0.15), (25, 0.10625), (30, 0.1), (31, 0.1), (10**9, 0.1)]
@@ -106,7 +107,7 @@ def test_every_decay_has_a_table_here():
     ],
 )
 def test_epoch_budget_by_hand(epochs, cycle_rate, cycle, pretrain, tickets):
-    budget = epoch_budget(epochs, cycle_rate, cycle)
+    budget = EpochBudget.of_share(epochs, cycle_rate, cycle)
     assert (budget.pretrain_epochs, budget.tickets) == (pretrain, tickets)
     assert budget.cyclic_epochs == tickets * cycle
     assert budget.total_epochs == epochs

@@ -13,20 +13,18 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from sparselearning.checkpoint import (
+from sparselearning.errors import FaultError, UsageError
+from sparselearning.files import (
     RunFolder,
     copy_whole,
     find_checkpoint,
     load_torch,
-    rng_state,
     save_torch,
-    seed_everything,
-    set_rng_state,
     write_json,
     write_jsonl,
     write_whole,
 )
-from sparselearning.errors import FaultError, UsageError
+from sparselearning.seeding import rng_state, seed_everything, set_rng_state
 
 CPU = torch.device("cpu")
 CONTENT = {

@@ -1,17 +1,16 @@
-"""Files that are whole or absent, and everything that an exact resume needs."""
+"""Files that are whole or absent, and where a run keeps its own."""
 
 import contextlib
 import io
 import json
 import os
-import random
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import IO, Any
 
-import numpy as np
 import torch
+from torch import Tensor
 
 from sparselearning.errors import FaultError, UsageError
 
@@ -35,6 +34,20 @@ def write_whole(path: Path, write: Callable[[IO[bytes]], None]) -> None:
             temporary.unlink(missing_ok=True)
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise FaultError(f"cannot write {path}: {reason}") from error
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file, whole or not at all."""
+
+    def write(file: IO[bytes]) -> None:
+        file.write(content)
+
+    write_whole(path, write)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file of text in UTF-8, whole or not at all."""
+    write_bytes(path, text.encode())
 
 
 def save_torch(path: Path, content: Mapping[str, Any]) -> None:
@@ -69,20 +82,34 @@ def load_torch(path: Path) -> dict[str, Any]:
     return content
 
 
+def saved_state(content: Mapping[str, Any], source: Path) -> dict[str, Tensor]:
+    """State dict in what :func:`load_torch` read, by the names of the user's own model.
+
+    Args:
+        content: of a run's file, of another program's with a ``state_dict`` in it, or a bare state dict; of a plain, a
+            data-parallel or a compiled model.
+        source: for messages.
+
+    Raises:
+        UsageError: if there is none.
+    """
+    state = content.get("state_dict", content)
+    if not isinstance(state, Mapping) or not state:
+        raise UsageError(f"{source} is no saved network: its state_dict is empty or none")
+    for name, entry in state.items():
+        if not (isinstance(name, str) and isinstance(entry, Tensor)):
+            raise UsageError(f"{source} is no saved network: its entry {name} is no tensor")
+    return {name.replace("_orig_mod.", "").removeprefix("module."): entry for name, entry in state.items()}
+
+
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write one JSON object, readable by people."""
-    text = json.dumps(content, indent=2) + "\n"
-    write_whole(path, lambda file: _write_text(file, text))
+    write_text(path, json.dumps(content, indent=2) + "\n")
 
 
 def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Write one JSON object per line."""
-    text = "".join(json.dumps(row) + "\n" for row in rows)
-    write_whole(path, lambda file: _write_text(file, text))
-
-
-def _write_text(file: IO[bytes], text: str) -> None:
-    file.write(text.encode())
+    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 class RunFolder:
@@ -160,31 +187,3 @@ class RunFolder:
 def find_checkpoint(path: Path) -> Path:
     """Return the file that ``--resume PATH`` means: a ``.pth`` file itself, or the checkpoint in a run's folder."""
     return RunFolder(path).checkpoint if path.is_dir() else path
-
-
-def rng_state(device: torch.device) -> dict[str, Any]:
-    """State of the random generators of Python, NumPy and PyTorch, as plain values and tensors."""
-    name, keys, *numpy_rest = np.random.get_state(legacy=True)  # noqa: NPY002  the generator that models share
-    return {
-        "python": random.getstate(),
-        "numpy": [str(name), torch.from_numpy(np.asarray(keys).astype(np.int64)), *map(float, numpy_rest)],
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
-    }
-
-
-def set_rng_state(state: Mapping[str, Any], device: torch.device) -> None:
-    """Go back to a state of :func:`rng_state`."""
-    random.setstate(state["python"])
-    name, keys, position, has_gauss, cached = state["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), int(position), int(has_gauss), cached))  # noqa: NPY002
-    torch.set_rng_state(state["torch"])
-    if device.type == "cuda" and state["cuda"] is not None:
-        torch.cuda.set_rng_state(state["cuda"], device)
-
-
-def seed_everything(seed: int) -> None:
-    """Seed the random generators of Python, NumPy and PyTorch (all devices)."""
-    random.seed(seed)
-    np.random.seed(seed % 2**32)  # noqa: NPY002  the generator that models and transforms share
-    torch.manual_seed(seed)
