@@ -1,12 +1,15 @@
 """Sparse training with masks, cheap tickets, and their superposition (Sup-tickets, Yin et al. 2022)."""
 
 from sparselearning.distributions import erk_densities
+from sparselearning.errors import FaultError, UsageError
 from sparselearning.masking import Masking
 from sparselearning.schedules import cyclic_lr, gradual_density
 from sparselearning.superpose import caa_factor, prune_to_density, superpose, update_bn
 
 __all__ = [
+    "FaultError",
     "Masking",
+    "UsageError",
     "caa_factor",
     "cyclic_lr",
     "erk_densities",

@@ -352,18 +352,16 @@ class Masking:
     def _explore(self, layers: list[Layer], prune_rate: float | None = None) -> None:
         """Prune and grow ``layers``; a ``prune_rate`` of its own leaves the steered threshold alone."""
         rate = self.current_prune_rate() if prune_rate is None else prune_rate
-        steers = self.prune == "threshold" and prune_rate is None
-        threshold = self._threshold if steers else None
-        if self.prune == "threshold" and threshold is None:
-            threshold = magnitude_quantile(layers, rate)
+        threshold, steers = 0.0, self.prune == "threshold" and prune_rate is None
+        if self.prune == "threshold":
+            known = self._threshold if steers else None
+            threshold = magnitude_quantile(layers, rate) if known is None else known
         before = sum(active_counts(layers)) if steers else 0
         generator = torch.Generator(layers[0].mask.device)
         generator.manual_seed(derive_seed(self.seed, "growth", self._explorations))
-        removed = prune_and_grow(
-            layers, self.prune, self.growth, self.redistribution, rate, threshold or 0.0, generator
-        )
+        removed = prune_and_grow(layers, self.prune, self.growth, self.redistribution, rate, threshold, generator)
         self._explorations += 1
-        if steers and threshold is not None and before:
+        if steers and before:
             # A threshold of zero could not be steered: look for one anew next time.
             self._threshold = steer_threshold(threshold, removed / before, rate) or None
 

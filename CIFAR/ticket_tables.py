@@ -1,0 +1,98 @@
+"""What analyze_tickets.py found out, as tables for people."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+ONE_BASIN = 0.02
+"""Accuracy that may be lost on the way between two networks of one basin: the margin of Frankle et al. 2020, sec. 3."""
+TEST_SET, HELD_OUT = "test set", "held-out part of the training set"
+
+
+def columns(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of text, the first column flush left and the others right; a blank line after."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        [cells[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(cells[1:], widths[1:], strict=True))]
+        for cells in rows
+    ]
+    return "".join("   ".join(cells).rstrip() + "\n" for cells in lines)
+
+
+def networks_table(results: Mapping[str, Any]) -> str:
+    """What each ticket, each superposition and the ensemble are worth, and how many forward passes that takes."""
+    header = ("network", "accuracy", "loss", "density", "forward passes")
+    rows = [
+        (row["name"], *figures(row), f"{row['density']:.4f}", str(row["forward_passes"])) for row in results["networks"]
+    ]
+    settings, evaluated_on = results["settings"], results["evaluated_on"]
+    budget = "not pruned" if settings["final_density"] is None else f"pruned to density {settings['final_density']:g}"
+    bn = "re-estimated" if settings["update_bn"] else "averaged"
+    same = "bit for bit the run's own" if results["same_as_run"] else "not the run's own"
+    return (
+        f"{results['run']}: {evaluated_on['images']:,} images of the {evaluated_on['part']}\n"
+        f"superposed by {average_name(settings)}, {budget}, BatchNorm {bn}; the last superposition is {same}\n\n"
+    ) + columns([header, *rows])
+
+
+def pairs_tables(pairs: Mapping[str, Any]) -> str:
+    """One square table per measure."""
+    tables = []
+    for key, title, form in (
+        ("overlap", "mask overlap (Jaccard)", "{:.3f}"),
+        ("disagreement", "predictions differ", "{:.2%}"),
+        ("kl", "KL(row ‖ column) [nats]", "{:.4f}"),
+    ):
+        rows = [(name, *map(form.format, row)) for name, row in zip(pairs["names"], pairs[key], strict=True)]
+        tables.append(columns([(title, *pairs["names"]), *rows]))
+    return "\n".join(tables)
+
+
+def layers_table(layers: Sequence[Mapping[str, Any]]) -> str:
+    """Mask overlap of each layer, beside that of random masks."""
+    header = ("mask overlap by layer, mean over pairs of tickets", "weights", "overlap", "random")
+    rows = [
+        (row["name"], f"{row['weights']:,}", f"{row['mean_overlap']:.3f}", f"{row['chance']:.3f}") for row in layers
+    ]
+    return columns([header, *rows])
+
+
+def lines_table(lines: Sequence[Mapping[str, Any]]) -> str:
+    """Lowest accuracy and barriers of each line, and what the largest barrier means."""
+    header = ("straight line", "lowest accuracy", "accuracy barrier [points]", "loss barrier [nats]")
+    rows = [
+        (
+            f"{line['from']} to {line['to']}",
+            f"{min(line['accuracy']):.2%}",
+            f"{100 * line['accuracy_barrier']:.2f}",
+            f"{line['loss_barrier']:.4f}",
+        )
+        for line in lines
+    ]
+    worst = max(line["accuracy_barrier"] for line in lines)
+    verdict = "one low-loss basin" if worst <= ONE_BASIN else "not one basin"
+    return (
+        columns([header, *rows])
+        + f"largest accuracy barrier {100 * worst:.2f} points: {verdict} (at most {100 * ONE_BASIN:g} points is one)\n"
+    )
+
+
+def grid_table(rows: Sequence[Mapping[str, Any]], part: str) -> str:
+    """Accuracy and loss of every average, with averaged and with re-estimated BatchNorm statistics."""
+    header = ("average", "BatchNorm averaged", "loss", "re-estimated", "loss")
+    lines = [
+        (average_name(row), *(text for bn in ("bn_averaged", "bn_re_estimated") for text in figures(row[bn])))
+        for row in rows
+    ]
+    note = "an average chosen here is chosen on the test set, and so its accuracy flatters\n"
+    return columns([header, *lines]) + (note if part == TEST_SET else "")
+
+
+def average_name(settings: Mapping[str, Any]) -> str:
+    """Name of an average, for people."""
+    factor = settings["CIMA_factor"]
+    return settings["superposing_method"] + ("" if factor is None else f" with factor {factor:g}")
+
+
+def figures(quality: Mapping[str, float]) -> tuple[str, str]:
+    """Accuracy and loss, for people."""
+    return f"{quality['accuracy']:.2%}", f"{quality['loss']:.4f}"
