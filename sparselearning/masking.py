@@ -1,6 +1,7 @@
 """The owner of the masks: keeps weights and optimizer state sparse, and moves the topology when it is due."""
 
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -422,17 +423,22 @@ def zero_inactive(tensors: Sequence[Tensor], mask: Tensor) -> None:
 
     Whatever stands there, infinities and NaN included, becomes +0.
     """
-    zero = torch.zeros((), device=mask.device)
     factors: dict[torch.dtype, Tensor] = {}
     for tensor in tensors:
         if tensor.device.type != "cpu":
-            torch.where(mask, tensor, zero.to(tensor.dtype), out=tensor)
+            torch.where(mask, tensor, _zero(tensor.device, tensor.dtype), out=tensor)
             continue
         # On a CPU, multiplying bit patterns by 0 or 1 takes half the time of `where` or `masked_fill`.
         bits = BITS[tensor.element_size()]
         if bits not in factors:
             factors[bits] = mask.to(bits)
         tensor.view(bits).mul_(factors[bits])
+
+
+@cache
+def _zero(device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Made once: on a GPU, making it anew for every layer would be as many kernel launches again."""
+    return torch.zeros((), device=device, dtype=dtype)
 
 
 def _flat(tensor: Tensor, reference: Tensor) -> Tensor:
