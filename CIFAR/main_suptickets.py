@@ -90,7 +90,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     recipe.add_argument("--batch-size", type=flags.positive, default=128, help="images per step, over all processes")
     recipe.add_argument("--test-batch-size", type=flags.positive, default=128, help="images per evaluation step")
-    recipe.add_argument("--optimizer", choices=OPTIMIZERS, default="sgd", help="optimizer")
+    recipe.add_argument("--optimizer", choices=OPTIMIZERS, default="sgd", help="rule that changes the weights")
     recipe.add_argument("--lr", type=flags.non_negative_float, default=0.1, help="learning rate of pre-training")
     recipe.add_argument(
         "--nolrsche", action="store_true", help="constant rate; without: x0.1 at half and three quarters"

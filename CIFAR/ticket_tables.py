@@ -9,7 +9,7 @@ TEST_SET, HELD_OUT = "test set", "held-out part of the training set"
 
 
 def columns(rows: Sequence[Sequence[str]]) -> str:
-    """Rows of text, the first column flush left and the others right; a blank line after."""
+    """Rows of text, the first column flush left and the others right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
         [cells[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(cells[1:], widths[1:], strict=True))]

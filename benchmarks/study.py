@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Do the runs of RESULTS.md, keep what they say in results/, and fill in its tables.
+"""Do the runs of RESULTS.md, keep what they say in results/, and fill in the tables of RESULTS.md and README.md.
 
 python3 benchmarks/study.py cifar100-10k            # some hours of a CPU
 python3 benchmarks/study.py cifar100 --gpus 0 1     # the README's lines for ResNet50, one run per GPU at a time
@@ -192,6 +192,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seeds", type=flags.seed, nargs="+", metavar="SEED", help="in place of the study's own")
     parser.add_argument("--collect", action="store_true", help="run nothing, only gather what there is")
     args = parser.parse_args(argv)
+    if args.collect and args.seeds:
+        raise UsageError("--collect gathers the runs of all seeds: leave out --seeds")
     if missing := [name for name in args.only or () if name not in STUDIES[args.study].experiments]:
         raise UsageError(f"{args.study} has no experiment {missing[0]}")
     return args

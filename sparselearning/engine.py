@@ -157,6 +157,8 @@ class Trainer:
         self.progress.start(done, (self.plan.end_epoch - self.plan.first_epoch) * batches)
         self._resumed_at = time.perf_counter()
         self._price_training()
+        if self.continues:
+            self._restore_files()
         try:
             if self.superposition is None and self.epoch == self.plan.budget.pretrain_epochs:  # cycles alone
                 self._adopt_pretrained(self.evaluate()[1], epochs=self.epoch)
@@ -451,6 +453,18 @@ class Trainer:
         save_torch(self.folder.previous, previous)
         if self.keep_tickets:
             save_torch(self.folder.ticket(ticket), current)
+
+    def _restore_files(self) -> None:
+        """Write the files that a checkpoint remembers, if the folder has them not."""
+        if not distributed.broadcast_object(bool(self.metrics) and not self.folder.metrics.exists()):
+            return
+        if distributed.is_main():
+            write_jsonl(self.folder.metrics, self.metrics)
+            if self.tickets:
+                write_jsonl(self.folder.tickets, self.tickets)
+            if self.epoch == self.plan.end_epoch:
+                self._write_networks(len(self.tickets), epochs=self.epoch)
+        self.save_checkpoint()
 
     def _summary(self) -> dict[str, Any]:
         ticket_acc = [row["ticket_acc"] for row in self.tickets]

@@ -24,6 +24,7 @@ from sparselearning.provenance import ENVIRONMENT
 from sparselearning.signals import Stopped, stop_signals
 from sparselearning.sparse_init import SPARSE_INITS
 
+MEMORY_IS_FULL = "error: the memory of this machine is full: try a smaller batch or network"
 CHECKPOINT_KEYS = {"config", "masking", "optimizer", "ranks"}
 """Some of what :meth:`Trainer.save_checkpoint` writes, and other people's files do not have."""
 AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -204,7 +205,6 @@ def prepare(
         stop_signal=stop_signal,
     )
     if masking:
-        _note_density(masking, plan)
         masking.steps = plan.first_epoch * len(recipe.sources.train)  # cycles alone come after pre-training
     if saved is not None:
         if continues:
@@ -212,6 +212,7 @@ def prepare(
         elif not plan.pre_train and is_checkpoint and keeps_pattern:
             trainer.load_training_state(saved)
     if masking:
+        _note_density(masking, plan)
         _note_unfinished_pruning(masking, plan, len(recipe.sources.train))
     return trainer
 
@@ -251,9 +252,11 @@ def run_script(main: Callable[[], None]) -> None:
         message, code = f"error: {error}", error.exit_code
     except torch.OutOfMemoryError as error:
         message, code = f"error: the GPU's memory is full ({error.args[0].splitlines()[0]}): try a smaller batch", 1
+    except MemoryError:
+        message, code = MEMORY_IS_FULL, 1
     except RuntimeError as error:
         if "can't allocate memory" in str(error):
-            message, code = "error: the memory of this machine is full: try a smaller batch or network", 1
+            message, code = MEMORY_IS_FULL, 1
         elif distributed.is_lost_contact(error):
             message, code = "error: another process of this run has gone away or cannot be reached", 1
         else:
@@ -305,16 +308,18 @@ def _note_density(masking: Masking, plan: Plan) -> None:
 
 def _note_unfinished_pruning(masking: Masking, plan: Plan, batches: int) -> None:
     """Tell the user if the last topology update comes before gradual pruning is at its end."""
-    if not (masking.method.shrink and masking.updates_enabled and masking.prune_end_step):
+    if not (masking.method.shrink and masking.updates_enabled) or masking.prune_end_step is None:
         return
+    budget = active_count(sum(mask.numel() for mask in masking.masks.values()), masking.final_density)
     end = (plan.end_epoch if plan.updates_in_cycles else plan.budget.pretrain_epochs) * batches
     last = end - end % masking.update_frequency
-    if masking.steps < end and last < masking.prune_end_step:
-        print_notes(
-            f"gradual pruning does not get to density {masking.final_density}: its window ends at step "
-            f"{masking.prune_end_step}, and the last topology update (one in {masking.update_frequency} steps) is at "
-            f"step {last}"
-        )
+    if sum(masking.active_counts().values()) <= budget or (last > masking.steps and last >= masking.prune_end_step):
+        return
+    updates = f"the last topology update is at step {last}" if last > masking.steps else "no topology update comes"
+    print_notes(
+        f"gradual pruning does not get to density {masking.final_density}: its window ends at step "
+        f"{masking.prune_end_step}, and {updates} (one in {masking.update_frequency} steps, {end} in all)"
+    )
 
 
 def _continues(
@@ -329,7 +334,8 @@ def _continues(
         UsageError: if it is neither.
     """
     starts_from_weights = not plan.pre_train or (sparse and SPARSE_INITS[sparse.sparse_init].needs_trained_weights)
-    if is_checkpoint and saved["config"] == output.identity:
+    there = {name: value for name, value in saved["config"].items() if name in output.identity} if is_checkpoint else {}
+    if is_checkpoint and there == output.identity:
         assert output.resume is not None
         own = RunFolder.of(output.resume).path.resolve() == output.folder.path.resolve()
         if starts_from_weights and saved["epoch"] == plan.end_epoch and not own:
@@ -347,11 +353,10 @@ def _continues(
             f"{output.resume} is no checkpoint of a run: weights alone can start --cyclic_train without --pre_train, "
             "or --sparse-init resume and prune_*"
         )
-    names = sorted(saved["config"].keys() | output.identity.keys())
     differing = [
-        f"{name} ({saved['config'].get(name)} there, {output.identity.get(name)} here)"
-        for name in names
-        if saved["config"].get(name) != output.identity.get(name)
+        f"{name} ({there.get(name)} there, {value} here)"
+        for name, value in sorted(output.identity.items())
+        if there.get(name) != value
     ]
     raise UsageError(f"{output.resume} belongs to a run with other flags: {', '.join(differing)}")
 
@@ -372,16 +377,20 @@ def load_weights(model: nn.Module, saved: Mapping[str, Any], source: Path) -> No
 def _open_folder(output: Output, trainer: Trainer) -> None:
     """Make the run's folder and write ``config.json``; another run there moves aside.
 
-    A run that goes on keeps its files, and brings them along into another folder.
+    A run that goes on keeps its files, and brings them along into another folder; one that goes back to an earlier
+    checkpoint leaves them to the later run.
     """
     if distributed.is_main():
         folder = output.folder
-        source = RunFolder.of(output.resume).path if output.resume and trainer.continues else None
-        if source is None or source.resolve() != folder.path.resolve():
+        source = RunFolder.of(output.resume) if output.resume and trainer.continues else None
+        goes_back = bool(
+            source and output.resume and find_checkpoint(output.resume).resolve() != source.checkpoint.resolve()
+        )
+        if source is None or goes_back or source.path.resolve() != folder.path.resolve():
             if aside := folder.make_room():
                 print_notes(f"an earlier run stood in {folder.path}: moved to {aside}")
-            if source:
-                folder.copy_from(source)
+            if source and not goes_back:
+                folder.copy_from(source.path)
         if not folder.config.exists():
             write_json(folder.config, output.config)
         else:

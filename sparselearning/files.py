@@ -131,7 +131,12 @@ class RunFolder:
         """The folder that ``--resume PATH`` means: itself, or the one that a checkpoint lies in."""
         if path.is_dir():
             return cls(path)
-        return cls(path.parent.parent if path.parent.name == "checkpoints" else path.parent)
+        own = cls(path.parent.parent)
+        return (
+            own
+            if path.parent == own.epoch_checkpoint(0).parent and path.stem.startswith("epoch_")
+            else cls(path.parent)
+        )
 
     def read_config(self) -> dict[str, Any]:
         """Content of ``config.json``.
@@ -156,10 +161,11 @@ class RunFolder:
         """Move an earlier run of the same name aside; return where it went. Other files in the folder stay."""
         if self.path.exists() and not self.path.is_dir():
             raise FaultError(f"{self.path} is to be a run's folder, but a file stands there")
-        if not any(file.exists() for file in (self.config, self.metrics, self.summary, self.checkpoint)):
-            return None
-        if self.config.exists() and "versions" not in self.read_config():
-            raise UsageError(f"{self.config} is no run's: name another folder for the run")
+        if not any(file.exists() for file in (self.metrics, self.summary, self.checkpoint)):
+            if not self.config.exists():
+                return None
+            if "versions" not in self.read_config():
+                raise UsageError(f"{self.config} is no run's: name another folder for the run")
         if self.path.resolve() == Path.cwd():
             raise UsageError(f"{self.path} is the present folder, and not empty: name another one for the run")
         number = 1

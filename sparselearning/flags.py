@@ -271,7 +271,7 @@ def check(args: argparse.Namespace, momentum_is_zero: bool, has_weights: bool) -
                 f"--sparse-init GMP starts dense, but the pruning schedule at --init-density {args.init_density}: "
                 "give --init-density 1 for a schedule from dense"
             )
-    elif SPARSE_INITS[args.sparse_init].needs_trained_weights:
+    elif SPARSE_INITS[args.sparse_init].needs_trained_weights or not args.pre_train:
         pass  # the loaded weights decide what the density is
     elif args.sparse_init == "GMP":
         warnings.append("--sparse-init GMP starts dense and DST stays so; only the superposition is cut to the budget")

@@ -106,7 +106,7 @@ class Masking:
         modes = chosen_modes(prune, growth, redistribution)
         reads_momentum = any(mode.reads_momentum for mode in modes)
         if reads_momentum and not has_momentum(optimizer):
-            raise UsageError("growth or redistribution by momentum needs an optimizer with momentum above 0")
+            raise UsageError("the chosen modes read momentum, and this optimizer has none above 0")
         if METHODS[method].shrink:
             if final_density > init_density:
                 raise UsageError(
@@ -131,7 +131,7 @@ class Masking:
         self.prune_start_step = prune_start_step
         self.prune_end_step = prune_end_step
         self.total_steps = total_steps
-        self.seed = seed
+        self.seed = int(seed)
 
         self.masks: dict[str, Tensor] = {}
         self.steps = 0
@@ -385,7 +385,7 @@ class Masking:
         A mask whose weight has changed its memory format since is laid out anew.
         """
         if self._reads_gradient and all(weight.grad is None for weight in self._parameters.values()):
-            raise UsageError("growth by gradient needs gradients: run a backward pass before")
+            raise UsageError("the chosen modes read gradients: run a backward pass before")
         last = classifier(self._parameters)
         layers = []
         for name, weight in self._parameters.items():

@@ -58,7 +58,7 @@ class DenseMomentum:
             UsageError: if the optimizer has not taken a step yet.
         """
         if not self.optimizer.state:
-            raise UsageError("growth or redistribution by momentum needs a first optimizer step, which makes it")
+            raise UsageError("the chosen modes read momentum, and there is none before the first optimizer step")
         state = dict(per_weight_state(self.optimizer, weight))
         for key, kept in self._off_mask.get(name, {}).items():
             state[key] = state[key] + kept

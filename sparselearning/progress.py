@@ -10,7 +10,7 @@ from typing import Any
 from tqdm import tqdm
 
 from sparselearning import distributed
-from sparselearning.errors import UsageError
+from sparselearning.errors import FaultError, UsageError
 
 SECONDS_BETWEEN_LINES = 60
 
@@ -113,8 +113,10 @@ def _event_writer(folder: Path) -> Callable[[], Any]:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise UsageError("--tensorboard needs another package: pip install tensorboard") from None
-    if folder.exists() and not folder.is_dir():
-        raise UsageError(f"--tensorboard writes into a folder, and {folder} is a file")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FaultError(f"--tensorboard cannot write into {folder}: {error.strerror}") from error
     return partial(SummaryWriter, str(folder))
 
 

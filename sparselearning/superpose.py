@@ -75,7 +75,7 @@ def prune_to_density(
 
     Returns:
         A new state dict whose other entries are shared with ``state``, and the boolean masks of the named entries.
-        What is one tensor with a named entry (tied weights) is pruned with it.
+        Entries that are one tensor (tied weights) count once, and are pruned together.
 
     Raises:
         ValueError: if the density lies outside (0, 1], or ``state`` has no entry of some name.
@@ -88,12 +88,15 @@ def prune_to_density(
             f"the state has no entry {missing[0]!r}: take the state dict of the model itself, not of its compiled or "
             "data-parallel wrapper"
         )
-    flat = [(state[name].flatten(),) for name in names]
-    budget = active_count(sum(weights.numel() for (weights,) in flat), density)
-    chosen = select_largest(torch.abs, flat, budget)
-    masks = {name: mask.view(state[name].shape) for name, mask in zip(names, chosen, strict=True)}
-    pruned = {_memory(state[name]): state[name].masked_fill(~mask, 0) for name, mask in masks.items()}
-    return {name: pruned.get(_memory(entry), entry) for name, entry in state.items()}, masks
+    weights = {_memory(state[name]): state[name] for name in names}
+    flat = [(weight.flatten(),) for weight in weights.values()]
+    chosen = select_largest(torch.abs, flat, active_count(sum(values.numel() for (values,) in flat), density))
+    masks = {key: mask.view(weights[key].shape) for key, mask in zip(weights, chosen, strict=True)}
+    pruned = {key: weights[key].masked_fill(~mask, 0) for key, mask in masks.items()}
+    return (
+        {name: pruned.get(_memory(entry), entry) for name, entry in state.items()},
+        {name: masks[_memory(state[name])] for name in names},
+    )
 
 
 def _memory(tensor: Tensor) -> tuple:

@@ -327,6 +327,8 @@ def test_cycles_alone_from_bare_weights_come_after_the_pruning_window(script):
         ("--final-prune-epoch 1 --update-frequency 1000", True),
         ("--final-prune-epoch 4 --update-frequency 7", True),
         ("--final-prune-epoch 1 --update-frequency 1000 --method DST", False),
+        ("--final-prune-epoch 0 --update-frequency 1000", True),
+        ("--final-prune-epoch 9 --init-density 0.3", False),
     ],
 )
 def test_gradual_pruning_that_does_not_get_to_its_end_is_told(script, capsys, call, told):
@@ -754,6 +756,26 @@ def test_other_flags_are_refused_and_named(script, stopped, capsys, change, name
     assert os.listdir() == []
 
 
+def test_a_flag_that_is_no_more_does_not_matter(script, stopped, undisturbed):
+    content = load_torch(stopped / "checkpoint.pth")
+    content["config"]["gone"] = 1
+    Path("run").mkdir()
+    torch.save(content, "run/checkpoint.pth")
+    assert script(WHOLE_METHOD, "--save run --resume run") == 0
+    assert_same_outcome(undisturbed["sgd"], "run")
+
+
+def test_cycles_that_go_on_are_not_told_about_densities(script, monkeypatch, capsys):
+    cycles = WHOLE_METHOD.replace("--pre_train", "")
+    assert script(WHOLE_METHOD.replace("--cyclic_train", ""), "--save pretrained") == 0
+    with monkeypatch.context() as context:
+        stop_in(context, 2, signal.SIGTERM)
+        assert script(cycles, "--save run --resume pretrained") == 143
+    capsys.readouterr()
+    assert script(cycles, "--save run --resume run") == 0
+    assert not capsys.readouterr().err
+
+
 def test_a_checkpoint_without_sparse_flags_is_refused(script, stopped, capsys):
     assert script(BOTH, "--resume", stopped, "--save run") == 2
     one_sentence(capsys.readouterr().err)
@@ -826,12 +848,20 @@ def test_output_that_nobody_reads_any_more(data):
 
 def test_events_where_a_file_stands(script, capsys):
     Path("events").write_text("mine")
-    assert script(WHOLE_METHOD, "--save run --tensorboard events") == 2
-    assert "events" in one_sentence(capsys.readouterr().err)
+    for folder in ("events", "events/below"):
+        assert script(WHOLE_METHOD, "--save run --tensorboard", folder) == 1
+        assert "events" in one_sentence(capsys.readouterr().err)
 
 
-def test_more_memory_than_there_is(script, capsys):
-    assert script(WHOLE_METHOD, "--model cifar_resnet_8_1000000 --save run") == 1
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried …")]
+)
+def test_more_memory_than_there_is(script, capsys, monkeypatch, error):
+    def build(*args):
+        raise error
+
+    monkeypatch.setattr(main_suptickets, "build_model", build)
+    assert script(WHOLE_METHOD, "--save run") == 1
     assert "memory" in one_sentence(capsys.readouterr().err)
 
 

@@ -230,6 +230,10 @@ def test_the_run_that_a_file_belongs_to(tmp_path, path):
     assert RunFolder.of(tmp_path / path).path == tmp_path / "run"
 
 
+def test_a_run_may_be_called_checkpoints(tmp_path):
+    assert RunFolder.of(tmp_path / "checkpoints" / "checkpoint.pth").path == tmp_path / "checkpoints"
+
+
 @pytest.mark.parametrize("make", [lambda path: None, lambda path: path.mkdir()])
 def test_nothing_is_in_the_way(tmp_path, make):
     make(tmp_path / "run")

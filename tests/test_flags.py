@@ -14,12 +14,11 @@ from cifar_models import model_names
 
 from sparselearning import experiment, flags
 from sparselearning.errors import UsageError
-from sparselearning.masking import METHODS
 from sparselearning.plan import EpochBudget
 from sparselearning.schedules import DECAYS
 from sparselearning.sparse_init import SPARSE_INITS
 from sparselearning.superpose import AVERAGING
-from sparselearning.topology import GROWTH, PRUNE, REDISTRIBUTION
+from sparselearning.topology import GROWTH, METHODS, PRUNE, REDISTRIBUTION
 
 # The published command lines of the CIFAR script.
 COMMON = (
@@ -306,6 +305,7 @@ def test_doubtful_flags_are_warned_about(call, fragment):
         RUN + "--method DST --init-density 0.05",
         "--pre_train",
         RUN + "--method DST --init-density 0.5 --sparse-init resume --resume there",
+        "--sparse --cyclic_train --resume there --method DST --init-density 0.5 --final-density 0.1",
     ],
 )
 def test_sound_flags_are_not(call):

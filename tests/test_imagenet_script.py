@@ -311,6 +311,22 @@ def test_cycles_alone_start_from_pretrained_weights(home, trained, tmp_path):
     assert all(torch.equal(start[name], weights[name]) for name in weights)
 
 
+@pytest.mark.parametrize("epoch", [2, 3])
+def test_a_run_goes_back_to_one_of_its_checkpoints(home, trained, tmp_path, epoch):
+    """The later run moves aside, whole; what stands in its place is consistent, and in the end equal."""
+    shutil.copytree(trained.path, tmp_path / "run")
+    there, aside = RunFolder(tmp_path / "run"), RunFolder(tmp_path / "run.old-1")
+    assert run(*SMALL, home / "imagenet2012", "--save", there.path, "--resume", there.epoch_checkpoint(epoch)) == 0
+    assert aside.epoch_checkpoint(3).read_bytes() == trained.epoch_checkpoint(3).read_bytes()
+    for file in ("metrics", "tickets", "summary"):
+        written, before = (getattr(folder, file).read_text().splitlines() for folder in (there, trained))
+        assert len(written) == len(before)
+    for file in ("current", "previous"):
+        written, before = (load_torch(getattr(folder, file))["state_dict"] for folder in (there, trained))
+        assert all(torch.equal(written[name], before[name]) for name in before)
+    assert load_torch(there.checkpoint)["epoch"] == 3
+
+
 @pytest.mark.parametrize(
     ("flags", "printed"),
     [

@@ -14,10 +14,9 @@ from torch import nn
 from sparselearning import Masking, gradual_density
 from sparselearning.distributions import erk_densities, layer_counts
 from sparselearning.errors import UsageError
-from sparselearning.masking import METHODS
 from sparselearning.seeding import derive_seed
 from sparselearning.selection import select_largest
-from sparselearning.topology import GROWTH, PRUNE, REDISTRIBUTION, Mode
+from sparselearning.topology import GROWTH, METHODS, PRUNE, REDISTRIBUTION, Mode
 
 GRADUAL = [name for name in METHODS if name != "DST"]
 
@@ -636,6 +635,12 @@ def test_derived_seeds_are_reproducible_distinct_and_in_range():
 
 def test_numpys_integers_are_seeds_as_pythons_are():
     assert derive_seed(np.int64(3), "growth") == derive_seed(3, "growth")
+    model, file = SmallNet(), io.BytesIO()
+    masking = Masking(sgd(model), seed=np.int64(3))
+    masking.add_module(model)
+    torch.save(masking.state_dict(), file)
+    file.seek(0)
+    assert torch.load(file, weights_only=True)["seed"] == 3
 
 
 # ------------------------------------------------------------------------------------ exploring by call

@@ -110,6 +110,14 @@ def test_tied_weights_stay_tied_and_are_pruned_together():
     assert torch.count_nonzero(model.embedding.weight) == 80
 
 
+def test_tied_weights_count_once():
+    weight = torch.tensor([1.0, -5.0, 3.0, 2.0])
+    state, masks = prune_to_density({"a": weight, "b": weight, "c": torch.tensor([4.0, 0.5])}, ["a", "b", "c"], 0.5)
+    assert masks["a"].tolist() == masks["b"].tolist() == [False, True, True, False]
+    assert state["c"].tolist() == [4.0, 0.0]
+    assert state["b"] is state["a"]
+
+
 @pytest.mark.parametrize("wrap", [torch.compile, lambda model: nn.Sequential(model)])
 def test_the_state_of_a_wrapper_is_refused_in_words(wrap):
     model = nn.Linear(4, 4)
