@@ -167,11 +167,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name in args.only or study.experiments:
         out = WORK / args.study / name
         if not args.collect:
-            words = sweep_words(study, name, out, args.seeds or study.seeds, args.gpus)
-            sweep.main([*words, "--data", data, "--data-dir", str(data_dir)])
-            for path in runs_under(out):
-                if RunFolder(path).ticket(1).is_file() and not RunFolder(path).analysis.is_file():
-                    analyze_tickets.main([str(path), "--grid", "--points", "3"])
+            seeds = args.seeds or study.seeds
+            sweep.main([*sweep_words(study, name, out, seeds, args.gpus), "--data", data, "--data-dir", str(data_dir)])
+            for run in map(RunFolder, runs_under(out)):
+                if run.read_config()["seed"] in seeds and run.ticket(1).is_file() and not run.analysis.is_file():
+                    analyze_tickets.main([str(run.path), "--grid", "--points", "3"])
         collect(out, RESULTS / args.study / name)
     for page in filter(Path.is_file, PAGES):
         fill(page)
