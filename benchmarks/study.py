@@ -131,6 +131,15 @@ STUDIES = {
         },
         subset=Subset("cifar100-20", classes=20, images_per_class=250),
     ),
+    "cifar100-2k": Study(
+        flags=f"{TICKETS} {SHORT} --model cifar_resnet_20 --epochs 100 --cycle 2 --cycle_rate 0.1 "
+        "--final-prune-epoch 30 --keep-tickets",
+        experiments={
+            "main": Experiment(["granet"], control=True),
+            "no-exploration-rate-0.05": cycles_again("--lr_2 0.05", without=["--re_explore"]),
+        },
+        subset=Subset("cifar100-2k", classes=20, images_per_class=100),
+    ),
     "number-formats": Study(
         flags=f"{TICKETS} {SHORT} --model cifar_resnet_8 --epochs 4 --cycle 1 --cycle_rate 0.5 --final-prune-epoch 1",
         experiments={

@@ -38,8 +38,8 @@ def test_every_run_can_be_started_and_every_control_pairs_with_its_runs(name, ex
             assert {key for key, value in vars(run).items() if value != getattr(control, key)} == tickets
 
 
-@pytest.mark.parametrize("name", [name for name, one in study.STUDIES.items() if "again" in one.experiments])
-def test_cycles_alone_differ_from_their_baseline_in_flags_about_tickets(name):
+@pytest.mark.parametrize("name", [name for name in study.STUDIES if name != "number-formats"])
+def test_cycles_alone_differ_from_main_in_flags_about_tickets(name):
     one = study.STUDIES[name]
 
     def parsed(experiment):
@@ -50,12 +50,12 @@ def test_cycles_alone_differ_from_their_baseline_in_flags_about_tickets(name):
     def differing(experiment, other):
         return {key for key, value in parsed(experiment).items() if value != parsed(other)[key]} - {"save"}
 
-    assert differing("again", "main") == {"pre_train", "resume"}
-    assert parsed("again")["resume"] == Path("work/main/granet/seed41/tickets/ticket_0.pth")
-    others = [other for other in one.experiments if parsed(other)["resume"] and other != "again"]
-    assert len(others) >= 2
-    for other in others:
-        assert set() != differing(other, "again") <= {"re_explore", "no_maskupdates", "lr_2", "cycle"}
+    again = [name for name in one.experiments if parsed(name)["resume"]]
+    for name in again:
+        assert parsed(name)["resume"] == Path("work/main/granet/seed41/tickets/ticket_0.pth")
+        asked = differing(name, "main") - {"pre_train", "resume"}
+        assert asked <= {"re_explore", "no_maskupdates", "lr_2", "cycle"}
+        assert (asked == set()) == (name == "again")
 
 
 @pytest.mark.parametrize("classes", [100, 3])
