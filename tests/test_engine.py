@@ -600,7 +600,7 @@ def test_cycles_alone_after_another_optimizer(tmp_path, growth_before, growth):
         tmp_path / "b", plan, masks, resume=first.folder.checkpoint, flags={"optimizer": "adam"}, optimizer="adam"
     )
     if growth == "momentum":  # there is none to explore by before the first step
-        with pytest.raises(UsageError, match="needs a first optimizer step"):
+        with pytest.raises(UsageError, match="before the first optimizer step"):
             second.run()
     else:
         second.run()
