@@ -114,13 +114,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--grid", action="store_true", help="also measure CAA, and CIMA with each of --factors, with and without BN"
     )
     many.add_argument(
-        "--factors",
-        type=flags.rate,
-        nargs="+",
-        metavar="F",
-        default=[0.1, 0.25, 0.5, 0.75, 0.9],
+        "--factors", type=flags.rate, nargs="+", metavar="F", default=[0.1, 0.25, 0.5, 0.75, 0.9],
         help="CIMA's, for --grid",
-    )
+    )  # fmt: skip
     lines = parser.add_argument_group("straight lines between networks")
     lines.add_argument("--points", type=two_or_more, default=11, help="networks per line, both ends included")
     lines.add_argument(

@@ -23,8 +23,8 @@ from sparselearning.progress import Progress, print_notes, run_table
 from sparselearning.provenance import ENVIRONMENT
 from sparselearning.signals import Stopped, stop_signals
 from sparselearning.sparse_init import SPARSE_INITS
+from sparselearning.superpose import differing_entries
 
-MEMORY_IS_FULL = "error: the memory of this machine is full: try a smaller batch or network"
 CHECKPOINT_KEYS = {"config", "masking", "optimizer", "ranks"}
 """Some of what :meth:`Trainer.save_checkpoint` writes, and other people's files do not have."""
 AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -252,11 +252,9 @@ def run_script(main: Callable[[], None]) -> None:
         message, code = f"error: {error}", error.exit_code
     except torch.OutOfMemoryError as error:
         message, code = f"error: the GPU's memory is full ({error.args[0].splitlines()[0]}): try a smaller batch", 1
-    except MemoryError:
-        message, code = MEMORY_IS_FULL, 1
-    except RuntimeError as error:
-        if "can't allocate memory" in str(error):
-            message, code = MEMORY_IS_FULL, 1
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
+            message, code = "error: the memory of this machine is full: try a smaller batch or network", 1
         elif distributed.is_lost_contact(error):
             message, code = "error: another process of this run has gone away or cannot be reached", 1
         else:
@@ -299,21 +297,24 @@ def _first_masks(plan: Plan, sparse: SparseTraining, continues: bool) -> str:
 
 def _note_density(masking: Masking, plan: Plan) -> None:
     """Tell the user if cycles alone start from more weights than the budget allows."""
-    if plan.pre_train or not plan.final_density:
-        return
-    budget = active_count(sum(mask.numel() for mask in masking.masks.values()), plan.final_density)
-    if sum(masking.active_counts().values()) > budget:
+    if not plan.pre_train and plan.final_density and _is_denser(masking, plan.final_density):
         print_notes(f"the weights to start from are denser than the budget of {plan.final_density}")
+
+
+def _is_denser(masking: Masking, density: float) -> bool:
+    """Whether more weights are active than a budget of that density allows."""
+    budget = active_count(sum(mask.numel() for mask in masking.masks.values()), density)
+    return sum(masking.active_counts().values()) > budget
 
 
 def _note_unfinished_pruning(masking: Masking, plan: Plan, batches: int) -> None:
     """Tell the user if the last topology update comes before gradual pruning is at its end."""
     if not (masking.method.shrink and masking.updates_enabled) or masking.prune_end_step is None:
         return
-    budget = active_count(sum(mask.numel() for mask in masking.masks.values()), masking.final_density)
     end = (plan.end_epoch if plan.updates_in_cycles else plan.budget.pretrain_epochs) * batches
     last = end - end % masking.update_frequency
-    if sum(masking.active_counts().values()) <= budget or (last > masking.steps and last >= masking.prune_end_step):
+    gets_there = last > masking.steps and last >= masking.prune_end_step
+    if gets_there or not _is_denser(masking, masking.final_density):
         return
     updates = f"the last topology update is at step {last}" if last > masking.steps else "no topology update comes"
     print_notes(
@@ -367,10 +368,9 @@ def load_weights(model: nn.Module, saved: Mapping[str, Any], source: Path) -> No
     Raises:
         UsageError: if they belong to another model, or are no weights.
     """
-    state, own = saved_state(saved, source), model.state_dict()
-    for name in own | state:
-        if name not in own or name not in state or own[name].shape != state[name].shape:
-            raise UsageError(f"{source} holds weights of another model: {name} does not fit")
+    state = saved_state(saved, source)
+    if differing := differing_entries(model.state_dict(), state):
+        raise UsageError(f"{source} holds weights of another model: {differing[0]} does not fit")
     model.load_state_dict(state)
 
 
@@ -382,10 +382,10 @@ def _open_folder(output: Output, trainer: Trainer) -> None:
     """
     if distributed.is_main():
         folder = output.folder
-        source = RunFolder.of(output.resume) if output.resume and trainer.continues else None
-        goes_back = bool(
-            source and output.resume and find_checkpoint(output.resume).resolve() != source.checkpoint.resolve()
-        )
+        source, goes_back = None, False
+        if output.resume and trainer.continues:
+            source = RunFolder.of(output.resume)
+            goes_back = find_checkpoint(output.resume).resolve() != source.checkpoint.resolve()
         if source is None or goes_back or source.path.resolve() != folder.path.resolve():
             if aside := folder.make_room():
                 print_notes(f"an earlier run stood in {folder.path}: moved to {aside}")

@@ -131,12 +131,9 @@ class RunFolder:
         """The folder that ``--resume PATH`` means: itself, or the one that a checkpoint lies in."""
         if path.is_dir():
             return cls(path)
-        own = cls(path.parent.parent)
-        return (
-            own
-            if path.parent == own.epoch_checkpoint(0).parent and path.stem.startswith("epoch_")
-            else cls(path.parent)
-        )
+        above = cls(path.parent.parent)
+        is_epochs = path.parent == above.epoch_checkpoint(0).parent and path.stem.startswith("epoch_")
+        return above if is_epochs else cls(path.parent)
 
     def read_config(self) -> dict[str, Any]:
         """Content of ``config.json``.

@@ -271,15 +271,16 @@ def check(args: argparse.Namespace, momentum_is_zero: bool, has_weights: bool) -
                 f"--sparse-init GMP starts dense, but the pruning schedule at --init-density {args.init_density}: "
                 "give --init-density 1 for a schedule from dense"
             )
-    elif SPARSE_INITS[args.sparse_init].needs_trained_weights or not args.pre_train:
-        pass  # the loaded weights decide what the density is
-    elif args.sparse_init == "GMP":
-        warnings.append("--sparse-init GMP starts dense and DST stays so; only the superposition is cut to the budget")
-    elif args.init_density != args.final_density:
-        warnings.append(
-            f"DST keeps --init-density {args.init_density}; only the superposition is cut to --final-density "
-            f"{args.final_density}. For gradual pruning give --method GraNet"
-        )
+    elif args.pre_train and not SPARSE_INITS[args.sparse_init].needs_trained_weights:  # else the weights decide
+        if args.sparse_init == "GMP":
+            warnings.append(
+                "--sparse-init GMP starts dense and DST stays so; only the superposition is cut to the budget"
+            )
+        elif args.init_density != args.final_density:
+            warnings.append(
+                f"DST keeps --init-density {args.init_density}; only the superposition is cut to --final-density "
+                f"{args.final_density}. For gradual pruning give --method GraNet"
+            )
     return warnings
 
 

@@ -143,6 +143,7 @@ class Masking:
         self._threshold: float | None = None
         self._reads_gradient = any(mode.reads_gradient for mode in modes)
         self._reads_momentum = reads_momentum
+        self._tracks_momentum = GROWTH[growth].reads_momentum
         self._dense_momentum = DenseMomentum(optimizer)
         self._ever_active: dict[str, Tensor] = {}
 
@@ -210,8 +211,7 @@ class Masking:
         """
         self._check_has_model()
         due = self.update_due
-        tracks = GROWTH[self.growth].reads_momentum
-        masks_gradients = self._zeroed and not (keep_gradients or due or tracks)
+        masks_gradients = self._zeroed and not (keep_gradients or due or self._tracks_momentum)
         self.steps += 1
         if masks_gradients:
             self.mask_gradients()
@@ -220,8 +220,8 @@ class Masking:
         else:
             scaler.step(self.optimizer)
             scaler.update()
-        skipped = scaler is not None and (due or tracks) and not self.gradients_are_finite()
-        if tracks and not skipped:
+        skipped = scaler is not None and (due or self._tracks_momentum) and not self.gradients_are_finite()
+        if self._tracks_momentum and not skipped:
             self._dense_momentum.age(self._parameters)
         if not masks_gradients:
             self.apply_masks()
@@ -272,7 +272,7 @@ class Masking:
     @property
     def sparse_steps(self) -> int | None:
         """Steps on sparse gradients for each that needs dense ones, ΔT of ``costs.training_flops``; None: none does."""
-        if GROWTH[self.growth].reads_momentum:
+        if self._tracks_momentum:
             return 0
         waits = self.method.shrink is not None and self.steps < self.prune_start_step
         updates = self.updates_enabled and self.method.grows and not waits
@@ -333,7 +333,7 @@ class Masking:
         self._overdue = state["overdue"]
         self._threshold = state["threshold"]
         self.seed = state["seed"]
-        if GROWTH[self.growth].reads_momentum:
+        if self._tracks_momentum:
             self._dense_momentum.load_state_dict(state["off_mask_momentum"], self._parameters)
         self._zeroed = False
 

@@ -47,9 +47,8 @@ class DenseMomentum:
 
     def keep(self, name: str, weight: nn.Parameter, mask: Tensor) -> None:
         """Take over the optimizer's momentum where ``mask`` is false, and forget what was kept of active weights."""
-        state = dict(per_weight_state(self.optimizer, weight))
         for key, kept in self._off_mask.get(name, {}).items():
-            kept.add_(state[key]).masked_fill_(mask, 0)
+            kept.add_(self.optimizer.state[weight][key]).masked_fill_(mask, 0)
 
     def of(self, name: str, weight: nn.Parameter) -> Tensor:
         """Momentum of every weight, in its shape; zero if the weight is not trained.

@@ -161,4 +161,5 @@ def _largest(scores: Mapping[str, Tensor], count: int) -> Masks:
 
 def _structured_layers(weights: Mapping[str, Tensor]) -> list[str]:
     """All layers but the classifier."""
-    return [name for name in weights if name != classifier(weights)]
+    last = classifier(weights)
+    return [name for name in weights if name != last]

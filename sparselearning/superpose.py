@@ -32,6 +32,12 @@ AVERAGING: dict[str, Callable[[float], Callable[[int], float]]] = {
 """Name to a function from the user's constant factor to (ticket number → factor of that ticket)."""
 
 
+def differing_entries(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> list[str]:
+    """Names of the entries that one of two networks lacks or has in another shape."""
+    shapes, others = ({name: entry.shape for name, entry in state.items()} for state in (a, b))
+    return [name for name in shapes | others if shapes.get(name) != others.get(name)]
+
+
 @torch.no_grad()
 def superpose(previous: Mapping[str, Tensor], ticket: Mapping[str, Tensor], factor: float) -> State:
     """Average two networks: ``(1 - factor) · previous + factor · ticket``.
@@ -48,17 +54,16 @@ def superpose(previous: Mapping[str, Tensor], ticket: Mapping[str, Tensor], fact
     Raises:
         ValueError: if names or shapes differ.
     """
-    shapes, others = ({name: entry.shape for name, entry in state.items()} for state in (previous, ticket))
-    differing = [name for name in shapes | others if shapes.get(name) != others.get(name)]
-    if differing:
+    if differing := differing_entries(previous, ticket):
         raise ValueError(f"only networks of the same architecture superpose; these differ in {differing[:3]}")
     averaged: State = {}
     ties: dict[tuple, Tensor] = {}
     for name, entry in ticket.items():
-        if _memory(entry) not in ties:
+        memory = _memory(entry)
+        if memory not in ties:
             floating = entry.is_floating_point()
-            ties[_memory(entry)] = (1 - factor) * previous[name] + factor * entry if floating else entry.clone()
-        averaged[name] = ties[_memory(entry)]
+            ties[memory] = (1 - factor) * previous[name] + factor * entry if floating else entry.clone()
+        averaged[name] = ties[memory]
     return averaged
 
 
