@@ -21,17 +21,18 @@ import torch
 import torch.nn.functional as F
 from cifar_data import Data
 from ticket_tables import HELD_OUT, TEST_SET, grid_table, layers_table, lines_table, networks_table, pairs_tables
-from torch import Tensor, nn
+from torch import Tensor
 
 from sparselearning import experiment, flags
 from sparselearning.costs import overall_density
-from sparselearning.engine import Precision
 from sparselearning.errors import FaultError, UsageError
 from sparselearning.files import RunFolder, load_torch, save_torch, write_json
 from sparselearning.masking import maskable_parameters
+from sparselearning.passes import Passes
 from sparselearning.progress import print_notes
 from sparselearning.runs import find_runs, read_run
-from sparselearning.superpose import AVERAGING, State, prune_to_density, superpose, update_bn
+from sparselearning.script import run_script
+from sparselearning.superpose import AVERAGING, State, prune_to_density, superpose
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -97,7 +98,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     again = parser.add_argument_group("superposing again", "what is not given is as it was in the run")
     again.add_argument(
         "--tickets", type=flags.non_negative, nargs="+", metavar="N",
-        help="superpose these, starting from the first; 0 is the pre-trained network; without: all",
+        help="superpose these, starting from the first; 0 is the pre-trained network; without it, all",
     )  # fmt: skip
     again.add_argument("--superposing_method", choices=AVERAGING, default=argparse.SUPPRESS, help="the average")
     again.add_argument("--CIMA_factor", type=flags.rate, default=argparse.SUPPRESS, help="weight of a ticket in CIMA")
@@ -121,11 +122,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     lines.add_argument("--points", type=two_or_more, default=11, help="networks per line, both ends included")
     lines.add_argument(
         "--line-bn", action="store_true",
-        help="re-estimate BatchNorm at every point; without: its statistics are interpolated, as the weights are",
+        help="re-estimate BatchNorm at every point; without it, its statistics are interpolated, as the weights are",
     )  # fmt: skip
     lines.add_argument(
         "--all-pairs", action="store_true",
-        help="draw them between all networks; without: from ticket to next ticket, and from each to the superposition",
+        help="draw them between all networks, not only from ticket to next ticket and from each to the superposition",
     )  # fmt: skip
     place = parser.add_argument_group("place", "what is not given is as it was in the run")
     place.add_argument("--data", default=argparse.SUPPRESS, help="the run's data set, if its file has moved")
@@ -186,16 +187,12 @@ class Bench:
     """A run's model, data and number formats. Everything that is measured is measured here.
 
     Attributes:
-        model: its weights are those of whichever network was measured last.
-        network: what computes its forward pass: the model itself, or compiled.
+        passes: of a model whose weights are those of whichever network was measured last.
         labels: of the evaluation set, [N].
     """
 
-    model: nn.Module
-    network: Callable[[Tensor], Tensor]
+    passes: Passes
     data: Data
-    precision: Precision
-    device: torch.device
     labels: Tensor
 
     @classmethod
@@ -203,9 +200,9 @@ class Bench:
         """Set up what a run with these flags computes with."""
         device, runtime = flags.runtime(args).start()
         data, model = main_suptickets.load(args, runtime, device)
-        network = torch.compile(model) if runtime.compile else model
+        network: Any = torch.compile(model) if runtime.compile else model
         labels = torch.cat([batch.labels for batch in data.evaluation.epoch(0)])
-        return cls(model, network, data, runtime.precision(), device, labels)
+        return cls(Passes(model, network, runtime.precision()), data, labels)
 
     def load_ticket(self, folder: RunFolder, number: int, keep_first_dense: bool) -> Network:
         """Read a ticket that a run kept. A dense one counts as masked where its weights are zero.
@@ -218,19 +215,17 @@ class Bench:
         saved = load_torch(path)
         if not {"state_dict", "masks", "epoch"} <= saved.keys():
             raise FaultError(f"{path} is no ticket: it lacks weights, masks or epoch")
-        experiment.load_weights(self.model, saved, path)
-        state = self._state()
-        masks = {name: mask.to(self.device) for name, mask in saved["masks"].items()}
-        masks = masks or nonzero(state, maskable_parameters(self.model, keep_first_dense))
+        experiment.load_weights(self.passes.model, saved, path)
+        state = self.passes.state()
+        masks = {name: mask.to(self.passes.device) for name, mask in saved["masks"].items()}
+        masks = masks or nonzero(state, maskable_parameters(self.passes.model, keep_first_dense))
         return Network(f"ticket {number}", state, masks, saved["epoch"] - 1)
 
-    @torch.no_grad()
     def logits(self, state: State) -> Tensor:
         """Predictions of a network, in eval mode, on the evaluation set in its stored order: [N, classes], float32."""
-        self.model.load_state_dict(state)
-        self.model.eval()
-        with self.precision.context(self.device):
-            return torch.cat([self.network(batch.images).float() for batch in self.data.evaluation.epoch(0)])
+        self.passes.model.load_state_dict(state)
+        self.passes.network.eval()
+        return torch.cat([self.passes.predict(batch) for batch in self.data.evaluation.epoch(0)])
 
     def quality(self, logits: Tensor) -> dict[str, float]:
         """Accuracy in [0, 1], and mean loss per sample in nats."""
@@ -288,13 +283,9 @@ class Bench:
         }
 
     def _fresh_bn(self, state: State, epoch: int) -> State:
-        self.model.load_state_dict(state)
-        with self.precision.context(self.device):
-            update_bn(self.data.train.epoch(epoch), self.network)
-        return self._state()
-
-    def _state(self) -> State:
-        return {name: entry.detach().clone() for name, entry in self.model.state_dict().items()}
+        self.passes.model.load_state_dict(state)
+        self.passes.re_estimate_bn(self.data.train.epoch(epoch))
+        return self.passes.state()
 
 
 # -------------------------------------------------------------------------------------- superposing again
@@ -430,4 +421,4 @@ def draw(results: Mapping[str, Any], out: Path) -> None:
 
 
 if __name__ == "__main__":
-    experiment.run_script(main)
+    run_script(main)

@@ -8,7 +8,7 @@ python3 main_suptickets.py --pre_train --cyclic_train --re_explore --cyc_lr --up
 import argparse
 import copy
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -22,7 +22,9 @@ from sparselearning.errors import UsageError
 from sparselearning.files import RunFolder
 from sparselearning.plan import EpochBudget
 from sparselearning.progress import print_notes
+from sparselearning.runtime import Runtime
 from sparselearning.schedules import milestone_lr
+from sparselearning.script import run_script
 from sparselearning.seeding import seed_everything
 from sparselearning.sparse_init import SPARSE_INITS
 
@@ -93,7 +95,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     recipe.add_argument("--optimizer", choices=OPTIMIZERS, default="sgd", help="rule that changes the weights")
     recipe.add_argument("--lr", type=flags.non_negative_float, default=0.1, help="learning rate of pre-training")
     recipe.add_argument(
-        "--nolrsche", action="store_true", help="constant rate; without: x0.1 at half and three quarters"
+        "--nolrsche", action="store_true", help="constant rate; without it, x0.1 at half and three quarters"
     )
     recipe.add_argument("--momentum", type=flags.below_one, default=0.9, help="of SGD")
     recipe.add_argument("--l2", type=flags.non_negative_float, default=5e-4, help="weight decay")
@@ -132,7 +134,6 @@ def run(args: argparse.Namespace, argv: Sequence[str] | None) -> None:
     values = flags.values(args)
     network = {
         "builder": "cifar_models:build_model",
-        "folder": str(Path(__file__).resolve().parent),
         "arguments": {
             "name": args.model,
             "num_classes": data.num_classes,
@@ -180,7 +181,7 @@ def check(args: argparse.Namespace) -> list[str]:
     return flags.check(args, momentum_is_zero, has_weights=args.resume is not None)
 
 
-def load(args: argparse.Namespace, runtime: experiment.Runtime, device: torch.device) -> tuple[Data, nn.Module]:
+def load(args: argparse.Namespace, runtime: Runtime, device: torch.device) -> tuple[Data, nn.Module]:
     """Load the data and build the network, both on the device, as drawn by the run's seed."""
     seed_everything(args.seed)
     with distributed.main_first():
@@ -201,7 +202,7 @@ def load(args: argparse.Namespace, runtime: experiment.Runtime, device: torch.de
     return data, model
 
 
-def pretrain_lr(args: argparse.Namespace, budget: EpochBudget):
+def pretrain_lr(args: argparse.Namespace, budget: EpochBudget) -> Callable[[int], float]:
     """Epoch to learning rate in pre-training: ten times smaller at half and at three quarters of it."""
     epochs = budget.pretrain_epochs
     milestones = [] if args.nolrsche else [epochs // 2, epochs * 3 // 4]
@@ -209,4 +210,4 @@ def pretrain_lr(args: argparse.Namespace, budget: EpochBudget):
 
 
 if __name__ == "__main__":
-    experiment.run_script(main)
+    run_script(main)

@@ -23,9 +23,10 @@ from typing import NamedTuple
 
 import main_suptickets
 
-from sparselearning import experiment, flags, report
+from sparselearning import flags, report
 from sparselearning.errors import FaultError, UsageError
 from sparselearning.files import RunFolder
+from sparselearning.script import run_script
 from sparselearning.signals import stop_signals
 
 SCRIPT = Path(__file__).with_name("main_suptickets.py")
@@ -101,21 +102,23 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Read what stands before ``--``."""
     parser = flags.Parser(description=__doc__.splitlines()[0])
     parser.usage = "%(prog)s --seeds N [N …] --methods NAME [NAME …] [options] -- FLAGS OF main_suptickets.py"
-    parser.add_argument("--seeds", type=flags.non_negative, nargs="+", required=True, metavar="N", help="a run each")
     parser.add_argument(
-        "--methods", choices=METHODS, nargs="+", required=True, metavar="NAME", help=f"of {', '.join(METHODS)}"
+        "--seeds", type=flags.seed, nargs="+", required=True, metavar="N", help="one run per seed and method"
+    )
+    parser.add_argument(
+        "--methods", choices=METHODS, nargs="+", required=True, metavar="NAME", help=f"any of {', '.join(METHODS)}"
     )
     parser.add_argument(
         "--control", action="store_true",
-        help=f"beside each run one of plain training, without tickets, for as many epochs ({PLAIN.flags})",
+        help=f"also run a control for each: plain training without tickets, for the same epochs ({PLAIN.flags})",
     )  # fmt: skip
     parser.add_argument(
         "--out", type=Path, default=Path("sweep"), metavar="DIR", help="run folders, DIR/NAME/seedN, and DIR/report"
     )
     parser.add_argument(
         "--gpus", nargs="+", metavar="ID",
-        help="one run at a time on each of these (CUDA_VISIBLE_DEVICES), what they print in DIR/NAME/seedN.log; "
-        "without: one run after the other on what there is",
+        help="one run at a time on each of these (CUDA_VISIBLE_DEVICES), its output in DIR/NAME/seedN.log; "
+        "without it, one run after the other on whatever there is",
     )  # fmt: skip
     parser.add_argument("--dry-run", action="store_true", help="print the commands, run nothing")
     return parser.parse_args(argv)
@@ -245,4 +248,4 @@ def _start(run: Run, gpu: str | None, at_once: int) -> subprocess.Popen:
 
 
 if __name__ == "__main__":
-    experiment.run_script(main)
+    run_script(main)

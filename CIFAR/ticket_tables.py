@@ -83,7 +83,7 @@ def grid_table(rows: Sequence[Mapping[str, Any]], part: str) -> str:
         (average_name(row), *(text for bn in ("bn_averaged", "bn_re_estimated") for text in figures(row[bn])))
         for row in rows
     ]
-    note = "an average chosen here is chosen on the test set, and so its accuracy flatters\n"
+    note = "an average picked on the test set overstates its accuracy\n"
     return columns([header, *lines]) + (note if part == TEST_SET else "")
 
 

@@ -359,10 +359,10 @@ def _copied_aside(stream: torch.cuda.Stream, *tensors: Tensor) -> list[Tensor]:
 
 @dataclass(frozen=True)
 class ImageNetData:
-    """What a run needs to know of its data. ``train`` and ``train_exact`` hold the same augmented images."""
+    """What a run needs to know of its data. ``train`` and ``train_once`` hold the same augmented images."""
 
     train: FolderLoader  # equally many batches on all ranks, a few images twice
-    train_exact: FolderLoader  # each training image exactly once over all ranks: BatchNorm re-estimation
+    train_once: FolderLoader  # each training image exactly once over all ranks: BatchNorm re-estimation
     evaluation: FolderLoader  # each validation image exactly once over all ranks
     num_classes: int
     image_size: int  # pixels per side
@@ -431,7 +431,7 @@ def load_imagenet(
     augmented = training_view(image_size)
     return ImageNetData(
         train=loader(train_files, augmented, shuffle=True, padded=True),
-        train_exact=loader(train_files, augmented, shuffle=True, padded=False),
+        train_once=loader(train_files, augmented, shuffle=True, padded=False),
         evaluation=loader(val_files, evaluation_view(image_size, resize), shuffle=False, padded=False),
         num_classes=len(train_files.classes),
         image_size=image_size,

@@ -8,7 +8,7 @@ python multiproc.py --nproc_per_node 8 main.py … DIR                          
 import argparse
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -22,7 +22,9 @@ from sparselearning.errors import UsageError
 from sparselearning.files import RunFolder, load_torch
 from sparselearning.plan import EpochBudget, Plan
 from sparselearning.progress import print_notes
+from sparselearning.runtime import Runtime
 from sparselearning.schedules import milestone_lr
+from sparselearning.script import run_script
 from sparselearning.seeding import seed_everything
 
 FINAL_DENSITY = 0.1
@@ -57,19 +59,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     values = flags.values(args)
     network = {
         "builder": "imagenet_resnet:build_model",
-        "folder": str(Path(__file__).resolve().parent),
         "arguments": {"arch": args.arch, "num_classes": data.num_classes},
         "input_shape": [data.channels, data.image_size, data.image_size],
     }
     recipe = experiment.Recipe(
         model=model,
         optimizer=make_optimizer(model, args),
-        sources=Sources(train=data.train, train_once=data.train_exact, evaluation=data.evaluation),
+        sources=Sources(train=data.train, train_once=data.train_once, evaluation=data.evaluation),
         sample_shape=(data.channels, data.image_size, data.image_size),
         class_balanced_batch=lambda: data.train.class_balanced_batch(args.batch_size, args.seed),
         label_smoothing=args.label_smoothing,
     )
-    plan = flags.plan(args, budget, lambda epoch: pretrain_lr(args, epoch))
+    plan = flags.plan(args, budget, pretrain_lr(args))
     sparse = flags.sparse_training(args, len(data.train), budget.total_epochs)
     output = experiment.Output(
         folder=RunFolder(flags.run_path(args, args.arch, Path(args.data).resolve().name, budget)),
@@ -117,11 +118,14 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     recipe.add_argument(
         "--epochs", type=flags.positive, help="the whole run; must be the sum of both parts (default: that sum)"
     )
-    recipe.add_argument("--density", type=flags.density, help="budget: another name of --final-density (default: that)")
+    recipe.add_argument(
+        "--density", type=flags.density,
+        help=f"budget: another name of --final-density (default of both: {FINAL_DENSITY})",
+    )  # fmt: skip
     recipe.add_argument("--pretrained-weights", type=Path, metavar="PATH", help="first weights, from a saved .pth")
     files = parser.add_argument_group("data and files")
     files.add_argument("-j", "--workers", type=flags.non_negative, default=5, help="decoding processes per process")
-    files.add_argument("--strict-data", action="store_true", help="stop at a damaged image; without: skip and count it")
+    files.add_argument("--strict-data", action="store_true", help="stop at a damaged image, in place of skipping it")
     files.add_argument(
         "-p", "--print-freq", type=flags.positive, default=10, metavar="STEPS", help="steps between progress updates"
     )
@@ -145,7 +149,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--dynamic-loss-scale", action="store_true", help="scale adapted to the gradients: the default"
     )
     parser.set_defaults(cycle=4, final_density=None)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    args.final_density = resolve_density(args.density, args.final_density)
+    if args.evaluate or measures_only(args):
+        args.pre_train = args.pre_train or not args.cyclic_train
+    return args
 
 
 def epoch_budget(args: argparse.Namespace) -> EpochBudget:
@@ -170,21 +178,18 @@ def epoch_budget(args: argparse.Namespace) -> EpochBudget:
 
 
 def check(args: argparse.Namespace, budget: EpochBudget) -> list[str]:
-    """Refuse contradictions, settle the budget's density, and return warnings.
+    """Refuse contradictory flags; return warnings about doubtful ones.
 
     Raises:
         UsageError: one sentence about the first contradiction.
     """
-    args.final_density = resolve_density(args.density, args.final_density)
-    if args.fp16 is False and args.amp != "fp16" and (args.static_loss_scale or args.dynamic_loss_scale):
+    if not args.fp16 and args.amp != "fp16" and (args.static_loss_scale or args.dynamic_loss_scale):
         raise UsageError("loss scaling is for float16: give --fp16 as well")
     if args.static_loss_scale and args.dynamic_loss_scale:
         raise UsageError("give one of --static-loss-scale and --dynamic-loss-scale")
     has_weights = args.resume is not None or args.pretrained_weights is not None
     if args.evaluate and not has_weights:
         raise UsageError("--evaluate needs weights: give --resume PATH or --pretrained-weights PATH")
-    if args.evaluate or measures_only(args):
-        args.pre_train = args.pre_train or not args.cyclic_train
     warnings = flags.check(args, momentum_is_zero=args.momentum == 0, has_weights=has_weights)
     return warnings + flags.check_budget(args, budget) + flags.pruning_window_warning(args, budget.pretrain_epochs)
 
@@ -216,13 +221,13 @@ def make_optimizer(model: nn.Module, args: argparse.Namespace) -> torch.optim.Op
     return torch.optim.SGD(groups, lr=args.lr, momentum=args.momentum, fused=True)
 
 
-def pretrain_lr(args: argparse.Namespace, epoch: int) -> float:
-    """Learning rate of a pre-training epoch."""
+def pretrain_lr(args: argparse.Namespace) -> Callable[[int], float]:
+    """Epoch to learning rate in pre-training: linear warm-up, then ten times smaller at each milestone."""
     milestones = [args.multiplier * milestone for milestone in (args.first_m, args.second_m, args.third_m)]
-    return milestone_lr(epoch, args.lr, milestones, args.warmup * args.multiplier)
+    return lambda epoch: milestone_lr(epoch, args.lr, milestones, args.warmup * args.multiplier)
 
 
-def evaluate(recipe: experiment.Recipe, plan: Plan, runtime: experiment.Runtime, output: experiment.Output) -> None:
+def evaluate(recipe: experiment.Recipe, plan: Plan, runtime: Runtime, output: experiment.Output) -> None:
     """Print loss and accuracy of saved weights; of a run's folder, those of its superposition."""
     if output.resume:
         path = RunFolder(output.resume).previous if output.resume.is_dir() else output.resume
@@ -234,4 +239,4 @@ def evaluate(recipe: experiment.Recipe, plan: Plan, runtime: experiment.Runtime,
 
 
 if __name__ == "__main__":
-    experiment.run_script(main)
+    run_script(main)

@@ -3,7 +3,7 @@
 
 from main import main
 
-from sparselearning.experiment import run_script
+from sparselearning.script import run_script
 
 if __name__ == "__main__":
     run_script(main)

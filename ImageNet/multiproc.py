@@ -9,8 +9,8 @@ All flags of ``torchrun --help`` stand before the script; a ``--master_port`` am
 
 import sys
 
-from sparselearning.experiment import run_script
 from sparselearning.launch import launch
+from sparselearning.script import run_script
 
 if __name__ == "__main__":
     run_script(lambda: launch(sys.argv[1:]))

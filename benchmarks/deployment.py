@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""What unstructured sparsity saves in deployment on this CPU, and what it does not: file size, memory, time.
+"""What unstructured masks save in deployment on this CPU, and what they do not: file size, memory, time.
 
 python benchmarks/deployment.py
 
@@ -9,13 +9,12 @@ twin, in CPU time of one thread, which other work on the machine disturbs less t
 inputs are random: neither size nor time depends on the values.
 """
 
-import argparse
 import statistics
 import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,17 +22,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import unfold
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent / "CIFAR"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "CIFAR"))
 
-from cifar_models import build_model  # noqa: E402  found once its folder is on the path
+from cifar_models import build_model
 
-from sparselearning import Masking  # noqa: E402
-from sparselearning.distributions import active_count  # noqa: E402
-from sparselearning.export import save_sparse  # noqa: E402
-from sparselearning.files import write_json  # noqa: E402
-from sparselearning.masking import maskable_parameters  # noqa: E402
-from sparselearning.provenance import environment  # noqa: E402
+from sparselearning import Masking
+from sparselearning.distributions import active_count
+from sparselearning.export import save_sparse
+from sparselearning.files import write_json
+from sparselearning.flags import Parser
+from sparselearning.masking import maskable_parameters
+from sparselearning.provenance import environment
+from sparselearning.script import run_script
 
 DENSITIES = (0.2, 0.1, 0.05, 0.02)
 BATCH = 8
@@ -156,7 +156,7 @@ def compare(dense: nn.Module, sparse: nn.Module, inputs: Tensor, repeats: int) -
     for _ in range(repeats):
         dense_seconds.append(seconds(dense, inputs))
         csr_seconds.append(seconds(sparse, inputs))
-    speedups = [slow / fast for slow, fast in zip(dense_seconds, csr_seconds, strict=True)]
+    speedups = [dense / csr for dense, csr in zip(dense_seconds, csr_seconds, strict=True)]
     low, speedup, high = statistics.quantiles(speedups, n=4)
     return {
         "dense_seconds": statistics.median(dense_seconds),
@@ -200,14 +200,14 @@ def table(results: dict[str, Any]) -> str:
     ]
     for name, times in results["times"].items():
         dense = statistics.median(time["dense_seconds"] for time in times) * 1e3
-        rows.append([f"time, {name} ({dense:.3g} ms)", *(f"{time['speedup']:.2f}x" for time in times)])
+        rows.append([f"{name} ({dense:.3g} ms)", *(f"{time['speedup']:.2g}×" for time in times)])  # noqa: RUF001
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
         "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows
     ]
     where = f"one thread of {about['device'].removeprefix('cpu: ')}, {about['instructions']}"
     return "\n".join(lines) + (
-        f"\n\nnx: n times as fast as dense, at batch {BATCH} in float32. Measured on "
+        f"\n\nn×: n times as fast as dense, at batch {BATCH} in float32. Measured on "  # noqa: RUF001
         f"{where}, torch {about['versions']['torch']}, commit {about['commit']}."
     )
 
@@ -218,13 +218,11 @@ def megabytes(size: int) -> str:
 
 
 @torch.inference_mode()
-def main() -> None:
-    """Measure, print the table, write the JSON file."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    parser.add_argument("--json", type=Path, default=HERE / "deployment.json", help="file to write")
-    args = parser.parse_args()
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure, print the table, write the file."""
+    parser = Parser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, metavar="FILE.json", help="write all figures there, too")
+    args = parser.parse_args(argv)
     warnings.filterwarnings("ignore", message="Sparse (CSR|invariant)")
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -237,9 +235,10 @@ def main() -> None:
         "sizes": [sizes(density) for density in DENSITIES],
         "times": times,
     }
-    write_json(args.json, results)
+    if args.out:
+        write_json(args.out, results)
     print(table(results))
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -40,11 +40,13 @@ from sparselearning import experiment, flags
 from sparselearning.data import Batch
 from sparselearning.engine import Sources, Trainer
 from sparselearning.errors import UsageError
-from sparselearning.experiment import Runtime, SparseTraining
+from sparselearning.experiment import SparseTraining
 from sparselearning.files import RunFolder, write_json
 from sparselearning.masking import Masking, maskable_parameters
 from sparselearning.plan import EpochBudget, Plan
 from sparselearning.provenance import environment
+from sparselearning.runtime import Runtime
+from sparselearning.script import run_script
 from sparselearning.superpose import caa_factor, prune_to_density, superpose, update_bn
 from sparselearning.topology import Layer, shrink_globally
 
@@ -83,7 +85,7 @@ class Setting:
         return alternate(sides, self.repeats, self.device)
 
 
-# For ResNet50 with 100 classes (23.65 million maskable weights), at density 0.05; rates at batch size 128.
+BARS_HOLD_FOR = {"model": "ResNet50", "classes": 100, "density": 0.05, "batch_size": 128}  # 23.65 million weights
 BARS: dict[str, dict[str, list[Bar]]] = {
     "masked step / dense step": {"cpu": [Bar(1.02)], "cuda": [Bar(1.02)]},
     "masked step / dense step, compiled": {"cpu": [Bar(1.02)], "cuda": [Bar(1.02)]},
@@ -104,7 +106,7 @@ BARS: dict[str, dict[str, list[Bar]]] = {
 
 def bars(setting: Setting, what: str) -> list[Bar]:
     """What a row is to reach in this setting."""
-    if (setting.model, setting.classes) != ("ResNet50", 100):
+    if any(getattr(setting, name) != value for name, value in BARS_HOLD_FOR.items()):
         return []
     return BARS.get(what, {}).get(setting.device.type, [])
 
@@ -177,7 +179,7 @@ def make_trainer(setting: Setting, runtime: Runtime, sparse: bool = True) -> Tra
         runtime,
         experiment.Output(RunFolder(Path("unused")), config={}),
     )
-    trainer.network.train()
+    trainer.passes.network.train()
     return trainer
 
 
@@ -334,8 +336,8 @@ def case_bn(setting: Setting) -> Iterator[Row]:
     ours, theirs = ([first_batch(setting, layout).images] * setting.steps for layout in (DEFAULT_LAYOUT, NCHW))
 
     def pass_over_batches() -> None:
-        with trainer.precision.context(setting.device):
-            update_bn(ours, trainer.network)
+        with trainer.passes.precision.context(setting.device):
+            update_bn(ours, trainer.model)
 
     images = setting.steps * setting.batch_size
     sides = (
@@ -517,4 +519,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    experiment.run_script(main)
+    run_script(main)

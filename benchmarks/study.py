@@ -25,10 +25,11 @@ import analyze_tickets  # noqa: E402  found once its folder is on the path
 import cifar_data  # noqa: E402
 import sweep  # noqa: E402
 
-from sparselearning import experiment, flags  # noqa: E402
+from sparselearning import flags  # noqa: E402
 from sparselearning.errors import UsageError  # noqa: E402
 from sparselearning.files import RunFolder, copy_whole, write_json, write_text, write_whole  # noqa: E402
 from sparselearning.runs import find_runs, group_runs, read_run  # noqa: E402
+from sparselearning.script import run_script  # noqa: E402
 from sparselearning.tables import markdown_report, markdown_table  # noqa: E402
 
 WORK = Path("study")
@@ -59,8 +60,8 @@ class Subset(NamedTuple):
 
     Attributes:
         name: of its file.
-        classes: so many, the first in the order of the labels.
-        images_per_class: to train on, drawn at random.
+        classes: how many; the first in the order of the labels.
+        images_per_class: how many to train on, drawn at random.
     """
 
     name: str
@@ -197,7 +198,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="as for sweep.py; on a machine without, as many runs at a time as there are names",
     )  # fmt: skip
     names = sorted({name for study in STUDIES.values() for name in study.experiments})
-    parser.add_argument("--only", nargs="+", choices=names, metavar="NAME", help=f"of {', '.join(names)}")
+    parser.add_argument("--only", nargs="+", choices=names, metavar="NAME", help=f"any of {', '.join(names)}")
     parser.add_argument("--seeds", type=flags.seed, nargs="+", metavar="SEED", help="in place of the study's own")
     parser.add_argument("--collect", action="store_true", help="run nothing, only gather what there is")
     args = parser.parse_args(argv)
@@ -297,4 +298,4 @@ def _report(folders: Sequence[Path], kind: str) -> str:
 
 
 if __name__ == "__main__":
-    experiment.run_script(main)
+    run_script(main)

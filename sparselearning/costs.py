@@ -63,7 +63,7 @@ def layer_flops(
 
 
 class _FlopsByWeight(TorchDispatchMode):
-    """Books what every operation adds to a running total to the weight that it multiplies with.
+    """Credits what every operation adds to a running total to the weight that it multiplies with.
 
     A weight is recognised by its memory, because operations get views of it (a linear layer's transposed one).
     """
@@ -135,6 +135,34 @@ def training_flops(sparse: float, dense: float, sparse_steps: int | None = None)
     if sparse_steps is None:
         return 3 * sparse
     return (3 * sparse * sparse_steps + 2 * sparse + dense) / (sparse_steps + 1)
+
+
+class CostMeter:
+    """Adds up what training costs while the topology, and with it the price of a sample, changes.
+
+    Args:
+        layers: dense forward FLOPs per sample of each layer, from :func:`layer_flops`.
+
+    Attributes:
+        flops: spent since it was last set to 0.
+    """
+
+    def __init__(self, layers: Mapping[str, float]) -> None:
+        self.layers = layers
+        self.flops = 0.0
+        self._per_sample = 0.0
+
+    def forward(self, weights: Mapping[str, Tensor]) -> float:
+        """Forward FLOPs per sample with these weights or masks, f_S; a layer that is not among them is dense."""
+        return inference_flops(self.layers, layer_densities(weights))
+
+    def price(self, masks: Mapping[str, Tensor], sparse_steps: int | None) -> None:
+        """Set what a training sample costs from now on: :func:`training_flops` with these masks."""
+        self._per_sample = training_flops(self.forward(masks), inference_flops(self.layers), sparse_steps)
+
+    def count(self, samples: int) -> None:
+        """Add the cost of training on so many samples."""
+        self.flops += samples * self._per_sample
 
 
 def cost_summary(

@@ -6,6 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from sparselearning.selection import SelectionError
+
 
 def nonzero_counts(tensors: Iterable[Tensor]) -> list[int]:
     """Non-zero entries of each tensor, or true ones of each mask, with one transfer to the host."""
@@ -72,7 +74,10 @@ def apportion(total: int, shares: Sequence[float], capacity: Sequence[int]) -> l
 
     Raises:
         ValueError: if ``total`` is negative or more than all capacities together.
+        SelectionError: if a share is NaN.
     """
+    if any(map(math.isnan, shares)):
+        raise SelectionError("weights cannot be shared out by NaN: did weights or gradients diverge?")
     if not 0 <= total <= sum(capacity):
         raise ValueError(f"cannot place {total} weights where there is room for {sum(capacity)}")
     counts = [0] * len(capacity)

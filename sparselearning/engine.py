@@ -8,26 +8,26 @@ and begun anew if it is interrupted.
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from sparselearning import distributed
-from sparselearning.costs import cost_summary, inference_flops, layer_densities, overall_density, training_flops
+from sparselearning.costs import CostMeter, cost_summary, layer_densities, overall_density
 from sparselearning.data import Batch, BatchSource
 from sparselearning.errors import FaultError
 from sparselearning.files import RunFolder, copy_whole, save_torch, write_jsonl
 from sparselearning.masking import Masking, maskable_parameters
+from sparselearning.optimizer_state import take_step
+from sparselearning.passes import Passes, Tally, keeping_buffers
 from sparselearning.plan import Plan
 from sparselearning.progress import Progress
 from sparselearning.seeding import rng_state, set_rng_state
 from sparselearning.selection import SelectionError
 from sparselearning.signals import Stopped
-from sparselearning.superpose import State, prune_to_density, superpose, update_bn
+from sparselearning.superpose import State, batchnorms, prune_to_density, superpose
 
 SECONDS_BETWEEN_CHECKPOINTS = 60
 
@@ -49,35 +49,18 @@ class Sources:
     test: BatchSource | None = None
 
 
-@dataclass(frozen=True)
-class Precision:
-    """How the forward and backward passes are computed; weights and statistics are always float32."""
-
-    autocast: torch.dtype | None = None
-    scaler: torch.amp.GradScaler | None = None
-
-    def context(self, device: torch.device) -> AbstractContextManager:
-        """Context of a forward pass."""
-        if self.autocast is None:
-            return nullcontext()
-        return torch.autocast(device.type, dtype=self.autocast)
-
-
 class Trainer:
     """Carries out a :class:`Plan` on a network and its optimizer, and writes the run's files.
 
     Args:
-        model: the network, on its device.
-        network: what computes its forward pass in training: the model itself, compiled, or data-parallel.
+        passes: of the network.
         optimizer: over the model's parameters.
         masking: keeps the model sparse; None: dense training.
         sources: batches.
         plan: when to do what.
         folder: where files go.
         progress: what to show.
-        precision: number formats of the forward pass.
-        label_smoothing: of the training loss, in [0, 1).
-        layer_flops: dense forward FLOPs per sample of each layer, to reckon costs with; None: no costs.
+        layer_flops: dense forward FLOPs per sample of each layer, to reckon costs with.
         log_interval: batches between looks at the running loss.
         keep_tickets: write every ticket to a file of its own.
         keep_checkpoints: write a checkpoint after every epoch, and keep them all.
@@ -87,8 +70,7 @@ class Trainer:
 
     def __init__(
         self,
-        model: nn.Module,
-        network: nn.Module,
+        passes: Passes,
         optimizer: torch.optim.Optimizer,
         masking: Masking | None,
         sources: Sources,
@@ -96,34 +78,29 @@ class Trainer:
         folder: RunFolder,
         progress: Progress,
         *,
-        precision: Precision | None = None,
-        label_smoothing: float = 0.0,
-        layer_flops: Mapping[str, float] | None = None,
+        layer_flops: Mapping[str, float],
         log_interval: int = 100,
         keep_tickets: bool = False,
         keep_checkpoints: bool = False,
         identity: Mapping[str, Any] | None = None,
         stop_signal: Callable[[], int] = lambda: 0,
     ) -> None:
-        self.model = model
-        self.network = network
+        self.passes = passes
+        self.model = passes.model
         self.optimizer = optimizer
         self.masking = masking
         self.sources = sources
         self.plan = plan
         self.folder = folder
         self.progress = progress
-        self.precision = precision or Precision()
-        self.label_smoothing = label_smoothing
-        self.layer_flops = layer_flops
         self.log_interval = log_interval
         self.keep_tickets = keep_tickets
         self.keep_checkpoints = keep_checkpoints
         self.identity = dict(identity or {})
         self.stop_signal = stop_signal
 
-        self.device = next(model.parameters()).device
-        self.maskable = list(masking.masks if masking else maskable_parameters(model))
+        self.device = passes.device
+        self.maskable = list(masking.masks if masking else maskable_parameters(passes.model))
         self.epoch = plan.first_epoch
         self.batch = 0
         self.continues = False  # a run that was stopped before
@@ -133,11 +110,10 @@ class Trainer:
         self.pretrain_acc: float | None = None
         self.metrics: list[dict[str, Any]] = []
         self.tickets: list[dict[str, Any]] = []
-        self._tally = torch.zeros(3, dtype=torch.float64, device=self.device)  # Σ loss, hits, samples
+        self._tally = Tally(self.device)  # of this rank in this epoch
+        self._costs = CostMeter(layer_flops)  # the same
         self._bad_batch = torch.full((), -1, device=self.device)  # first batch of the epoch with a loss not finite
         self._seconds = 0.0
-        self._flops = 0.0  # of this rank in this epoch
-        self._flops_per_sample = 0.0
         self._stop = distributed.AgreedFlag()
         self._last_checkpoint = float("-inf")
         self._earlier_seconds = 0.0  # of this run, before it was resumed
@@ -150,7 +126,7 @@ class Trainer:
 
         Raises:
             Stopped: on a stop signal, after writing the checkpoint.
-            FaultError: if the loss is not finite any more, or a file cannot be written.
+            FaultError: if the loss is no longer finite, or a file cannot be written.
         """
         batches = len(self.sources.train)
         done = (self.epoch - self.plan.first_epoch) * batches + self.batch
@@ -182,7 +158,7 @@ class Trainer:
     def _train_epoch(self) -> None:
         batches = len(self.sources.train)
         plan = self.plan
-        self.network.train()
+        self.passes.network.train()
         if self.masking and plan.is_cycle(self.epoch):
             if not plan.updates_in_cycles:
                 self.masking.updates_enabled = False
@@ -208,45 +184,25 @@ class Trainer:
 
     def train_batch(self, batch: Batch) -> None:
         """One step: backward pass, optimizer, masks, topology update when due."""
-        logits, loss = self._backward(batch)
+        logits, loss = self.passes.backward(batch)
         finite = torch.isfinite(loss.detach())
         self._bad_batch = torch.where(finite | (self._bad_batch >= 0), self._bad_batch, self.batch)
         update_due = self.masking is not None and self.masking.update_due
         if update_due or self.device.type == "cpu":  # looking costs a GPU a wait, a CPU nothing
             self._check_finite()
+        scaler = self.passes.precision.scaler
         if self.masking:
             try:
-                explores_next = self.plan.explores_before(self.epoch + 1)  # on the gradients of its last batch
-                self.masking.step(self.precision.scaler, keep_gradients=explores_next)
+                # The exploration that opens the next epoch reads the gradients of this epoch's last batch.
+                self.masking.step(scaler, keep_gradients=self.plan.explores_before(self.epoch + 1))
             except SelectionError as error:
                 raise self._diverged(self.batch) from error
-        elif self.precision.scaler:
-            self.precision.scaler.step(self.optimizer)
-            self.precision.scaler.update()
         else:
-            self.optimizer.step()
-        self._count(logits.detach(), batch.labels, loss.detach(), self._tally)
-        self._flops += len(batch.labels) * self._flops_per_sample
+            take_step(self.optimizer, scaler)
+        self._tally.add(logits.detach(), batch.labels, loss.detach())
+        self._costs.count(len(batch.labels))
         if update_due:
             self._price_training()
-
-    def _backward(self, batch: Batch, scaled: bool = True) -> tuple[Tensor, Tensor]:
-        """Gradients of one batch, averaged over the ranks; returns its logits and mean loss."""
-        self.optimizer.zero_grad()
-        with self.precision.context(self.device):
-            logits = self.network(batch.images)
-            loss = F.cross_entropy(logits, batch.labels, label_smoothing=self.label_smoothing)
-        weighted = loss if batch.weight == 1 else loss * batch.weight
-        if self.precision.scaler and scaled:
-            weighted = self.precision.scaler.scale(weighted)
-        weighted.backward()
-        return logits, loss
-
-    @staticmethod
-    def _count(logits: Tensor, labels: Tensor, mean_loss: Tensor, tally: Tensor) -> None:
-        hits = (logits.argmax(dim=1) == labels).sum()
-        samples = hits.new_full((), len(labels))
-        tally.add_(torch.stack([mean_loss.double() * samples, hits.double(), samples.double()]))
 
     def _finish_epoch(self) -> None:
         """Evaluate, superpose at the end of a cycle, and commit; begun anew if it is interrupted."""
@@ -261,7 +217,7 @@ class Trainer:
         except _StopRequested:
             set_rng_state(rng, self.device)  # dropout draws while BatchNorm is re-estimated
             raise
-        loss_sum, hits, samples = distributed.sum_over_ranks(self._tally.clone()).tolist()
+        loss_sum, hits, samples = distributed.sum_over_ranks(self._tally.sums.clone()).tolist()
         row = {
             "phase": "cycle" if plan.is_cycle(epoch) else "pretrain",
             "epoch": epoch,
@@ -274,7 +230,7 @@ class Trainer:
             "density": self._density(self.model.state_dict()),
             "explored": self.masking.explored() if self.masking else 1.0,
             "samples": int(samples),
-            "training_flops": sum(distributed.gather_objects(self._flops)),
+            "training_flops": sum(distributed.gather_objects(self._costs.flops)),
             "seconds": self._seconds,
             "images_per_second": samples / self._seconds,
         }
@@ -292,8 +248,8 @@ class Trainer:
         if ticket_row:
             self.progress.ticket(ticket_row)
         self.epoch, self.batch, self.trained = epoch + 1, 0, False
-        self._tally.zero_()
-        self._seconds = self._flops = 0.0
+        self._tally.sums.zero_()
+        self._seconds = self._costs.flops = 0.0
         self._open_cycle()
         self._maybe_save_checkpoint(bool(ticket_row) or self.epoch == plan.end_epoch)
 
@@ -301,7 +257,7 @@ class Trainer:
 
     def _adopt_pretrained(self, accuracy: float, epochs: int) -> None:
         """Let the network as it is be the first superposition."""
-        self.superposition = _clone(self.model.state_dict())
+        self.superposition = self.passes.state()
         self.superposition_masks = {name: mask.clone() for name, mask in self._masks().items()}
         self.pretrain_acc = accuracy
         if distributed.is_main():
@@ -312,15 +268,20 @@ class Trainer:
         if not self.masking or not self.plan.explores_before(self.epoch):
             return
         if all(parameter.grad is None for parameter in self.model.parameters()):
-            self.network.train()
-            self._backward(next(iter(self.sources.train.epoch(self.epoch))))
+            self._look_at_gradients(scaled=True)
         if not self.masking.gradients_are_finite():
             # Scaled float16 gradients may overflow; the optimizer skips such steps, but here they are all there is.
-            self._backward(next(iter(self.sources.train.epoch(self.epoch))), scaled=False)
+            self._look_at_gradients(scaled=False)
             if not self.masking.gradients_are_finite():
                 raise self._diverged(self.batch)
         self.masking.truncate_weights(self.plan.explore_rate)
         self._price_training()
+
+    def _look_at_gradients(self, scaled: bool) -> None:
+        """Compute the gradients of the epoch's first batch, ahead of training on it."""
+        self.passes.network.train()
+        with keeping_buffers(self.model):
+            self.passes.backward(next(iter(self.sources.train.epoch(self.epoch))), scaled)
 
     def _superpose_ticket(self, ticket_acc: float) -> dict[str, Any]:
         """Superpose the network as it is with the superposition so far; the network itself stays as it is."""
@@ -334,12 +295,11 @@ class Trainer:
         masks: dict[str, Tensor] = {}
         if self.plan.final_density is not None:
             state, masks = prune_to_density(state, self.maskable, self.plan.final_density)
-        with self._borrowed(state):
+        with self.passes.borrowing(state):
             if self.plan.update_bn:
-                with self.precision.context(self.device):
-                    update_bn(self._guarded(self.sources.train_once), self.model, None)
+                self.passes.re_estimate_bn(self._guarded(self.sources.train_once))
             _, superposed_acc = self.evaluate()
-            state = _clone(self.model.state_dict())
+            state = self.passes.state()
         self.superposition, self.superposition_masks = state, masks
         return {
             "ticket": number,
@@ -352,41 +312,14 @@ class Trainer:
             "seconds": time.perf_counter() - began,
         }
 
-    @contextmanager
-    def _borrowed(self, state: State) -> Iterator[None]:
-        """Let the network hold other weights for a while. The parameters that the optimizer knows are the same."""
-        own = _clone(self.model.state_dict())
-        self.model.load_state_dict(state)
-        try:
-            yield
-        finally:
-            self.model.load_state_dict(own)
-
-    # -------------------------------------------------------------------------------------------- evaluation
-
-    @torch.no_grad()
     def evaluate(self, source: BatchSource | None = None) -> tuple[float, float]:
-        """Mean loss and accuracy in [0, 1] of the network as it is, every sample counted once over all ranks."""
-        self.network.eval()
-        tally = torch.zeros_like(self._tally)
-        for batch in self._guarded(source or self.sources.evaluation):
-            logits = self.predict(batch)
-            self._count(logits, batch.labels, F.cross_entropy(logits, batch.labels), tally)
-        loss_sum, hits, samples = distributed.sum_over_ranks(tally).tolist()
-        return loss_sum / samples, hits / samples
-
-    @torch.no_grad()
-    def predict(self, batch: Batch) -> Tensor:
-        """Logits [n, classes] of a batch, float32, in whatever mode the network is."""
-        # Without the data-parallel wrapper, which would wait for ranks that have fewer batches.
-        network = distributed.without_data_parallel(self.network)
-        with self.precision.context(self.device):
-            return network(batch.images).float()
+        """Mean loss and accuracy in [0, 1] of the network as it is, on the evaluation set if no other is given."""
+        return self.passes.evaluate(self._guarded(source or self.sources.evaluation))
 
     def evaluate_superposition(self, source: BatchSource) -> tuple[float, float]:
         """Mean loss and accuracy of the superposition so far."""
         assert self.superposition is not None
-        with self._borrowed(self.superposition):
+        with self.passes.borrowing(self.superposition):
             return self.evaluate(source)
 
     def _density(self, state: Mapping[str, Tensor]) -> float:
@@ -426,13 +359,13 @@ class Trainer:
             else "there is no checkpoint yet"
         )
         return FaultError(
-            f"the loss is not finite any more at epoch {self.epoch}, step {batch} of {len(self.sources.train)}; {last} "
+            f"the loss is no longer finite at epoch {self.epoch}, step {batch} of {len(self.sources.train)}; {last} "
             "(a smaller learning rate may help)"
         )
 
     def _show(self, lr: float, images_per_second: float) -> None:
         self._check_finite()
-        loss_sum, hits, samples = self._tally.tolist()
+        loss_sum, hits, samples = self._tally.sums.tolist()
         phase = "cycle" if self.plan.is_cycle(self.epoch) else "pretrain"
         figures = {"lr": lr, "loss": loss_sum / samples, "accuracy": hits / samples}
         if self.masking:
@@ -455,7 +388,7 @@ class Trainer:
             save_torch(self.folder.ticket(ticket), current)
 
     def _restore_files(self) -> None:
-        """Write the files that a checkpoint remembers, if the folder has them not."""
+        """Write the files that the checkpoint remembers if the folder does not have them."""
         if not distributed.broadcast_object(bool(self.metrics) and not self.folder.metrics.exists()):
             return
         if distributed.is_main():
@@ -485,30 +418,27 @@ class Trainer:
             "gain_over_ticket": 100 * (final_acc - ticket_acc[-1]) if ticket_acc else None,
             "images_per_second": images / seconds if seconds else None,
             **({"explored": self.metrics[-1]["explored"]} if self.metrics else {}),
-            **self._costs(self.superposition),
+            **self._cost_summary(self.superposition),
         }
 
     # ------------------------------------------------------------------------------------------------- costs
 
     def _price_training(self) -> None:
         """Reckon what a training sample costs from now on, until the topology changes again."""
-        if self.layer_flops:
-            sparse = inference_flops(self.layer_flops, layer_densities(self._masks()))
-            sparse_steps = self.masking.sparse_steps if self.masking else None
-            self._flops_per_sample = training_flops(sparse, inference_flops(self.layer_flops), sparse_steps)
+        self._costs.price(self._masks(), self.masking.sparse_steps if self.masking else None)
 
     def _bn_flops(self, state: State) -> float:
-        """Cost of re-estimating a superposition's BatchNorm statistics."""
-        if not (self.plan.update_bn and self.layer_flops):
+        """Cost of re-estimating a superposition's BatchNorm statistics, if that is done."""
+        if not (self.plan.update_bn and batchnorms(self.model)):
             return 0.0
-        per_sample = inference_flops(self.layer_flops, layer_densities({n: state[n] for n in self.maskable}))
+        per_sample = self._costs.forward({name: state[name] for name in self.maskable})
         return self.sources.train_once.num_samples * per_sample
 
-    def _costs(self, state: State) -> dict[str, float]:
-        if not (self.layer_flops and self.metrics):
+    def _cost_summary(self, state: State) -> dict[str, float]:
+        if not self.metrics:
             return {}
         return cost_summary(
-            self.layer_flops,
+            self._costs.layers,
             {name: parameter.numel() for name, parameter in self.model.named_parameters()},
             layer_densities({name: state[name] for name in self.maskable}),
             sum(row["training_flops"] for row in self.metrics) + sum(row["bn_flops"] for row in self.tickets),
@@ -527,7 +457,7 @@ class Trainer:
 
     def save_checkpoint(self) -> None:
         """Write all that :meth:`load_checkpoint` needs to go on bit by bit from here. Called by all ranks."""
-        gradients = None
+        gradients, scaler = None, self.passes.precision.scaler
         at_end = self.batch == len(self.sources.train)
         if at_end and self.plan.explores_before(self.epoch + 1):
             gradients = {name: p.grad for name, p in self.model.named_parameters() if p.grad is not None}
@@ -535,8 +465,8 @@ class Trainer:
             {
                 "rng": rng_state(self.device),
                 "buffers": {name: buffer.cpu() for name, buffer in self.model.named_buffers()},
-                "tally": self._tally.cpu(),
-                "flops": self._flops,
+                "tally": self._tally.sums.cpu(),
+                "flops": self._costs.flops,
             }
         )
         if distributed.is_main():
@@ -551,7 +481,7 @@ class Trainer:
                     "masks": self._masks(),
                     "optimizer": self.optimizer.state_dict(),
                     "masking": self.masking.state_dict() if self.masking else None,
-                    "scaler": self.precision.scaler.state_dict() if self.precision.scaler else None,
+                    "scaler": scaler.state_dict() if scaler else None,
                     "gradients": gradients,
                     "superposition": self.superposition,
                     "superposition_masks": self.superposition_masks,
@@ -580,13 +510,13 @@ class Trainer:
         self.metrics, self.tickets = list(saved["metrics"]), list(saved["tickets"])
         self._seconds = saved["seconds"]
         self._earlier_seconds = saved["total_seconds"]
-        if self.precision.scaler and saved["scaler"]:
-            self.precision.scaler.load_state_dict(saved["scaler"])
+        if self.passes.precision.scaler and saved["scaler"]:
+            self.passes.precision.scaler.load_state_dict(saved["scaler"])
         own = saved["ranks"][distributed.rank()]
         for name, buffer in self.model.named_buffers():
             buffer.copy_(own["buffers"][name])
-        self._tally.copy_(own["tally"])
-        self._flops = own["flops"]
+        self._tally.sums.copy_(own["tally"])
+        self._costs.flops = own["flops"]
         set_rng_state(own["rng"], self.device)
 
     def load_training_state(self, saved: Mapping[str, Any]) -> None:
@@ -613,7 +543,3 @@ class _StopRequested(Exception):
     def __init__(self, number: int) -> None:
         super().__init__(number)
         self.number = number
-
-
-def _clone(state: Mapping[str, Tensor]) -> State:
-    return {name: entry.detach().clone() for name, entry in state.items()}

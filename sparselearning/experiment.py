@@ -1,106 +1,33 @@
-"""The part of a script that is no recipe: device, masks, resuming, the run itself, and how it ends."""
+"""What both scripts do with a recipe: masks, resuming, and the run itself."""
 
-import os
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from sparselearning import distributed
 from sparselearning.costs import layer_flops
 from sparselearning.data import Batch
 from sparselearning.distributions import active_count
-from sparselearning.engine import Precision, Sources, Trainer
-from sparselearning.errors import FaultError, UsageError
+from sparselearning.engine import Sources, Trainer
+from sparselearning.errors import UsageError
 from sparselearning.files import RunFolder, find_checkpoint, load_torch, saved_state, write_json
 from sparselearning.masking import Masking
+from sparselearning.passes import Passes, keeping_buffers
 from sparselearning.plan import Plan
 from sparselearning.progress import Progress, print_notes, run_table
 from sparselearning.provenance import ENVIRONMENT
+from sparselearning.runtime import Runtime
 from sparselearning.signals import Stopped, stop_signals
 from sparselearning.sparse_init import SPARSE_INITS
 from sparselearning.superpose import differing_entries
+from sparselearning.topology import METHODS
 
 CHECKPOINT_KEYS = {"config", "masking", "optimizer", "ranks"}
-"""Some of what :meth:`Trainer.save_checkpoint` writes, and other people's files do not have."""
-AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-"""Name to number format of forward passes."""
-
-
-@dataclass(frozen=True)
-class Runtime:
-    """Where and in which number formats a run computes.
-
-    Attributes:
-        use_cuda: use a GPU if there is one.
-        amp: number format of forward passes, a name in :data:`AMP`; ``auto``: bf16 on a GPU that has it, else off.
-        channels_last: memory format of images and convolutions.
-        compile: compile the network's forward and backward pass.
-        tf32: let float32 products on a GPU round their inputs to TensorFloat-32.
-        deterministic: only algorithms whose result repeats bit by bit on a GPU.
-        static_loss_scale: fixed loss scale of fp16; None: adapted to the gradients.
-    """
-
-    use_cuda: bool = True
-    amp: str = "auto"
-    channels_last: bool = True
-    compile: bool = False
-    tf32: bool = True
-    deterministic: bool = False
-    static_loss_scale: float | None = None
-
-    def start(self) -> tuple[torch.device, "Runtime"]:
-        """Join the other ranks, if any, choose the device and set it up.
-
-        Returns:
-            The device, and this runtime :meth:`resolved` for it.
-
-        Raises:
-            UsageError: if the device cannot do what is asked.
-        """
-        device = distributed.start(self.use_cuda and torch.cuda.is_available())
-        if self.amp == "fp16" and device.type != "cuda":
-            raise UsageError("float16 training needs a GPU, and none is in use here: try --amp bf16")
-        torch.set_float32_matmul_precision("high" if self.tf32 else "highest")
-        torch.backends.cudnn.allow_tf32 = self.tf32
-        torch.backends.cudnn.benchmark = not self.deterministic
-        if self.deterministic:
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-            torch.use_deterministic_algorithms(True)
-        return device, self.resolved(device)
-
-    def resolved(self, device: torch.device) -> "Runtime":
-        """The same with ``auto`` replaced by what suits the device."""
-        has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
-        return replace(self, amp="bf16" if has_bf16 else "off") if self.amp == "auto" else self
-
-    @property
-    def memory_format(self) -> torch.memory_format:
-        """Memory format of images and convolutions."""
-        return torch.channels_last if self.channels_last else torch.contiguous_format
-
-    def precision(self) -> Precision:
-        """Number formats of the forward pass."""
-        scaler = None
-        if self.amp == "fp16":
-            scaler = StaticScaler(self.static_loss_scale) if self.static_loss_scale else torch.amp.GradScaler()
-        return Precision(AMP[self.amp], scaler)
-
-
-class StaticScaler(torch.amp.GradScaler):
-    """Loss scaling with one fixed scale; steps whose gradients overflow are still skipped."""
-
-    def __init__(self, scale: float) -> None:
-        super().__init__(init_scale=scale)
-        self._fixed = scale
-
-    def update(self, new_scale: float | Tensor | None = None) -> None:
-        """Stay at the fixed scale."""
-        super().update(self._fixed)
+"""Keys that tell a file of :meth:`Trainer.save_checkpoint` from any other."""
 
 
 @dataclass(frozen=True)
@@ -168,7 +95,7 @@ def prepare(
     output: Output,
     stop_signal: Callable[[], int] = lambda: 0,
 ) -> Trainer:
-    """Draw the masks, or take them and all else from what ``output.resume`` names; nothing is written yet.
+    """Draw the masks, or take them and all else from what ``output.resume`` names; no file of the run is written yet.
 
     Raises:
         UsageError: if what ``resume`` names does not fit.
@@ -187,16 +114,13 @@ def prepare(
         masking, keeps_pattern = _mask(recipe, sparse, init), init == "resume"
     network: Any = torch.compile(recipe.model) if runtime.compile else recipe.model
     trainer = Trainer(
-        recipe.model,
-        distributed.wrap(network, device),
+        Passes(recipe.model, distributed.wrap(network, device), runtime.precision(), recipe.label_smoothing),
         recipe.optimizer,
         masking,
         recipe.sources,
         plan,
         output.folder,
         Progress(output.tensorboard),
-        precision=runtime.precision(),
-        label_smoothing=recipe.label_smoothing,
         layer_flops=layer_flops(recipe.model, recipe.sample_shape),
         log_interval=output.log_interval,
         keep_tickets=output.keep_tickets,
@@ -212,6 +136,8 @@ def prepare(
         elif not plan.pre_train and is_checkpoint and keeps_pattern:
             trainer.load_training_state(saved)
     if masking:
+        if plan.explores_before(trainer.epoch) and not trainer.continues:
+            masking.check_can_explore()
         _note_density(masking, plan)
         _note_unfinished_pruning(masking, plan, len(recipe.sources.train))
     return trainer
@@ -240,47 +166,15 @@ def run(recipe: Recipe, plan: Plan, sparse: SparseTraining | None, runtime: Runt
     return summary
 
 
-def run_script(main: Callable[[], None]) -> None:
-    """Run a script's ``main`` and leave the process with one clear sentence and the right status if it fails."""
-    try:
-        main()
-        distributed.stop()
-        return
-    except Stopped as stop:
-        message, code = f"{stop}: go on with --resume {stop.checkpoint.parent}", stop.exit_code
-    except (UsageError, FaultError) as error:
-        message, code = f"error: {error}", error.exit_code
-    except torch.OutOfMemoryError as error:
-        message, code = f"error: the GPU's memory is full ({error.args[0].splitlines()[0]}): try a smaller batch", 1
-    except (MemoryError, RuntimeError) as error:
-        if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
-            message, code = "error: the memory of this machine is full: try a smaller batch or network", 1
-        elif distributed.is_lost_contact(error):
-            message, code = "error: another process of this run has gone away or cannot be reached", 1
-        else:
-            raise
-    except BrokenPipeError:
-        message, code = "error: nobody reads this output any more", 1
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it once more at its end
-    except KeyboardInterrupt:
-        message, code = "stopped", 130
-    if distributed.is_main() or code in (UsageError.exit_code, FaultError.exit_code):  # a fault may be one rank's own
-        print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr, flush=True)
-    distributed.stop()
-    sys.exit(code)
-
-
 def _mask(recipe: Recipe, sparse: SparseTraining, init: str) -> Masking:
     """Make the masking and draw its first masks."""
     masking = Masking(recipe.optimizer, **sparse.masking)
     masking.updates_enabled = not sparse.frozen
     if SPARSE_INITS[init].needs_gradients:
-        buffers = [(buffer, buffer.clone()) for buffer in recipe.model.buffers()]
         batch = recipe.class_balanced_batch()
         recipe.model.train()
-        nn.functional.cross_entropy(recipe.model(batch.images), batch.labels).backward()
-        for buffer, before in buffers:
-            buffer.copy_(before)
+        with keeping_buffers(recipe.model):
+            nn.functional.cross_entropy(recipe.model(batch.images), batch.labels).backward()
     masking.add_module(recipe.model, init, pruning_rate=sparse.pruning_rate, keep_first_dense=sparse.keep_first_dense)
     recipe.optimizer.zero_grad()
     return masking
@@ -309,7 +203,7 @@ def _is_denser(masking: Masking, density: float) -> bool:
 
 def _note_unfinished_pruning(masking: Masking, plan: Plan, batches: int) -> None:
     """Tell the user if the last topology update comes before gradual pruning is at its end."""
-    if not (masking.method.shrink and masking.updates_enabled) or masking.prune_end_step is None:
+    if not (METHODS[masking.method].shrink and masking.updates_enabled) or masking.prune_end_step is None:
         return
     end = (plan.end_epoch if plan.updates_in_cycles else plan.budget.pretrain_epochs) * batches
     last = end - end % masking.update_frequency
@@ -328,8 +222,8 @@ def _continues(
 ) -> bool:
     """Whether a saved file is a run with these very flags, to go on with; else its weights are a start.
 
-    A finished run with flags that start from weights can be either. It is gone on with in its own folder; in another,
-    its weights are the start of a new run.
+    A finished run with flags that start from weights can be either: in its own folder it goes on; in another, its
+    weights are the start of a new run.
 
     Raises:
         UsageError: if it is neither.

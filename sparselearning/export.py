@@ -28,11 +28,14 @@ from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from sparselearning.errors import FaultError, UsageError
-from sparselearning.experiment import load_weights, run_script
+from sparselearning.experiment import load_weights
 from sparselearning.files import RunFolder, load_torch, saved_state, write_bytes
 from sparselearning.flags import Parser
+from sparselearning.script import run_script
 
 FORMAT_VERSION = 1
+BUILDERS = {"cifar_models:build_model": "CIFAR", "imagenet_resnet:build_model": "ImageNet"}
+"""Functions that build the scripts' networks, and the folder beside this package that each lies in."""
 TOLERANCE = 1e-4  # of logits, where the largest logit is 1 or less; else of logits over the largest one
 
 # ------------------------------------------------------------------------------------------------- packed files
@@ -126,27 +129,32 @@ def build_network(record: Mapping[str, Any], state: Mapping[str, Tensor], source
     """Build a run's network again, in evaluation mode, from what its script wrote into ``config.json``.
 
     Args:
-        record: the entry ``network`` of ``config.json``: ``builder`` is ``"module:function"``, ``folder`` where that
-            module lies (other folders of Python's path serve as well), and ``arguments`` the function's, by keyword.
+        record: the entry ``network`` of ``config.json``: ``builder``, one of :data:`BUILDERS`, and its ``arguments``,
+            by keyword.
         state: the weights to load.
         source: where they are from, for error messages.
 
     Raises:
-        UsageError: if the function cannot be found or called, or the weights are of another network.
+        UsageError: if the function is none of these, cannot be found or called, or the weights are of another network.
     """
+    builder = str(record.get("builder"))
+    if builder not in BUILDERS:  # a file that may come from anywhere is not to name what is called
+        raise UsageError(
+            f"the network of {source} is built by {builder}, which is none of {', '.join(BUILDERS)}: "
+            "call fold_batchnorms and to_onnx with your own network"
+        )
+    folder = str(Path(__file__).parents[1] / BUILDERS[builder])
+    sys.path.insert(0, folder)  # as Python does for the script that trained it
     try:
-        module, function = record["builder"].split(":")
-        folder, arguments = record["folder"], record["arguments"]
-        sys.path.insert(0, folder)  # as Python does for the script that trained it
-        try:
-            network = getattr(importlib.import_module(module), function)(**arguments)
-        finally:
-            sys.path.remove(folder)
+        module, function = builder.split(":")
+        network = getattr(importlib.import_module(module), function)(**record["arguments"])
     except (KeyError, ImportError, AttributeError, TypeError, ValueError) as error:
         raise UsageError(
-            f"the network of {source} cannot be built by {record.get('builder')} as its config.json says ({error}): "
+            f"the network of {source} cannot be built by {builder} as its config.json says ({error}): "
             "put the folder of the code that trained it on PYTHONPATH"
         ) from error
+    finally:
+        sys.path.remove(folder)
     load_weights(network, state, source)
     return network.eval()
 

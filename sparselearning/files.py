@@ -151,7 +151,7 @@ class RunFolder:
         return self.path / "tickets" / f"ticket_{number}.pth"
 
     def epoch_checkpoint(self, epoch: int) -> Path:
-        """Where ``--gather-checkpoints`` keeps the state after so many epochs."""
+        """Where ``--gather-checkpoints`` keeps the state after ``epoch`` epochs."""
         return self.path / "checkpoints" / f"epoch_{epoch}.pth"
 
     def make_room(self) -> Path | None:

@@ -8,15 +8,16 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from sparselearning.errors import UsageError
-from sparselearning.experiment import AMP, Runtime, SparseTraining
+from sparselearning.experiment import SparseTraining
 from sparselearning.plan import EpochBudget, Plan
+from sparselearning.runtime import AMP, Runtime
 from sparselearning.schedules import DECAYS
 from sparselearning.sparse_init import SPARSE_INITS
 from sparselearning.superpose import AVERAGING
 from sparselearning.topology import GROWTH, METHODS, PRUNE, REDISTRIBUTION, chosen_modes
 
 # Flags that change where a run's files lie, what it shows, or how much it evaluates at a time, not what it computes
-# (but for rounding): a resumed run may differ in them.
+# (but for rounding): a resumed run may differ in them. What `resume` names counts where it is a start.
 WITHOUT_EFFECT_ON_RESULTS = {
     "benchmark_inference", "benchmark_training", "data_dir", "demo", "evaluate", "gather_checkpoints",
     "indicate_method", "iters", "keep_tickets", "local_rank", "log_interval", "master_port", "mgpu", "print_freq",
@@ -191,7 +192,7 @@ def add_ticket_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--cyclic_train", action="store_true", help="do the cycles, each of which ends in a ticket")
     group.add_argument("--cycle", type=positive, default=8, metavar="EPOCHS", help="length of a cycle")
     group.add_argument(
-        "--cyc_lr", action="store_true", help="cyclic learning rate in the cycles; without: the last rate"
+        "--cyc_lr", action="store_true", help="cyclic learning rate in the cycles; without it, the last rate"
     )
     group.add_argument(
         "--lr_1", type=non_negative_float, default=0.05,

@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from sparselearning import distributed
 from sparselearning.distributions import nonzero_counts
 from sparselearning.errors import FaultError, UsageError
-from sparselearning.optimizer_state import DenseMomentum, has_momentum, per_weight_state
+from sparselearning.optimizer_state import DenseMomentum, has_momentum, per_weight_state, take_step
 from sparselearning.schedules import DECAYS, gradual_density
 from sparselearning.seeding import derive_seed
 from sparselearning.sparse_init import SPARSE_INITS, InitSettings
+from sparselearning.superpose import differing_entries
 from sparselearning.topology import (
     GROWTH,
     METHODS,
@@ -119,7 +120,7 @@ class Masking:
                     f"pruning cannot end at step {prune_end_step}, before it starts at step {prune_start_step}"
                 )
         self.optimizer = optimizer
-        self.method = METHODS[method]
+        self.method = method
         self.prune = prune
         self.growth = growth
         self.redistribution = redistribution
@@ -140,6 +141,7 @@ class Masking:
         self._explorations = 0  # prune-and-grow rounds so far; each has its own random stream
         self._zeroed = False  # masks were applied since optimizer state was made or loaded: zeros only need keeping
         self._overdue = False  # an update that met overflowed gradients waits for the next step
+        self._method = METHODS[method]
         self._threshold: float | None = None
         self._reads_gradient = any(mode.reads_gradient for mode in modes)
         self._reads_momentum = reads_momentum
@@ -215,11 +217,7 @@ class Masking:
         self.steps += 1
         if masks_gradients:
             self.mask_gradients()
-        if scaler is None:
-            self.optimizer.step()
-        else:
-            scaler.step(self.optimizer)
-            scaler.update()
+        take_step(self.optimizer, scaler)
         skipped = scaler is not None and (due or self._tracks_momentum) and not self.gradients_are_finite()
         if self._tracks_momentum and not skipped:
             self._dense_momentum.age(self._parameters)
@@ -274,8 +272,8 @@ class Masking:
         """Steps on sparse gradients for each that needs dense ones, ΔT of ``costs.training_flops``; None: none does."""
         if self._tracks_momentum:
             return 0
-        waits = self.method.shrink is not None and self.steps < self.prune_start_step
-        updates = self.updates_enabled and self.method.grows and not waits
+        waits = self._method.shrink is not None and self.steps < self.prune_start_step
+        updates = self.updates_enabled and self._method.grows and not waits
         return self.update_frequency if updates and GROWTH[self.growth].reads_gradient else None
 
     def scheduled_density(self) -> float:
@@ -321,10 +319,8 @@ class Masking:
             UsageError: if the masks are those of another model.
         """
         self._check_has_model()
-        shapes, saved = ({name: mask.shape for name, mask in masks.items()} for masks in (self.masks, state["masks"]))
-        for name in shapes | saved:
-            if shapes.get(name) != saved.get(name):
-                raise UsageError(f"the saved masks belong to another model: {name} does not fit")
+        if differing := differing_entries(self.masks, state["masks"]):
+            raise UsageError(f"the saved masks belong to another model: {differing[0]} does not fit")
         for name, mask in self.masks.items():
             mask.copy_(state["masks"][name])
             self._ever_active[name].copy_(state["ever_active"][name])
@@ -341,12 +337,12 @@ class Masking:
 
     @torch.no_grad()
     def _update_topology(self) -> None:
-        if self.method.shrink and self.steps < self.prune_start_step:
+        if self._method.shrink and self.steps < self.prune_start_step:
             return
         layers = self._layers()
-        if self.method.shrink:
-            self.method.shrink(layers, self.scheduled_density())
-        if self.method.grows:
+        if self._method.shrink:
+            self._method.shrink(layers, self.scheduled_density())
+        if self._method.grows:
             self._explore(layers)
         self._settle(layers)
 
@@ -367,7 +363,7 @@ class Masking:
             self._threshold = steer_threshold(threshold, removed / before, rate) or None
 
     def _settle(self, layers: list[Layer]) -> None:
-        """Apply masks that just changed, record them, and prove that all ranks changed them alike."""
+        """Apply masks that just changed, record them, and check that all ranks made the same change."""
         for mask, layer in zip(self.masks.values(), layers, strict=True):
             if layer.mask.data_ptr() != mask.data_ptr():  # a memory format that has no flat view
                 mask.copy_(layer.mask.view(mask.shape))
@@ -404,6 +400,17 @@ class Masking:
                 layer.momentum = _flat(self._dense_momentum.of(name, weight), weight)
             layers.append(layer)
         return layers
+
+    def check_can_explore(self) -> None:
+        """Refuse exploration by momentum before the optimizer has any.
+
+        Raises:
+            UsageError: if the chosen modes read momentum and there is none.
+        """
+        if self._reads_momentum and not self.optimizer.state:
+            raise UsageError(
+                "exploring by momentum needs momentum to start with: start from a checkpoint.pth, not from bare weights"
+            )
 
     def _check_has_model(self) -> None:
         if not self.masks:

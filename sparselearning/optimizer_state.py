@@ -1,4 +1,4 @@
-"""What an optimizer keeps for every weight, and the momentum that dense training would keep."""
+"""An optimizer's step, what it keeps for every weight, and the momentum that dense training would keep."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -19,6 +19,15 @@ def per_weight_state(optimizer: torch.optim.Optimizer, weight: nn.Parameter) -> 
 def has_momentum(optimizer: torch.optim.Optimizer) -> bool:
     """Whether the optimizer keeps momentum for any of its parameters."""
     return any(_decay(group) for group in optimizer.param_groups)
+
+
+def take_step(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None) -> None:
+    """Step the optimizer, by way of the loss scaler if there is one."""
+    if scaler is None:
+        optimizer.step()
+    else:
+        scaler.step(optimizer)
+        scaler.update()
 
 
 class DenseMomentum:

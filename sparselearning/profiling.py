@@ -19,14 +19,14 @@ PROFILED_STEPS = 5
 def measure(trainer: Trainer, *, training: bool, inference: bool, profile: bool) -> None:
     """Print images per second of training and evaluation steps, and a table of the costliest operations."""
     if training:
-        trainer.network.train()
+        trainer.passes.network.train()
         resident = next(iter(trainer.sources.train.epoch(0)))
         _report("training step, one resident batch", trainer, itertools.repeat(resident), trainer.train_batch)
         _report("training step, batches from the loader", trainer, _endless(trainer), trainer.train_batch)
     if inference:
-        trainer.network.eval()
+        trainer.passes.network.eval()
         resident = next(iter(trainer.sources.evaluation.epoch(0)))
-        _report("evaluation step, one resident batch", trainer, itertools.repeat(resident), trainer.predict)
+        _report("evaluation step, one resident batch", trainer, itertools.repeat(resident), trainer.passes.predict)
     if profile:
         _profile(trainer)
 
@@ -61,7 +61,7 @@ def _profile(trainer: Trainer) -> None:
     if trainer.device.type == "cuda":
         activities.append(ProfilerActivity.CUDA)
     batch = next(iter(trainer.sources.train.epoch(0)))
-    trainer.network.train()
+    trainer.passes.network.train()
     for _ in range(WARMUP_STEPS):
         trainer.train_batch(batch)
     with torch.profiler.profile(activities=activities) as result:

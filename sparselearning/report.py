@@ -10,11 +10,11 @@ from pathlib import Path
 from types import ModuleType
 
 from sparselearning.errors import UsageError
-from sparselearning.experiment import run_script
 from sparselearning.files import write_text
 from sparselearning.flags import Parser
 from sparselearning.progress import run_table
 from sparselearning.runs import find_runs, group_runs, read_run
+from sparselearning.script import run_script
 from sparselearning.tables import csv_of_runs, csv_table, latex_table, markdown_report
 
 
@@ -45,6 +45,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     groups, left_out = group_runs(runs)
     if not groups and not single:
         raise UsageError(f"none of these {len(runs)} runs is finished: there is nothing to compare yet")
+    if not groups and not plots:
+        raise UsageError(f"{left_out[0]}: no tables yet, and --no-plots leaves out the pictures")
     tables = {}
     if groups:
         tables = {

@@ -15,12 +15,15 @@ from sparselearning import flags
 from sparselearning.errors import FaultError, UsageError
 from sparselearning.files import RunFolder, load_torch
 from sparselearning.provenance import ENVIRONMENT
+from sparselearning.sparse_init import SPARSE_INITS
 
 Types = Mapping[str, Any]
 NUMBER: Any = (int, float)
 OPTIONAL_NUMBER = (int, float, type(None))
+FROM_TRAINED_WEIGHTS = {name for name, init in SPARSE_INITS.items() if init.needs_trained_weights}
 NO_FLAGS = {"command", "network", "resumed", *ENVIRONMENT}
-FLAGS = {"seed": int, "sparse": bool, "fix": bool, "method": str, "growth": str, "indicate_method": str}
+FLAGS = dict.fromkeys(("sparse", "fix", "pre_train"), bool) | dict.fromkeys(("method", "growth", "indicate_method"), str)
+FLAGS |= {"seed": int}
 METRICS = dict.fromkeys(("epoch", "lr", "train_loss", "train_acc", "eval_loss", "eval_acc", "density"), NUMBER)
 METRICS |= {"ticket": OPTIONAL_NUMBER}
 TICKETS = dict.fromkeys(("ticket", "ticket_acc", "superposed_acc"), NUMBER)
@@ -283,7 +286,19 @@ def _effective_flags(run: Run) -> tuple[dict[str, Any], dict[str, Any]]:
     effective = {name: value for name, value in run.flags.items() if name not in skipped or name == "sparse"}
     recipe = {name: value for name, value in effective.items() if name not in ticket}
     recipe["epochs"] = run.metrics[-1]["epoch"] + 1
-    return recipe, {} if run.is_plain else {name: value for name, value in effective.items() if name in ticket}
+    ticket_flags = {} if run.is_plain else {name: value for name, value in effective.items() if name in ticket}
+    if start := _start(run):
+        (recipe if run.flags["pre_train"] else ticket_flags)["resume"] = start
+    return recipe, ticket_flags
+
+
+def _start(run: Run) -> str | None:
+    """Path of the weights that the run started from, its own seed left out; None: it started from scratch."""
+    given = run.flags
+    takes_masks = given["sparse"] and given.get("sparse_init") in FROM_TRAINED_WEIGHTS
+    if (given["pre_train"] and not takes_masks) or not given.get("resume"):
+        return None
+    return re.sub(rf"(?<!\d){run.seed}(?!\d)", "N", str(given["resume"]))
 
 
 @cache

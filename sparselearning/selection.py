@@ -13,7 +13,7 @@ BLOCK_SIZE = 1 << 18
 
 
 class SelectionError(ValueError):
-    """More are to be chosen than may be: some scores are NaN."""
+    """Scores are NaN, so that weights cannot be chosen, or shared out, by them."""
 
 
 def select_largest(score: Callable[[Tensor], Tensor], layers: Sequence[tuple[Tensor, ...]], k: int) -> list[Tensor]:

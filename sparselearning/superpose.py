@@ -109,6 +109,12 @@ def _memory(tensor: Tensor) -> tuple:
     return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
 
 
+def batchnorms(model: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
+    """The layers that :func:`update_bn` is about: every BatchNorm that keeps running statistics."""
+    norms = (module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm))
+    return [norm for norm in norms if norm.track_running_stats]
+
+
 @torch.no_grad()
 def update_bn(loader: Iterable, model: nn.Module, device: torch.device | str | None = None) -> None:
     """Estimate all BatchNorm statistics anew: the mean over the loader's batches, on all ranks together.
@@ -123,11 +129,7 @@ def update_bn(loader: Iterable, model: nn.Module, device: torch.device | str | N
         device: where to move the batches; None: they are there already.
     """
     model = distributed.without_data_parallel(model)  # ranks may have different numbers of batches
-    norms = [
-        module
-        for module in model.modules()
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats
-    ]
+    norms = batchnorms(model)
     if not norms:
         return
     modes = {module: module.training for module in model.modules()}

@@ -266,7 +266,7 @@ def markdown_report(groups: Sequence[Group], left_out: Sequence[str] = ()) -> st
             "seed by seed, others by their means, without a deviation"
         )
     if any(run.analysis for run in runs):
-        notes.append("the best of several tickets or averages, chosen on the images that it is measured on, flatters")
+        notes.append("the best of several, picked on the images that it is measured on, overstates its accuracy")
     if any("test_acc" in (run.summary or {}) for run in runs):
         notes.append("gains over plain training are those on the test set, the other gains those on the held-out set")
     notes += [note for note in (_missing_control(group, groups) for group in groups) if note]

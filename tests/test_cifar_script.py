@@ -18,9 +18,9 @@ import pytest
 import torch
 from cifar_models import build_model
 
-from sparselearning import experiment
 from sparselearning.engine import Trainer
 from sparselearning.files import load_torch
+from sparselearning.script import run_script
 
 SCRIPT = Path(main_suptickets.__file__)
 MODEL = "cifar_resnet_8_4"
@@ -74,7 +74,7 @@ def script(data):
         argv = " ".join(map(str, words)).split()
         before = ["--data", str(data), "--model", MODEL, "--batch-size", "16", "--lr", "0.05"]
         try:
-            experiment.run_script(lambda: main_suptickets.main([*before, *argv]))
+            run_script(lambda: main_suptickets.main([*before, *argv]))
         except SystemExit as leaving:
             return leaving.code
         return 0

@@ -132,14 +132,13 @@ def test_resnet50_costs_818_gflop(resnet50):
 
 
 @pytest.mark.parametrize(
-    ("sparsity", "erk", "uniform"), [(0.8, 0.414, 0.223), (0.9, 0.242, 0.126), (0.95, 0.122, 0.077)]
+    ("density", "erk", "uniform"), [(0.2, 0.414, 0.223), (0.1, 0.242, 0.126), (0.05, 0.122, 0.077)]
 )
-def test_resnet50_meets_the_known_shares_of_dense(resnet50, sparsity, erk, uniform):
-    # ERK shares its budget out over all 54 layers. Uniform gives all others 1 - sparsity and leaves the first one
+def test_resnet50_meets_the_known_shares_of_dense(resnet50, density, erk, uniform):
+    # ERK shares its budget out over all 54 layers. Uniform gives all others the density and leaves the first one
     # dense on top of that.
     layers, shapes = resnet50
     dense = inference_flops(layers)
-    density = 1 - sparsity
     assert inference_flops(layers, erk_densities(shapes, density)) / dense == pytest.approx(erk, abs=0.001)
     densities = uniform_densities(shapes, density) | {"conv1.weight": 1.0}
     assert inference_flops(layers, densities) / dense == pytest.approx(uniform, abs=0.001)

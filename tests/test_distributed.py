@@ -37,6 +37,8 @@ from sparselearning.engine import Sources
 from sparselearning.errors import FaultError, UsageError
 from sparselearning.files import RunFolder, load_torch
 from sparselearning.plan import EpochBudget, Plan
+from sparselearning.runtime import Runtime
+from sparselearning.script import run_script
 from sparselearning.seeding import seed_everything
 from sparselearning.signals import Stopped
 from sparselearning.topology import GROWTH, PRUNE, REDISTRIBUTION
@@ -446,7 +448,7 @@ def toy_trainer(folder, *, resume=None, shares=UNEVEN, stop_signal=lambda: 0):
         ),
         plan,
         experiment.SparseTraining(masking),
-        experiment.Runtime(use_cuda=False, amp="off"),
+        Runtime(use_cuda=False, amp="off"),
         experiment.Output(RunFolder(folder), {}, resume=resume),
         stop_signal,
     )
@@ -573,7 +575,7 @@ def test_more_processes_than_gpus_are_refused(launched, monkeypatch):
 
 def status_of(main):
     with pytest.raises(SystemExit) as end:
-        experiment.run_script(main)
+        run_script(main)
     return end.value.code
 
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from sparselearning import erk_densities
 from sparselearning.distributions import DENSITIES, apportion, layer_counts, random_mask, uniform_densities
+from sparselearning.selection import SelectionError
 
 SHAPE = st.one_of(
     st.tuples(st.integers(1, 40), st.integers(1, 40)),
@@ -204,6 +205,12 @@ def test_apportion_survives_extreme_shares(case):
 def test_apportion_refuses_what_does_not_fit(total):
     with pytest.raises(ValueError, match="room"):
         apportion(total, [1, 1], [3, 3])
+
+
+@pytest.mark.parametrize("capacity", [[3, 3], [3, 0]])
+def test_apportion_refuses_shares_that_are_no_numbers(capacity):
+    with pytest.raises(SelectionError, match="diverge"):
+        apportion(2, [1.0, math.nan], capacity)
 
 
 def _water_filling(total, shares, capacity):

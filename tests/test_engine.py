@@ -18,9 +18,10 @@ from sparselearning import experiment
 from sparselearning.data import Batch
 from sparselearning.engine import Sources, Trainer
 from sparselearning.errors import FaultError, UsageError
-from sparselearning.experiment import Output, Recipe, Runtime, SparseTraining
+from sparselearning.experiment import Output, Recipe, SparseTraining
 from sparselearning.files import RunFolder, load_torch
 from sparselearning.plan import EpochBudget, Plan
+from sparselearning.runtime import Runtime
 from sparselearning.signals import Stopped, stop_signals
 from sparselearning.superpose import AVERAGING
 
@@ -576,6 +577,34 @@ def test_cycles_from_bare_weights_keep_their_pattern(tmp_path):
         assert torch.equal(trainer.masking.masks[name], state[name] != 0)
 
 
+def test_looking_at_gradients_before_the_first_cycle_is_no_training(tmp_path, monkeypatch):
+    """BatchNorm has seen no batch when the first cycle starts, although exploring took one batch's gradients."""
+    torch.save(network(0.0).state_dict(), tmp_path / "weights.pth")
+    trainer = prepare(tmp_path / "run", dataclasses.replace(PLAN, pre_train=False), resume=tmp_path / "weights.pth")
+    counts, explored = [], []
+    train_batch, truncate = trainer.train_batch, trainer.masking.truncate_weights
+    monkeypatch.setattr(trainer.masking, "truncate_weights", lambda rate: explored.append(rate) or truncate(rate))
+
+    def counted(batch):
+        counts.append(int(trainer.model[1].num_batches_tracked))
+        train_batch(batch)
+
+    monkeypatch.setattr(trainer, "train_batch", counted)
+    trainer.run()
+    assert len(explored) == 2
+    assert counts == list(range(len(counts)))
+
+
+@pytest.mark.parametrize("has_norm", [True, False])
+def test_re_estimating_batchnorm_costs_something_where_there_is_one(tmp_path, has_norm):
+    brought = recipe()
+    if not has_norm:
+        brought.model[1] = nn.Identity()
+    trainer = prepare(tmp_path, brought=brought)
+    trainer.run()
+    assert [row["bn_flops"] > 0 for row in lines(trainer.folder.tickets)] == [has_norm] * 2
+
+
 def test_cycles_alone_obey_the_optimizer_flags_of_their_own_command(tmp_path):
     first = prepare(tmp_path / "a", dataclasses.replace(PLAN, cyclic_train=False), flags={"part": 1})
     first.run()
@@ -596,15 +625,20 @@ def test_cycles_alone_after_another_optimizer(tmp_path, growth_before, growth):
     first = prepare(tmp_path / "a", pretraining, MASKING | {"growth": growth_before}, flags={"optimizer": "sgd"})
     first.run()
     plan, masks = dataclasses.replace(PLAN, pre_train=False), MASKING | {"growth": growth}
-    second = prepare(
-        tmp_path / "b", plan, masks, resume=first.folder.checkpoint, flags={"optimizer": "adam"}, optimizer="adam"
-    )
+
+    def second():
+        return prepare(
+            tmp_path / "b", plan, masks, resume=first.folder.checkpoint, flags={"optimizer": "adam"}, optimizer="adam"
+        )
+
     if growth == "momentum":  # there is none to explore by before the first step
-        with pytest.raises(UsageError, match="before the first optimizer step"):
-            second.run()
+        with pytest.raises(UsageError, match="exploring by momentum needs momentum"):
+            second()
+        assert not (tmp_path / "b").exists()
     else:
-        second.run()
-        assert len(lines(second.folder.tickets)) == 2
+        trainer = second()
+        trainer.run()
+        assert len(lines(trainer.folder.tickets)) == 2
 
 
 def off_the_masks(trainer):

@@ -286,7 +286,7 @@ class TestOnnx:
 
 
 @pytest.fixture
-def run(tmp_path) -> Path:
+def run(tmp_path, monkeypatch) -> Path:
     """A run's folder, as far as the exporter reads it, of a network whose code lies in a folder of its own."""
     code = tmp_path / "code"
     code.mkdir()
@@ -302,16 +302,19 @@ def run(tmp_path) -> Path:
     from tiny_network_to_export import build
 
     sys.path.remove(str(code))
+    for builder in ("tiny_network_to_export:build", "no_such_module:build", "json:no_such_function"):
+        monkeypatch.setitem(export.BUILDERS, builder, str(code))
     network = trained(build(16))
     saved = {"state_dict": network.state_dict(), "masks": {}, "epoch": 3}
     torch.save(saved, folder / "model_previous.pth")
     torch.save(saved, folder / "tickets" / "ticket_1.pth")
-    write_config(folder, folder=str(code), builder="tiny_network_to_export:build")
+    write_config(folder)
     return folder
 
 
 def write_config(run: Path, **changes: object) -> None:
-    record = {"arguments": {"width": 16}, "input_shape": [3, 8, 8], **changes}
+    builder = "tiny_network_to_export:build"
+    record = {"builder": builder, "arguments": {"width": 16}, "input_shape": [3, 8, 8], **changes}
     config = {"model": "tiny", "data": "somewhere/pictures.npz", "network": record}
     (run / "config.json").write_text(json.dumps(config))
 
@@ -355,16 +358,12 @@ class TestCommand:
         [
             (lambda run: (run / "config.json").unlink(), "no config.json"),
             (lambda run: (run / "config.json").write_text("{}"), "no config.json"),
-            (lambda run: write_config(run, folder="nowhere", builder="no_such_module:build"), "PYTHONPATH"),
-            (lambda run: write_config(run, folder="nowhere", builder="json:no_such_function"), "PYTHONPATH"),
-            (lambda run: write_config(run, folder="nowhere", builder="json"), "PYTHONPATH"),
-            (lambda run: write_config(run, folder="nowhere"), "PYTHONPATH"),
-            (
-                lambda run: write_config(
-                    run, folder="", builder="tiny_network_to_export:build", arguments={"width": 8}
-                ),
-                "another model",
-            ),
+            (lambda run: write_config(run, builder="os:system", arguments={"command": "touch called"}), "none of"),
+            (lambda run: write_config(run, builder=None), "none of"),
+            (lambda run: write_config(run, builder="no_such_module:build"), "PYTHONPATH"),
+            (lambda run: write_config(run, builder="json:no_such_function"), "PYTHONPATH"),
+            (lambda run: write_config(run, arguments={"depth": 8}), "cannot be built"),
+            (lambda run: write_config(run, arguments={"width": 8}), "another model"),
             (lambda run: (run / "model_previous.pth").unlink(), "pre-training"),
             (lambda run: torch.save({"epoch": 3}, run / "model_previous.pth"), "epoch is no tensor"),
         ],

@@ -12,10 +12,11 @@ import pytest
 from cifar_data import DATASETS
 from cifar_models import model_names
 
-from sparselearning import experiment, flags
+from sparselearning import flags
 from sparselearning.errors import UsageError
 from sparselearning.plan import EpochBudget
 from sparselearning.schedules import DECAYS
+from sparselearning.script import run_script
 from sparselearning.sparse_init import SPARSE_INITS
 from sparselearning.superpose import AVERAGING
 from sparselearning.topology import GROWTH, METHODS, PRUNE, REDISTRIBUTION
@@ -146,7 +147,7 @@ def test_no_abbreviations(capsys):
 def script(argv):
     """Exit code of the script, run in this process."""
     try:
-        experiment.run_script(lambda: main_suptickets.main([str(word) for word in argv]))
+        run_script(lambda: main_suptickets.main([str(word) for word in argv]))
     except SystemExit as leaving:
         return leaving.code
     return 0

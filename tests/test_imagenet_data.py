@@ -73,7 +73,7 @@ def test_normalisation_of_one_colour(tmp_path):
     # (1 - 0.485) / 0.229, (0 - 0.456) / 0.224, (0.2 - 0.406) / 0.225
     expected = torch.tensor([2.248908, -2.035714, -0.915556]).view(1, 3, 1, 1).expand(1, 3, SIZE, SIZE)
     data = load(tmp_path)
-    for loader in (data.train, data.train_exact, data.evaluation):
+    for loader in (data.train, data.train_once, data.evaluation):
         (batch,) = loader.epoch(0)
         torch.testing.assert_close(batch.images, expected, atol=1e-5, rtol=0, check_stride=False)
         assert batch.labels.tolist() == [0]
@@ -217,7 +217,7 @@ def test_training_gives_every_rank_the_same_number_of_images(clean, world_size):
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
-@pytest.mark.parametrize("part", ["train_exact", "evaluation"])
+@pytest.mark.parametrize("part", ["train_once", "evaluation"])
 def test_exact_passes_give_each_image_once_over_all_ranks(clean, part, world_size):
     # 32 and 20 images in batches of at most 5: the ranks' shares differ, the number of their batches must not.
     loaders = [getattr(load(clean, batch_size=5, rank=rank, world_size=world_size), part) for rank in range(world_size)]
@@ -240,9 +240,9 @@ def test_exact_batches_of_one_image_cannot_be_equally_many(clean):
 
 def test_the_exact_pass_over_training_images_shuffles_and_augments(clean):
     data = load(clean)
-    assert data.train_exact.num_samples == data.train.num_samples == 32
-    assert flat(data.train_exact.batches(1)) == flat(data.train.batches(1))
-    assert_same(data.train_exact.epoch(1), data.train.epoch(1))
+    assert data.train_once.num_samples == data.train.num_samples == 32
+    assert flat(data.train_once.batches(1)) == flat(data.train.batches(1))
+    assert_same(data.train_once.epoch(1), data.train.epoch(1))
 
 
 def test_a_rank_without_images_has_empty_passes(tmp_path):
@@ -280,10 +280,10 @@ def test_a_damaged_image_is_named_once_left_out_and_counted(folder, damage, work
     bad = folder / "train" / "bee" / "2.jpg"  # image 10 of 32
     damage(bad)
     data = load(folder, workers=workers)
-    for loader in (data.train, data.train, data.train_exact):
+    for loader in (data.train, data.train, data.train_once):
         _, labels = collect(loader.epoch(0))
         assert labels.bincount().tolist() == [8, 7, 8, 8]
-    assert list(data.train.damaged) == list(data.train_exact.damaged) == [str(bad)]
+    assert list(data.train.damaged) == list(data.train_once.damaged) == [str(bad)]
     assert data.evaluation.damaged == {}
     message = capfd.readouterr().err
     assert message.count(str(bad)) == 1

@@ -23,8 +23,9 @@ from imagenet_data import load_imagenet
 from PIL import Image
 from test_distributed import ROOT, assert_identical, finished, free_port, read_jsonl, results, started, wait_until
 
-from sparselearning import experiment, profiling
+from sparselearning import profiling
 from sparselearning.files import RunFolder, load_torch
+from sparselearning.script import run_script
 
 SCRIPTS = ROOT / "ImageNet"
 CLASSES, TRAIN_IMAGES, VAL_IMAGES = 4, 8, 4
@@ -247,7 +248,7 @@ def run(*words):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(main, "load_imagenet", partial(load_imagenet, image_size=64, resize=72))
         try:
-            experiment.run_script(lambda: main.main([str(word) for word in words]))
+            run_script(lambda: main.main([str(word) for word in words]))
         except SystemExit as end:
             return end.code
     return 0

@@ -238,6 +238,32 @@ def test_flags_that_took_no_effect_part_no_runs(tmp_path):
     assert [(group.label, group.seeds) for group in groups] == [("GraNet", [1, 2]), ("dense", [1, 2])]
 
 
+def test_cycles_alone_are_one_group_only_from_the_pretrained_networks_of_one_run(tmp_path):
+    cycles = {"pre_train": False, "save": "cycles"}
+    folders = [
+        write_run(tmp_path / "1", seed=41, resume="main/seed41/tickets/ticket_0.pth", **cycles),
+        write_run(tmp_path / "2", seed=42, resume="main/seed42/tickets/ticket_0.pth", **cycles),
+        write_run(tmp_path / "3", seed=41, resume="other/seed41/tickets/ticket_0.pth", **cycles),
+        write_run(tmp_path / "4", seed=41, resume="main/seed41", save="stopped"),
+        write_run(tmp_path / "5", seed=42),
+        write_run(tmp_path / "6", seed=41, tickets=0),
+    ]
+    groups, left_out = groups_of(*folders)
+    assert left_out == []
+    assert [group.seeds for group in groups] == [[41, 42], [41], [41, 42], [41]]
+    assert [group.control is groups[3] for group in groups] == [True, True, True, False]
+
+
+@pytest.mark.parametrize("sparse_init", ["resume", "prune_global"])
+def test_masks_of_trained_weights_part_runs_by_these_weights(tmp_path, sparse_init):
+    folders = [
+        write_run(tmp_path / name, sparse_init=sparse_init, tickets=tickets, resume=name[0])
+        for name, tickets in (("a1", 2), ("b1", 2), ("a2", 0))
+    ]
+    groups, _ = groups_of(*folders)
+    assert [group.control for group in groups] == [groups[2], None, None]
+
+
 @pytest.mark.parametrize("difference", [{"lr": 0.2}, {"final_density": 0.2}, {"epochs": 3}, {"model": "lenet-300-100"}])
 def test_plain_training_is_a_control_only_if_all_else_is_equal(tmp_path, difference):
     tickets = write_run(tmp_path / "tickets")
@@ -403,6 +429,13 @@ def test_without_matplotlib_tables_remain(study, monkeypatch):
     assert not (study / "report").exists()
     main([str(study), "--no-plots"])
     assert (study / "report/results.md").exists()
+
+
+def test_an_unfinished_run_without_pictures_is_a_wrong_call(tmp_path):
+    folder = write_run(tmp_path / "run", tickets=0, epochs=1, finished=False)
+    with pytest.raises(UsageError, match="unfinished, epochs done: 1: no tables yet, and --no-plots"):
+        main([str(folder), "--no-plots", "--out", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
 
 
 def test_wrong_calls_are_told_in_a_sentence(tmp_path):

@@ -1,0 +1,86 @@
+"""Where and in which number formats a run computes."""
+
+import os
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from sparselearning import distributed
+from sparselearning.errors import UsageError
+from sparselearning.passes import Precision
+
+AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""Name to number format of forward passes."""
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """Where and in which number formats a run computes.
+
+    Attributes:
+        use_cuda: use a GPU if there is one.
+        amp: number format of forward passes, a name in :data:`AMP`; ``auto``: bf16 on a GPU that has it, else off.
+        channels_last: memory format of images and convolutions.
+        compile: compile the network's forward and backward pass.
+        tf32: let float32 products on a GPU round their inputs to TensorFloat-32.
+        deterministic: only algorithms whose result repeats bit by bit on a GPU.
+        static_loss_scale: fixed loss scale of fp16; None: adapted to the gradients.
+    """
+
+    use_cuda: bool = True
+    amp: str = "auto"
+    channels_last: bool = True
+    compile: bool = False
+    tf32: bool = True
+    deterministic: bool = False
+    static_loss_scale: float | None = None
+
+    def start(self) -> tuple[torch.device, "Runtime"]:
+        """Join the other ranks, if any, choose the device and set it up.
+
+        Returns:
+            The device, and this runtime :meth:`resolved` for it.
+
+        Raises:
+            UsageError: if the device cannot do what is asked.
+        """
+        device = distributed.start(self.use_cuda and torch.cuda.is_available())
+        if self.amp == "fp16" and device.type != "cuda":
+            raise UsageError("float16 training needs a GPU, and none is in use here: try --amp bf16")
+        torch.set_float32_matmul_precision("high" if self.tf32 else "highest")
+        torch.backends.cudnn.allow_tf32 = self.tf32
+        torch.backends.cudnn.benchmark = not self.deterministic
+        if self.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            torch.use_deterministic_algorithms(True)
+        return device, self.resolved(device)
+
+    def resolved(self, device: torch.device) -> "Runtime":
+        """The same with ``auto`` replaced by what suits the device."""
+        has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
+        return replace(self, amp="bf16" if has_bf16 else "off") if self.amp == "auto" else self
+
+    @property
+    def memory_format(self) -> torch.memory_format:
+        """Memory format of images and convolutions."""
+        return torch.channels_last if self.channels_last else torch.contiguous_format
+
+    def precision(self) -> Precision:
+        """Number formats of the forward pass."""
+        scaler = None
+        if self.amp == "fp16":
+            scaler = StaticScaler(self.static_loss_scale) if self.static_loss_scale else torch.amp.GradScaler()
+        return Precision(AMP[self.amp], scaler)
+
+
+class StaticScaler(torch.amp.GradScaler):
+    """Loss scaling with one fixed scale; steps whose gradients overflow are still skipped."""
+
+    def __init__(self, scale: float) -> None:
+        super().__init__(init_scale=scale)
+        self._fixed = scale
+
+    def update(self, new_scale: float | Tensor | None = None) -> None:
+        """Stay at the fixed scale."""
+        super().update(self._fixed)
