@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     plan = flags.plan(args, budget, pretrain_lr(args))
     sparse = flags.sparse_training(args, len(data.train), budget.total_epochs)
     output = experiment.Output(
-        folder=RunFolder(flags.run_path(args, args.arch, Path(args.data).resolve().name, budget)),
+        folder=RunFolder(flags.run_path(args, args.arch, Path(os.path.abspath(args.data)).name, budget)),
         config={"command": flags.command(argv), **values, **provenance.environment(device), "network": network},
         identity=flags.identity(values),
         resume=args.resume,
@@ -150,7 +150,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.set_defaults(cycle=4, final_density=None)
     args = parser.parse_args(argv)
-    args.final_density = resolve_density(args.density, args.final_density)
+    args.density = args.final_density = resolve_density(args.density, args.final_density)
+    args.epochs = args.epochs or args.pretrain_epoch + args.cyclic_epochs
     if args.evaluate or measures_only(args):
         args.pre_train = args.pre_train or not args.cyclic_train
     return args
@@ -163,7 +164,7 @@ def epoch_budget(args: argparse.Namespace) -> EpochBudget:
         UsageError: if they contradict ``--epochs`` or ``--cycle``.
     """
     total = args.pretrain_epoch + args.cyclic_epochs
-    if args.epochs not in (None, total):
+    if args.epochs != total:
         raise UsageError(
             f"--epochs {args.epochs} is not --pretrain_epoch {args.pretrain_epoch} + --cyclic_epochs "
             f"{args.cyclic_epochs} = {total}: change them together"

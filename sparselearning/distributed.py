@@ -38,7 +38,7 @@ def start(use_cuda: bool) -> torch.device:
     NCCL carries GPU tensors and gloo CPU ones.
 
     Raises:
-        UsageError: if this machine runs more processes than it has GPUs.
+        UsageError: if this machine runs more processes than it has GPUs, or the environment describes none of them.
         FaultError: if the ranks cannot find each other.
     """
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
@@ -52,6 +52,8 @@ def start(use_cuda: bool) -> torch.device:
         backend = "cpu:gloo,cuda:nccl" if use_cuda else "gloo"
         try:
             _join(backend, device, one_machine=local_world == world)
+        except ValueError as error:
+            raise UsageError(f"WORLD_SIZE={world}, but no launcher started this process ({error})") from error
         except RuntimeError as error:
             where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
             raise FaultError(

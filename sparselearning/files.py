@@ -29,10 +29,11 @@ def write_whole(path: Path, write: Callable[[IO[bytes]], None]) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-    except (OSError, RuntimeError) as error:  # torch.save reports a failed write as a RuntimeError
+    except (OSError, RuntimeError) as error:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        cause = error if isinstance(error, OSError) else error.__context__  # torch.save words the disk's anew
+        reason = cause.strerror if isinstance(cause, OSError) and cause.strerror else error
         raise FaultError(f"cannot write {path}: {reason}") from error
 
 
@@ -59,6 +60,10 @@ def copy_whole(source: Path, path: Path) -> None:
     """Copy a file, whole or not at all."""
     with source.open("rb") as original:
         write_whole(path, lambda file: shutil.copyfileobj(original, file))
+
+
+def _copy(source: str, path: str) -> None:
+    copy_whole(Path(source), Path(path))
 
 
 def load_torch(path: Path) -> dict[str, Any]:
@@ -182,7 +187,8 @@ class RunFolder:
         """
         try:
             if RunFolder(source).config.exists():
-                shutil.copytree(source, self.path, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.partial"))
+                ignore = shutil.ignore_patterns("*.partial")
+                shutil.copytree(source, self.path, dirs_exist_ok=True, ignore=ignore, copy_function=_copy)
         except (OSError, shutil.Error) as error:
             raise FaultError(f"cannot copy the run {source} to {self.path}: {error}") from error
 

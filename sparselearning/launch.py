@@ -21,7 +21,8 @@ def launch(argv: Sequence[str]) -> None:
     A ``--master_port`` among the script's arguments takes effect unless the launcher has one of its own.
 
     Raises:
-        UsageError: if a machine has fewer GPUs than processes, or a process says that the call is wrong.
+        UsageError: if torchrun refuses its flags, a machine has fewer GPUs than processes, or a process says that the
+            call is wrong.
         FaultError: if a process fails, upon which the others are stopped, or the port is in use.
         SystemExit: 128 plus the signal that stopped the launcher.
     """
@@ -29,6 +30,8 @@ def launch(argv: Sequence[str]) -> None:
     own_flags = argv[: list(argv).index(args.training_script)]
     if not any(flag.startswith(("--master_port", "--master-port")) for flag in own_flags):
         args.master_port = _port_of_script(args.training_script_args) or args.master_port
+    if args.nproc_per_node == "0":
+        raise UsageError("--nproc_per_node is at least 1")
     if torch.cuda.is_available() and "--no-cuda" not in args.training_script_args and args.nproc_per_node.isdigit():
         distributed.check_gpus(int(args.nproc_per_node))
     if "OMP_NUM_THREADS" not in os.environ and args.nproc_per_node.isdigit():
@@ -42,6 +45,8 @@ def launch(argv: Sequence[str]) -> None:
             f"process {rank} of {args.training_script} failed with exit code {failure.exitcode} and took the job down; "
             "its messages stand above"
         ) from error
+    except ValueError as error:
+        raise UsageError(f"torchrun refuses to start {args.training_script}: {error}") from error
     except DistNetworkError as error:
         raise FaultError(f"cannot listen on port {args.master_port}: choose another --master_port") from error
     except SignalException as stop:

@@ -208,7 +208,7 @@ class Masking:
                 a step without a topology update masks the gradients before the optimizer step, instead of weights and
                 optimizer state after it, which saves a pass or two over memory. What is zero then stays zero, provided
                 that nothing else writes weights between steps, and that the optimizer leaves a weight without
-                gradient and state alone (SGD and Adam do, Rprop does not). In float16 training, gradients that
+                gradient and state alone (SGD and Adam do, Rprop and Adamax do not). In float16 training, gradients that
                 overflow at inactive weights alone then skip no step.
         """
         self._check_has_model()
@@ -298,14 +298,14 @@ class Masking:
                 zero_inactive([weight.grad], self.masks[name])
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that changes during training: masks, counters, threshold, exploration record."""
+        """A copy of everything that changes during training: masks, counters, threshold, exploration record."""
         return {
-            "masks": dict(self.masks),
+            "masks": {name: mask.clone() for name, mask in self.masks.items()},
             "steps": self.steps,
             "explorations": self._explorations,
             "overdue": self._overdue,
             "threshold": self._threshold,
-            "ever_active": dict(self._ever_active),
+            "ever_active": {name: seen.clone() for name, seen in self._ever_active.items()},
             "off_mask_momentum": self._dense_momentum.state_dict(),
             "seed": self.seed,
         }
@@ -409,7 +409,8 @@ class Masking:
         """
         if self._reads_momentum and not self.optimizer.state:
             raise UsageError(
-                "exploring by momentum needs momentum to start with: start from a checkpoint.pth, not from bare weights"
+                "exploring by momentum needs some to start with, which a checkpoint.pth of the same optimizer has: "
+                "resume one, or choose modes that do not read momentum"
             )
 
     def _check_has_model(self) -> None:

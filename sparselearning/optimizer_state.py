@@ -77,8 +77,8 @@ class DenseMomentum:
         return state.get("exp_avg", torch.zeros_like(weight))
 
     def state_dict(self) -> dict[str, Any]:
-        """What is kept beside the optimizer's own state."""
-        return {name: dict(kept) for name, kept in self._off_mask.items()}
+        """A copy of what is kept beside the optimizer's own state."""
+        return {name: {key: state.clone() for key, state in kept.items()} for name, kept in self._off_mask.items()}
 
     def load_state_dict(self, saved: Mapping[str, Any], parameters: Mapping[str, nn.Parameter]) -> None:
         """Go on from a :meth:`state_dict`; momentum that another kind of optimizer kept is none here."""

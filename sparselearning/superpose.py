@@ -49,7 +49,8 @@ def superpose(previous: Mapping[str, Tensor], ticket: Mapping[str, Tensor], fact
 
     Returns:
         A new state dict; neither input is changed. Floating-point entries are averaged, others (BatchNorm's batch
-        counter) are the ticket's. Entries that are one tensor in the ticket (tied weights) are one here.
+        counter) are the ticket's. Entries that are one tensor in the ticket (tied weights) are one here, provided
+        that they are equal in the other network.
 
     Raises:
         ValueError: if names or shapes differ.
@@ -57,13 +58,14 @@ def superpose(previous: Mapping[str, Tensor], ticket: Mapping[str, Tensor], fact
     if differing := differing_entries(previous, ticket):
         raise ValueError(f"only networks of the same architecture superpose; these differ in {differing[:3]}")
     averaged: State = {}
-    ties: dict[tuple, Tensor] = {}
+    firsts: dict[tuple, str] = {}
     for name, entry in ticket.items():
-        memory = _memory(entry)
-        if memory not in ties:
+        first = firsts.setdefault(_memory(entry), name)
+        if first != name and torch.equal(previous[first], previous[name]):
+            averaged[name] = averaged[first]
+        else:
             floating = entry.is_floating_point()
-            ties[memory] = (1 - factor) * previous[name] + factor * entry if floating else entry.clone()
-        averaged[name] = ties[memory]
+            averaged[name] = (1 - factor) * previous[name] + factor * entry if floating else entry.clone()
     return averaged
 
 

@@ -573,6 +573,22 @@ def test_more_processes_than_gpus_are_refused(launched, monkeypatch):
     assert len(launched) == 1
 
 
+@pytest.mark.parametrize(
+    "flag", ["--nproc_per_node 0", "--nproc_per_node x", "--nproc_per_node gpu", "--master_port 99999"]
+)
+def test_what_torchrun_refuses_is_told_in_a_sentence(monkeypatch, flag):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UsageError, match=r"nproc_per_node|torchrun refuses to start main\.py"):
+        launch.launch([*flag.split(), "main.py"])
+
+
+def test_an_environment_that_no_launcher_made_is_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(UsageError, match="no launcher started this process"):
+        distributed.start(use_cuda=False)
+
+
 def status_of(main):
     with pytest.raises(SystemExit) as end:
         run_script(main)

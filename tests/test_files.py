@@ -1,6 +1,7 @@
 """Files that are whole or absent, checkpoints that cannot be trusted, run folders, random states."""
 
 import errno
+import io
 import json
 import os
 import pickle
@@ -97,6 +98,20 @@ def test_a_full_disk_is_one_sentence_that_names_the_file(tmp_path, write):
     assert str(fault.value) == f"cannot write {path}: No space left on device"
     assert path.read_bytes() == b"old"
     assert sorted(os.listdir(tmp_path)) == ["file", "source"]
+
+
+@pytest.mark.parametrize("room", [0, 700, 100_000])
+def test_a_disk_that_fills_up_while_a_network_is_saved_is_named_as_full(tmp_path, room):
+    class AlmostFull(io.BytesIO):
+        def write(self, content):
+            if self.tell() + len(content) > room:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return super().write(content)
+
+    path = tmp_path / "network.pth"
+    with pytest.raises(FaultError) as fault:
+        write_whole(path, lambda file: torch.save({"w": torch.zeros(100_000)}, AlmostFull()))
+    assert str(fault.value) == f"cannot write {path}: No space left on device"
 
 
 def test_a_folder_under_a_file_is_one_sentence(tmp_path):

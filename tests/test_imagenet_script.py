@@ -261,6 +261,11 @@ def trained(home):
     return RunFolder(home / "trained")
 
 
+def test_config_says_what_was_left_out_on_the_command_line(trained):
+    config = trained.read_config()
+    assert (config["density"], config["final_density"], config["epochs"]) == (0.1, 0.1, 3)
+
+
 def test_every_epochs_checkpoint_is_kept_and_resumes_exactly(home, trained, tmp_path):
     assert [trained.epoch_checkpoint(epoch).exists() for epoch in range(5)] == [False, True, True, True, False]
     resume = [*SMALL, home / "imagenet2012", "--save", tmp_path / "again", "--resume", trained.epoch_checkpoint(2)]

@@ -792,6 +792,20 @@ def test_a_postponed_update_survives_a_restart():
     assert active(resumed) == [1, 2, 3, 4]
 
 
+def test_a_state_in_memory_stays_what_it_was():
+    model, masking = eight([1.0, 2, 3, 4, 0, 0, 0, 0], momentum=0.5, growth="momentum", prune_rate=0.25)
+    (name,) = masking.masks
+    step(model, masking, GROW_4)
+    before, copy = masking.state_dict(), through_a_file(masking.state_dict())
+    for _ in range(3):
+        step(model, masking, [0.0, 0, 0, 0, 1, 9, 9, 9])
+    assert masking.explored() > copy["ever_active"][name].float().mean()
+    for part in ("masks", "ever_active"):
+        assert torch.equal(before[part][name], copy[part][name])
+    [(key, kept)] = before["off_mask_momentum"][name].items()
+    assert torch.equal(kept, copy["off_mask_momentum"][name][key])
+
+
 # -------------------------------------------------------------------------------------- stop and go on
 
 

@@ -110,6 +110,12 @@ def test_tied_weights_stay_tied_and_are_pruned_together():
     assert torch.count_nonzero(model.embedding.weight) == 80
 
 
+def test_one_tensor_under_two_names_meets_two_others():
+    one = torch.ones(2)
+    state = superpose({"a": torch.zeros(2), "b": torch.full((2,), 5.0)}, {"a": one, "b": one}, 0.5)
+    assert (state["a"].tolist(), state["b"].tolist()) == ([0.5, 0.5], [3.0, 3.0])
+
+
 def test_tied_weights_count_once():
     weight = torch.tensor([1.0, -5.0, 3.0, 2.0])
     state, masks = prune_to_density({"a": weight, "b": weight, "c": torch.tensor([4.0, 0.5])}, ["a", "b", "c"], 0.5)
