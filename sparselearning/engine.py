@@ -457,7 +457,8 @@ class Trainer:
 
     def save_checkpoint(self) -> None:
         """Write all that :meth:`load_checkpoint` needs to go on bit by bit from here. Called by all ranks."""
-        gradients, scaler = None, self.passes.precision.scaler
+        masking = self.masking.state_dict() if self.masking else None
+        scaler, gradients = self.passes.precision.scaler, None
         at_end = self.batch == len(self.sources.train)
         if at_end and self.plan.explores_before(self.epoch + 1):
             gradients = {name: p.grad for name, p in self.model.named_parameters() if p.grad is not None}
@@ -478,9 +479,9 @@ class Trainer:
                     "batch": self.batch,
                     "trained": self.trained,
                     "state_dict": self.model.state_dict(),
-                    "masks": self._masks(),
+                    "masks": masking["masks"] if masking else {},  # the same tensors: the file holds them once
                     "optimizer": self.optimizer.state_dict(),
-                    "masking": self.masking.state_dict() if self.masking else None,
+                    "masking": masking,
                     "scaler": scaler.state_dict() if scaler else None,
                     "gradients": gradients,
                     "superposition": self.superposition,
