@@ -255,7 +255,7 @@ def runs_under(folder: Path) -> list[Path]:
 
 
 def collect(source: Path, target: Path) -> None:
-    """Copy what finished runs say, but no networks and nothing about folders of this machine."""
+    """Copy what finished runs say, but no networks, nor how to build them."""
     for path in runs_under(source):
         run, kept = RunFolder(path), RunFolder(target / path.relative_to(source))
         if not run.summary.is_file():

@@ -53,7 +53,7 @@ def start(use_cuda: bool) -> torch.device:
         try:
             _join(backend, device, one_machine=local_world == world)
         except ValueError as error:
-            raise UsageError(f"WORLD_SIZE={world}, but no launcher started this process ({error})") from error
+            raise UsageError(f"the environment does not say which of {world} processes this one is: {error}") from error
         except RuntimeError as error:
             where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
             raise FaultError(

@@ -457,8 +457,7 @@ class Trainer:
 
     def save_checkpoint(self) -> None:
         """Write all that :meth:`load_checkpoint` needs to go on bit by bit from here. Called by all ranks."""
-        masking = self.masking.state_dict() if self.masking else None
-        scaler, gradients = self.passes.precision.scaler, None
+        gradients = None
         at_end = self.batch == len(self.sources.train)
         if at_end and self.plan.explores_before(self.epoch + 1):
             gradients = {name: p.grad for name, p in self.model.named_parameters() if p.grad is not None}
@@ -471,6 +470,8 @@ class Trainer:
             }
         )
         if distributed.is_main():
+            masking = self.masking.state_dict() if self.masking else None
+            scaler = self.passes.precision.scaler
             save_torch(
                 self.folder.checkpoint,
                 {

@@ -136,8 +136,6 @@ def prepare(
         elif not plan.pre_train and is_checkpoint and keeps_pattern:
             trainer.load_training_state(saved)
     if masking:
-        if plan.explores_before(trainer.epoch) and not trainer.continues:
-            masking.check_can_explore()
         _note_density(masking, plan)
         _note_unfinished_pruning(masking, plan, len(recipe.sources.train))
     return trainer
@@ -155,6 +153,8 @@ def run(recipe: Recipe, plan: Plan, sparse: SparseTraining | None, runtime: Runt
         output = replace(output, resume=output.folder.path)
     with stop_signals() as stop_signal:
         trainer = prepare(recipe, plan, sparse, runtime, output, stop_signal)
+        if trainer.masking and plan.explores_before(trainer.epoch) and not trainer.continues:
+            trainer.masking.check_can_explore()
         _open_folder(output, trainer)
         summary = trainer.run()
         if distributed.is_main():

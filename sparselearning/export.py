@@ -326,12 +326,11 @@ def _read_config(source: Path) -> dict[str, Any]:
 
 
 def _describe(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What a packed file says about its network; no folders of this machine."""
-    record = config.get("network", {})
+    """What a packed file says about its network."""
     known = {
         "model": config.get("model", config.get("arch")),
         "data": Path(config["data"]).stem if "data" in config else None,
-        "network": {key: value for key, value in record.items() if key != "folder"},
+        "network": config.get("network"),
     }
     return {key: value for key, value in known.items() if value}
 

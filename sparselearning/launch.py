@@ -30,12 +30,10 @@ def launch(argv: Sequence[str]) -> None:
     own_flags = argv[: list(argv).index(args.training_script)]
     if not any(flag.startswith(("--master_port", "--master-port")) for flag in own_flags):
         args.master_port = _port_of_script(args.training_script_args) or args.master_port
-    if args.nproc_per_node == "0":
-        raise UsageError("--nproc_per_node is at least 1")
     if torch.cuda.is_available() and "--no-cuda" not in args.training_script_args and args.nproc_per_node.isdigit():
         distributed.check_gpus(int(args.nproc_per_node))
     if "OMP_NUM_THREADS" not in os.environ and args.nproc_per_node.isdigit():
-        os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // int(args.nproc_per_node)))
+        os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // max(1, int(args.nproc_per_node))))
     try:
         torchrun.run(args)
     except ChildFailedError as error:
@@ -45,8 +43,9 @@ def launch(argv: Sequence[str]) -> None:
             f"process {rank} of {args.training_script} failed with exit code {failure.exitcode} and took the job down; "
             "its messages stand above"
         ) from error
-    except ValueError as error:
-        raise UsageError(f"torchrun refuses to start {args.training_script}: {error}") from error
+    except (ValueError, AssertionError) as error:
+        reason = str(error) or "the numbers of processes and machines are at least 1"
+        raise UsageError(f"torchrun refuses to start {args.training_script}: {reason}") from error
     except DistNetworkError as error:
         raise FaultError(f"cannot listen on port {args.master_port}: choose another --master_port") from error
     except SignalException as stop:

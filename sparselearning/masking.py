@@ -247,6 +247,18 @@ class Masking:
         self._explore(layers, prune_rate)
         self._settle(layers)
 
+    def check_can_explore(self) -> None:
+        """Refuse a :meth:`truncate_weights` that comes before the first optimizer step, if it reads momentum.
+
+        Raises:
+            UsageError: if it would.
+        """
+        if self._reads_momentum and not self.optimizer.state:
+            raise UsageError(
+                "the first cycle explores by momentum, and there is none yet: pre-train first, go on with masks and "
+                "optimizer of a checkpoint.pth, or choose modes that do not read momentum"
+            )
+
     def density(self) -> float:
         """Active over maskable weights, exactly."""
         return sum(self.active_counts().values()) / sum(mask.numel() for mask in self.masks.values())
@@ -400,18 +412,6 @@ class Masking:
                 layer.momentum = _flat(self._dense_momentum.of(name, weight), weight)
             layers.append(layer)
         return layers
-
-    def check_can_explore(self) -> None:
-        """Refuse exploration by momentum before the optimizer has any.
-
-        Raises:
-            UsageError: if the chosen modes read momentum and there is none.
-        """
-        if self._reads_momentum and not self.optimizer.state:
-            raise UsageError(
-                "exploring by momentum needs some to start with, which a checkpoint.pth of the same optimizer has: "
-                "resume one, or choose modes that do not read momentum"
-            )
 
     def _check_has_model(self) -> None:
         if not self.masks:

@@ -33,6 +33,7 @@ ANALYSIS = {"networks": list, "settings": dict, "evaluated_on": dict}
 """What the report needs of each file: name to type."""
 
 SET_ASIDE = re.compile(r"\.old-\d+$")
+SEED_FOLDER = re.compile(r"(?<![^/\\])seed\d+(?![^/\\])")
 
 
 @dataclass(frozen=True)
@@ -293,12 +294,12 @@ def _effective_flags(run: Run) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _start(run: Run) -> str | None:
-    """Path of the weights that the run started from, its own seed left out; None: it started from scratch."""
+    """Path of the weights that the run started from, but for seeds in it; None: it started from scratch."""
     given = run.flags
     takes_masks = given["sparse"] and given.get("sparse_init") in FROM_TRAINED_WEIGHTS
     if (given["pre_train"] and not takes_masks) or not given.get("resume"):
         return None
-    return re.sub(rf"(?<!\d){run.seed}(?!\d)", "N", str(given["resume"]))
+    return SEED_FOLDER.sub("seedN", str(given["resume"]))
 
 
 @cache

@@ -865,7 +865,9 @@ def test_more_memory_than_there_is(script, capsys, monkeypatch, error):
     assert "memory" in one_sentence(capsys.readouterr().err)
 
 
-@pytest.mark.parametrize("change", ["--optimizer adam", "--rm-first", "--growth momentum"])
+@pytest.mark.parametrize(
+    "change", ["--optimizer adam", "--rm-first", "--growth momentum", "--growth momentum --optimizer adam"]
+)
 def test_cycles_alone_with_other_flags_run_or_say_why_not(script, stopped, capsys, change):
     cycles = WHOLE_METHOD.replace("--pre_train", "")
     code = script(cycles, change, "--save run --resume", stopped)
@@ -873,6 +875,14 @@ def test_cycles_alone_with_other_flags_run_or_say_why_not(script, stopped, capsy
     if code:
         one_sentence(capsys.readouterr().err)
         assert os.listdir() == []
+
+
+def test_exploring_by_momentum_from_bare_weights_is_refused_before_anything_is_written(script, base, capsys):
+    cycles = WHOLE_METHOD.replace("--pre_train", "")
+    start = base / "model_current.pth"
+    assert script(cycles, "--growth momentum --save run --resume", start) == 2
+    assert "explores by momentum" in one_sentence(capsys.readouterr().err)
+    assert os.listdir() == []
 
 
 def test_cycles_alone_obey_their_own_optimizer_flags(script, base, monkeypatch):

@@ -238,6 +238,23 @@ def test_flags_that_took_no_effect_part_no_runs(tmp_path):
     assert [(group.label, group.seeds) for group in groups] == [("GraNet", [1, 2]), ("dense", [1, 2])]
 
 
+@pytest.mark.parametrize(
+    "start",
+    [
+        "main/granet/seed{}/tickets/ticket_0.pth",
+        "saved/M=3/seed{}/checkpoints/epoch_3.pth",
+        "main/granet/seed{}",
+        "main/granet/seed1/model_current.pth",
+        "weights_10.pth",
+    ],
+)
+def test_cycles_alone_are_one_group_whatever_the_seeds_in_the_paths_of_their_starts(tmp_path, start):
+    seeds = [0, 1, 2, 3, 10]
+    folders = [write_run(tmp_path / str(s), seed=s, pre_train=False, resume=start.format(s)) for s in seeds]
+    groups, left_out = groups_of(*folders)
+    assert ([group.seeds for group in groups], left_out) == ([seeds], [])
+
+
 def test_cycles_alone_are_one_group_only_from_the_pretrained_networks_of_one_run(tmp_path):
     cycles = {"pre_train": False, "save": "cycles"}
     folders = [

@@ -91,8 +91,8 @@ def test_other_data_are_refused(tmp_path, monkeypatch, subset):
         study.prepared("few.npz", Path("data"), subset)
 
 
-def test_collecting_keeps_texts_of_finished_runs_and_no_folders(tmp_path):
-    finished = write_run(tmp_path / "work/granet/seed1", network={"folder": str(tmp_path)})
+def test_collecting_keeps_texts_of_finished_runs_alone(tmp_path):
+    finished = write_run(tmp_path / "work/granet/seed1", network={"builder": "cifar_models:build_model"})
     write_analysis(finished, 0.0)
     (finished / "checkpoint.pth").write_bytes(b"weights")
     write_run(tmp_path / "work/granet/seed2", seed=2, finished=False)
