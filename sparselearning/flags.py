@@ -220,6 +220,17 @@ def add_ticket_flags(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
+def _names(add_flags: Callable[[argparse.ArgumentParser], None]) -> set[str]:
+    parser = argparse.ArgumentParser()
+    add_flags(parser)
+    return set(vars(parser.parse_args([])))
+
+
+SPARSE_FLAGS = _names(add_sparse_flags)
+TICKET_FLAGS = _names(add_ticket_flags) | {"cycle_rate", "cyclic_epochs", "pretrain_epoch"}
+"""Flags that have no effect on dense training, and on plain training; the last three are the scripts' own."""
+
+
 def check(args: argparse.Namespace, momentum_is_zero: bool, has_weights: bool) -> list[str]:
     """Refuse contradictory flags before anything is trained or written; return warnings about doubtful ones.
 

@@ -1,11 +1,9 @@
 """Finished and unfinished runs as they lie on the disk: found, read, checked, and grouped over their seeds."""
 
-import argparse
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -282,12 +280,13 @@ def _effective_flags(run: Run) -> tuple[dict[str, Any], dict[str, Any]]:
 
     Epochs count as trained, however a script's flags divide them up.
     """
-    without_effect, sparse, ticket = _flag_kinds()
-    skipped = without_effect | {"seed", "indicate_method", "epochs"} | (set() if run.flags["sparse"] else sparse)
-    effective = {name: value for name, value in run.flags.items() if name not in skipped or name == "sparse"}
-    recipe = {name: value for name, value in effective.items() if name not in ticket}
+    skipped = flags.WITHOUT_EFFECT_ON_RESULTS | {"seed", "indicate_method", "epochs"}
+    skipped |= set() if run.flags["sparse"] else flags.SPARSE_FLAGS - {"sparse"}
+    effective = {name: value for name, value in run.flags.items() if name not in skipped}
+    tickets = {name: value for name, value in effective.items() if name in flags.TICKET_FLAGS}
+    recipe = {name: value for name, value in effective.items() if name not in tickets}
     recipe["epochs"] = run.metrics[-1]["epoch"] + 1
-    ticket_flags = {} if run.is_plain else {name: value for name, value in effective.items() if name in ticket}
+    ticket_flags = {} if run.is_plain else tickets
     if start := _start(run):
         (recipe if run.flags["pre_train"] else ticket_flags)["resume"] = start
     return recipe, ticket_flags
@@ -300,23 +299,6 @@ def _start(run: Run) -> str | None:
     if (given["pre_train"] and not takes_masks) or not given.get("resume"):
         return None
     return SEED_FOLDER.sub("seedN", str(given["resume"]))
-
-
-@cache
-def _flag_kinds() -> tuple[set[str], set[str], set[str]]:
-    """Names of the flags without effect on results, of those about masks, and of those about tickets."""
-
-    def names(add: Callable[[argparse.ArgumentParser], None]) -> set[str]:
-        parser = argparse.ArgumentParser()
-        add(parser)
-        return set(vars(parser.parse_args([])))
-
-    in_the_scripts = {"cycle_rate", "cyclic_epochs", "pretrain_epoch"}
-    return (
-        flags.WITHOUT_EFFECT_ON_RESULTS,
-        names(flags.add_sparse_flags),
-        names(flags.add_ticket_flags) | in_the_scripts,
-    )
 
 
 def _label(groups: Sequence[Group]) -> None:
