@@ -2,7 +2,7 @@
 
 import csv
 import io
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from statistics import fmean, stdev
@@ -271,7 +271,7 @@ def markdown_report(groups: Sequence[Group], left_out: Sequence[str] = ()) -> st
         notes.append("gains over plain training are those on the test set, the other gains those on the held-out set")
     notes += [note for note in (_missing_control(group, groups) for group in groups) if note]
     notes += [f"left out: {sentence}" for sentence in left_out]
-    notes.append("ran on: " + "; ".join(sorted({_machine(known) for run in runs for known in run.environments})))
+    notes.append(f"ran on (commits): {_machines(known for run in runs for known in run.environments)}")
     tables = [table for table in (markdown_table(groups), averages_table(groups)) if table]
     return "\n".join(tables) + "\n" + "".join(f"- {note}\n" for note in notes)
 
@@ -287,10 +287,15 @@ def _missing_control(group: Group, groups: Sequence[Group]) -> str | None:
     return f"{group.label} has no plain training to compare with: {plain[nearest].label} differs in {listed}"
 
 
-def _machine(known: Mapping[str, Any]) -> str:
-    torch = known.get("versions", {}).get("torch", "of unknown version")
-    threads = (
-        f", threads: {known['threads']}" if str(known.get("device")).startswith("cpu") and "threads" in known else ""
-    )
-    commit = f", commit {known['commit']}" if known.get("commit") else ""
-    return f"{known.get('device') or 'an unknown device'}{threads}, PyTorch {torch}{commit}"
+def _machines(environments: Iterable[Mapping[str, Any]]) -> str:
+    """Every hardware and version once, and the commits that ran on it."""
+    commits: dict[str, set[str]] = {}
+    for known in environments:
+        device, threads = str(known.get("device") or "an unknown device"), known.get("threads")
+        parts = [device] + ([f"threads: {threads}"] if device.startswith("cpu") and threads else [])
+        parts.append(f"PyTorch {known.get('versions', {}).get('torch', 'of unknown version')}")
+        own = commits.setdefault(", ".join(parts), set())
+        if known.get("commit"):
+            own.add(known["commit"])
+    named = {machine: f" ({', '.join(sorted(own))})" if own else "" for machine, own in commits.items()}
+    return "; ".join(f"{machine}{named[machine]}" for machine in sorted(named))

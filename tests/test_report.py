@@ -139,8 +139,8 @@ def test_reports_name_every_machine_and_commit(tmp_path):
     groups, _ = groups_of(*find_runs([tmp_path]))
     assert len(groups) == 1
     assert markdown_report(groups).splitlines()[-1] == (
-        "- ran on: H200, PyTorch 2.11; an unknown device, PyTorch of unknown version; "
-        "cpu: Fast, threads: 2, PyTorch 2.11, commit abc1234; cpu: Fast, threads: 2, PyTorch 2.11, commit def5678"
+        "- ran on (commits): H200, PyTorch 2.11; an unknown device, PyTorch of unknown version; "
+        "cpu: Fast, threads: 2, PyTorch 2.11 (abc1234, def5678)"
     )
 
 
