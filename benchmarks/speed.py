@@ -47,7 +47,7 @@ from sparselearning.plan import EpochBudget, Plan
 from sparselearning.provenance import environment
 from sparselearning.runtime import Runtime
 from sparselearning.script import run_script
-from sparselearning.superpose import caa_factor, prune_to_density, superpose, update_bn
+from sparselearning.superpose import caa_factor, prune_to_density, superpose
 from sparselearning.topology import Layer, shrink_globally
 
 LR = 0.001
@@ -333,15 +333,11 @@ def case_superpose(setting: Setting) -> Iterator[Row]:
 def case_bn(setting: Setting) -> Iterator[Row]:
     """BatchNorm statistics of resident batches: bf16 channels-last against PyTorch's own pass in fp32 NCHW."""
     trainer, model = make_trainer(setting, BF16), make_model(setting, NCHW)
-    ours, theirs = ([first_batch(setting, layout).images] * setting.steps for layout in (DEFAULT_LAYOUT, NCHW))
-
-    def pass_over_batches() -> None:
-        with trainer.passes.precision.context(setting.device):
-            update_bn(ours, trainer.model)
-
+    ours = [first_batch(setting, DEFAULT_LAYOUT)] * setting.steps
+    theirs = [first_batch(setting, NCHW).images] * setting.steps
     images = setting.steps * setting.batch_size
     sides = (
-        Side(pass_over_batches, images),
+        Side(partial(trainer.passes.re_estimate_bn, ours), images),
         Side(partial(torch.optim.swa_utils.update_bn, theirs, model), images),
     )
     yield Row.of_rates("BatchNorm pass", *setting.measure(*sides))
