@@ -226,6 +226,8 @@ WRONG_CALLS = {
     RUN + "--sparse-init prune_and_grow_structured": "--resume",
     RUN + "--sparse-init resume": "--resume",
     RUN + "--fp16 --amp bf16": "--fp16",
+    RUN + "--iters 2 --resume nowhere": "--iters",
+    "--pre_train --sparse-init resume --iters 2 --resume nowhere": "--iters",  # dense: no mask takes the weights over
     # what is not there
     RUN + "--resume nowhere": "nowhere",
     RUN + "--data nothing": "nothing",
