@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import cifar_data
@@ -835,6 +836,17 @@ def test_files_that_are_no_weights_are_refused(script, capsys, content, call):
     assert script(call, "--save run --resume odd.pth") == 2
     assert "odd.pth" in one_sentence(capsys.readouterr().err)
     assert os.listdir() == ["odd.pth"]
+
+
+def test_a_network_that_does_not_compile(script, monkeypatch, capsys):
+    def without_compiler(graph, inputs):
+        raise RuntimeError("no working C++ compiler\nfound anywhere")
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=without_compiler))
+    assert script(WHOLE_METHOD, "--save run --compile") == 1
+    told = one_sentence(capsys.readouterr().err)
+    assert "no working C++ compiler" in told
+    assert "--compile" in told
 
 
 def test_output_that_nobody_reads_any_more(data):
