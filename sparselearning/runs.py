@@ -27,7 +27,7 @@ METRICS |= {"ticket": OPTIONAL_NUMBER}
 TICKETS = dict.fromkeys(("ticket", "ticket_acc", "superposed_acc"), NUMBER)
 SUMMARY = dict.fromkeys(("pretrain_acc", "final_acc", "density", "gain", "total_seconds"), NUMBER)
 SUMMARY |= {"ticket_acc": list, "superposed_acc": list, "gain_over_ticket": OPTIONAL_NUMBER}
-ANALYSIS = {"networks": list, "settings": dict, "evaluated_on": dict}
+ANALYSIS = {"networks": list, "settings": dict, "evaluated_on": dict, "pairs": dict, "lines": list}
 """What the report needs of each file: name to type."""
 
 SET_ASIDE = re.compile(r"\.old-\d+$")

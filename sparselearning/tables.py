@@ -151,11 +151,22 @@ def averages_table(groups: Sequence[Group]) -> str:
     """Accuracies of kept tickets, their ensemble and other averages, where ``analyze_tickets.py`` measured them."""
     looked_at = [group for group in groups if _is_analysed(group)]
     titles = dict.fromkeys(title for group in looked_at for run in group.runs for title in _averages(run))
-    rows = [Column(title, title, partial(_average, title)) for title in titles]
     parts = {run.analysis["evaluated_on"]["part"] for group in looked_at for run in group.runs if run.analysis}
-    header = [f"accuracy on the {' or '.join(sorted(parts))} [%]", *(group.label for group in looked_at)]
-    cells = [[row.title, *(row.text(row.spread(group), " ± ", "-") for group in looked_at)] for row in rows]
-    return _markdown([header, *cells]) if cells else ""
+    rows = [Column(title, title, partial(_average, title)) for title in titles]
+    return _column_per_group(f"accuracy on the {' or '.join(sorted(parts))} [%]", looked_at, rows)
+
+
+def differences_table(groups: Sequence[Group]) -> str:
+    """How far apart kept tickets are, the pre-trained network being the first, where that was measured."""
+    looked_at = [group for group in groups if _is_analysed(group)]
+    return _column_per_group("two tickets (pre-trained: the first), mean over pairs", looked_at, DIFFERENCES)
+
+
+def _column_per_group(title: str, groups: Sequence[Group], rows: Sequence[Column]) -> str:
+    """A table on its side: each figure that some group has in a row."""
+    known = [row for row in rows if any(row.spread(group) for group in groups)]
+    cells = [[row.title, *(row.text(row.spread(group), " ± ", "-") for group in groups)] for row in known]
+    return _markdown([[title, *(group.label for group in groups)], *cells]) if cells else ""
 
 
 def _average(title: str, group: Group, run: Run) -> float | None:
@@ -187,6 +198,45 @@ def _averages(run: Run) -> dict[str, float]:
         found[f"{name}, BatchNorm re-estimated"] = 100 * row["bn_re_estimated"]["accuracy"]
         found[f"{name}, BatchNorm averaged"] = 100 * row["bn_averaged"]["accuracy"]
     return found
+
+
+def _over_pairs(key: str, scale: float = 1.0) -> Figure:
+    """Mean over all pairs of tickets of a matrix in the analysis."""
+
+    def value(group: Group, run: Run) -> float:
+        assert run.analysis is not None
+        pairs = run.analysis["pairs"]
+        tickets = [i for i, name in enumerate(pairs["names"]) if name.startswith("ticket ")]
+        return scale * fmean(pairs[key][i][j] for i in tickets for j in tickets if i < j)
+
+    return value
+
+
+def _steps(run: Run) -> list[Mapping[str, Any]]:
+    """Straight lines from one ticket to the next."""
+    assert run.analysis is not None
+    return [line for line in run.analysis["lines"] if line["to"].startswith("ticket ")]
+
+
+def _middle(group: Group, run: Run) -> float | None:
+    """By how much the middle of a line is above the better of its ends."""
+    steps = _steps(run)
+    if any(0.5 not in line["share"] for line in steps):
+        return None
+    accuracies = [(line["accuracy"], line["share"].index(0.5)) for line in steps]
+    return 100 * fmean(accuracy[middle] - max(accuracy[0], accuracy[-1]) for accuracy, middle in accuracies)
+
+
+def _barrier(group: Group, run: Run) -> float:
+    return 100 * max(line["accuracy_barrier"] for line in _steps(run))
+
+
+DIFFERENCES = (
+    Column("disagreement_percent", "images that they predict differently [%]", _over_pairs("disagreement", 100)),
+    Column("overlap", "overlap of their masks (Jaccard)", _over_pairs("overlap"), digits=3),
+    Column("middle_points", "middle between successive ones, above the better [points]", _middle, signed=True),
+    Column("barrier_points", "largest accuracy barrier between successive ones [points]", _barrier),
+)
 
 
 def _markdown(cells: Sequence[Sequence[str]]) -> str:
@@ -272,8 +322,8 @@ def markdown_report(groups: Sequence[Group], left_out: Sequence[str] = ()) -> st
     notes += [note for note in (_missing_control(group, groups) for group in groups) if note]
     notes += [f"left out: {sentence}" for sentence in left_out]
     notes.append(f"ran on (commits): {_machines(known for run in runs for known in run.environments)}")
-    tables = [table for table in (markdown_table(groups), averages_table(groups)) if table]
-    return "\n".join(tables) + "\n" + "".join(f"- {note}\n" for note in notes)
+    tables = [markdown_table(groups), averages_table(groups), differences_table(groups)]
+    return "\n".join(filter(None, tables)) + "\n" + "".join(f"- {note}\n" for note in notes)
 
 
 def _missing_control(group: Group, groups: Sequence[Group]) -> str | None:

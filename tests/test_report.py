@@ -12,7 +12,15 @@ import sparselearning
 from sparselearning.errors import FaultError, UsageError
 from sparselearning.report import main
 from sparselearning.runs import find_runs, group_runs, masked_weights, read_run
-from sparselearning.tables import averages_table, csv_of_runs, csv_table, latex_table, markdown_report, markdown_table
+from sparselearning.tables import (
+    averages_table,
+    csv_of_runs,
+    csv_table,
+    differences_table,
+    latex_table,
+    markdown_report,
+    markdown_table,
+)
 
 FLAGS = {
     "indicate_method": "Results", "seed": 1, "data": "digits", "model": "lenet5", "epochs": 4, "lr": 0.1,
@@ -92,8 +100,9 @@ def test_means_deviations_and_gains_by_hand(study):
     )
 
 
-def write_analysis(folder, shift, tickets=(0, 1, 2)):
+def write_analysis(folder, shift, tickets=(0, 1, 2), share=0.5):
     """Tickets of 80, 85 and 84 %, an ensemble of 90 %, and two averages, all of them higher by ``shift``."""
+    far = 0.3 + 3 * shift
     accuracies = {"ticket 0": 0.80, "ticket 1": 0.85, "ticket 2": 0.84, "superposition 1": 0.9, "logit ensemble": 0.90}
     content = {
         "settings": {"tickets": list(tickets)},
@@ -105,6 +114,19 @@ def write_analysis(folder, shift, tickets=(0, 1, 2)):
                 "bn_re_estimated": {"accuracy": accuracy + shift}, "bn_averaged": {"accuracy": accuracy - 0.1},
             }
             for method, factor, accuracy in (("CAA", None, 0.88), ("CIMA", 0.25, 0.87))
+        ],
+        "pairs": {
+            "names": ["ticket 0", "ticket 1", "ticket 2", "superposition 1"],
+            "disagreement": [[0, 0.1, 0.2, 1], [0.1, 0, far, 1], [0.2, far, 0, 1], [1, 1, 1, 0]],
+            "overlap": [[1, 0.5, 0.25, 0], [0.5, 1, 0.75, 0], [0.25, 0.75, 1, 0], [0, 0, 0, 1]],
+        },
+        "lines": [
+            {"from": a, "to": b, "share": [0.0, share, 1.0], "accuracy": accuracy, "accuracy_barrier": barrier}
+            for a, b, accuracy, barrier in (
+                ("ticket 0", "ticket 1", [0.80, 0.86, 0.85], 0.0),
+                ("ticket 1", "ticket 2", [0.85, 0.82 + shift, 0.84], 0.025 - shift),
+                ("ticket 2", "superposition 1", [0.84, 0.1, 0.9], 0.77),
+            )
         ],
     }  # fmt: skip
     (folder / "analysis").mkdir()
@@ -129,6 +151,29 @@ def test_other_averages_of_the_same_tickets_by_hand(study):
         "| CIMA 0.25, BatchNorm averaged       | 77.00 ± 0.00 |\n"
     )
     assert averages_table(groups) in markdown_report(groups)
+
+
+def test_how_far_tickets_are_apart_by_hand(study):
+    write_analysis(study / "a_tickets/seed1", 0.0)
+    write_analysis(study / "a_tickets/seed2", 0.02)
+    groups, _ = groups_of(*find_runs([study]))
+    assert differences_table(groups) == (
+        "| two tickets (pre-trained: the first), mean over pairs     |        GraNet |\n"
+        "| --------------------------------------------------------- | ------------: |\n"
+        "| images that they predict differently [%]                  |  21.00 ± 1.41 |\n"
+        "| overlap of their masks (Jaccard)                          | 0.500 ± 0.000 |\n"
+        "| middle between successive ones, above the better [points] |  -0.50 ± 0.71 |\n"
+        "| largest accuracy barrier between successive ones [points] |   1.50 ± 1.41 |\n"
+    )
+    assert differences_table(groups) in markdown_report(groups)
+
+
+def test_lines_without_a_point_in_the_middle_have_no_middle(study):
+    write_analysis(study / "a_tickets/seed1", 0.0, share=0.4)
+    write_analysis(study / "a_tickets/seed2", 0.0)
+    table = differences_table(groups_of(*find_runs([study]))[0])
+    assert "middle" not in table
+    assert "barrier" in table
 
 
 def test_reports_name_every_machine_and_commit(tmp_path):
