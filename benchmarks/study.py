@@ -114,6 +114,7 @@ STUDIES = {
             "again": cycles_again(),
             "no-exploration": cycles_again(without=["--re_explore"]),
             "mask-updates": cycles_again(without=["--no_maskupdates"]),
+            "no-exploration-rate-0.05": cycles_again("--lr_2 0.05", without=["--re_explore"]),
             "density-0.05": Experiment(["granet"], control=True, flags="--final-density 0.05"),
             "wider": Experiment(["granet"], flags="--model cifar_resnet_20_24"),
         },
@@ -131,15 +132,6 @@ STUDIES = {
             "more-tickets-rate-0.05": cycles_again("--lr_2 0.05 --cycle 1", without=["--re_explore"]),
         },
         subset=Subset("cifar100-20", classes=20, images_per_class=250),
-    ),
-    "cifar100-2k": Study(
-        flags=f"{TICKETS} {SHORT} --model cifar_resnet_20 --epochs 100 --cycle 2 --cycle_rate 0.1 "
-        "--final-prune-epoch 30 --keep-tickets",
-        experiments={
-            "main": Experiment(["granet"], control=True),
-            "no-exploration-rate-0.05": cycles_again("--lr_2 0.05", without=["--re_explore"]),
-        },
-        subset=Subset("cifar100-2k", classes=20, images_per_class=100),
     ),
     "number-formats": Study(
         flags=f"{TICKETS} {SHORT} --model cifar_resnet_8 --epochs 4 --cycle 1 --cycle_rate 0.5 --final-prune-epoch 1",
