@@ -130,6 +130,7 @@ STUDIES = {
             "rate-0.05": cycles_again("--lr_2 0.05"),
             "no-exploration-rate-0.05": cycles_again("--lr_2 0.05", without=["--re_explore"]),
             "more-tickets-rate-0.05": cycles_again("--lr_2 0.05 --cycle 1", without=["--re_explore"]),
+            "one-ticket-rate-0.05": cycles_again("--lr_2 0.05 --cycle 15", without=["--re_explore"]),
         },
         subset=Subset("cifar100-20", classes=20, images_per_class=250),
     ),
