@@ -67,8 +67,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.mgpu and not launch.is_launched():
         launch.launch_on_all_gpus(sys.argv[1:] if argv is None else argv)
         return
-    takes_masks = args.sparse and SPARSE_INITS[args.sparse_init].needs_trained_weights
-    if args.iters > 1 and args.resume and args.pre_train and not takes_masks:
+    takes_over_masks = args.sparse and SPARSE_INITS[args.sparse_init].needs_trained_weights
+    if args.iters > 1 and args.resume and args.pre_train and not takes_over_masks:
         raise UsageError("--resume goes on with one run: give its --seed in place of --iters")
     for i in range(args.iters):
         one = copy.copy(args)

@@ -29,8 +29,9 @@ def run_script(main: Callable[[], None]) -> None:
             message, code = "error: the memory of this machine is full: try a smaller batch or network", 1
         elif distributed.is_lost_contact(error):
             message, code = "error: another process of this run has gone away or cannot be reached", 1
-        elif any(kind.__name__ == "TorchDynamoException" for kind in type(error).__mro__):  # of a private module
-            cause = str(getattr(error, "inner_exception", error)).partition("\n")[0]
+        elif any(kind.__name__ == "TorchDynamoException" for kind in type(error).__mro__):  # it is private
+            inner = getattr(error, "inner_exception", error)
+            cause = str(inner).strip().partition("\n")[0] or type(inner).__name__
             message, code = f"error: PyTorch cannot compile this ({cause}): leave out --compile", 1
         else:
             raise

@@ -5,6 +5,7 @@ import io
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from statistics import fmean, stdev
 from typing import Any
 
@@ -157,9 +158,9 @@ def averages_table(groups: Sequence[Group]) -> str:
 
 
 def differences_table(groups: Sequence[Group]) -> str:
-    """How far apart kept tickets are, the pre-trained network being the first, where that was measured."""
+    """How far apart kept tickets are, the network that they start from included, where that was measured."""
     looked_at = [group for group in groups if _is_analysed(group)]
-    return _column_per_group("two tickets (pre-trained: the first), mean over pairs", looked_at, DIFFERENCES)
+    return _column_per_group("between tickets, the first network included", looked_at, DIFFERENCES)
 
 
 def _column_per_group(title: str, groups: Sequence[Group], rows: Sequence[Column]) -> str:
@@ -175,8 +176,11 @@ def _average(title: str, group: Group, run: Run) -> float | None:
 
 def _is_analysed(group: Group) -> bool:
     """Whether all runs were analysed, and alike."""
-    settings = [run.analysis["settings"] if run.analysis else None for run in group.runs]
-    return settings[0] is not None and all(other == settings[0] for other in settings)
+    looks = [
+        (run.analysis["settings"], [line["share"] for line in run.analysis["lines"][:1]]) if run.analysis else None
+        for run in group.runs
+    ]
+    return looks[0] is not None and all(other == looks[0] for other in looks)
 
 
 def _averages(run: Run) -> dict[str, float]:
@@ -215,27 +219,31 @@ def _over_pairs(key: str, scale: float = 1.0) -> Figure:
 def _steps(run: Run) -> list[Mapping[str, Any]]:
     """Straight lines from one ticket to the next."""
     assert run.analysis is not None
-    return [line for line in run.analysis["lines"] if line["to"].startswith("ticket ")]
+    steps = {(f"ticket {a}", f"ticket {b}") for a, b in pairwise(run.analysis["settings"]["tickets"])}
+    return [line for line in run.analysis["lines"] if (line["from"], line["to"]) in steps]
 
 
 def _middle(group: Group, run: Run) -> float | None:
-    """By how much the middle of a line is above the better of its ends."""
-    steps = _steps(run)
-    if any(0.5 not in line["share"] for line in steps):
-        return None
-    accuracies = [(line["accuracy"], line["share"].index(0.5)) for line in steps]
-    return 100 * fmean(accuracy[middle] - max(accuracy[0], accuracy[-1]) for accuracy, middle in accuracies)
+    """By how many points the middle of a line is above the better of its ends; None if nobody looked there."""
+    gains = []
+    for line in _steps(run):
+        if 0.5 not in line["share"]:
+            return None
+        accuracy = line["accuracy"]
+        gains.append(accuracy[line["share"].index(0.5)] - max(accuracy[0], accuracy[-1]))
+    return 100 * fmean(gains)
 
 
 def _barrier(group: Group, run: Run) -> float:
+    """By how many points a line falls, at worst, below what its ends promise."""
     return 100 * max(line["accuracy_barrier"] for line in _steps(run))
 
 
 DIFFERENCES = (
-    Column("disagreement_percent", "images that they predict differently [%]", _over_pairs("disagreement", 100)),
-    Column("overlap", "overlap of their masks (Jaccard)", _over_pairs("overlap"), digits=3),
-    Column("middle_points", "middle between successive ones, above the better [points]", _middle, signed=True),
-    Column("barrier_points", "largest accuracy barrier between successive ones [points]", _barrier),
+    Column("disagreement_percent", "images predicted unlike, mean over pairs [%]", _over_pairs("disagreement", 100)),
+    Column("overlap", "overlap of masks (Jaccard), mean over pairs", _over_pairs("overlap"), digits=3),
+    Column("middle_points", "middle between successive ones, over the better, mean [points]", _middle, signed=True),
+    Column("barrier_points", "accuracy barrier between successive ones, largest [points]", _barrier),
 )
 
 

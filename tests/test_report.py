@@ -125,6 +125,7 @@ def write_analysis(folder, shift, tickets=(0, 1, 2), share=0.5):
             for a, b, accuracy, barrier in (
                 ("ticket 0", "ticket 1", [0.80, 0.86, 0.85], 0.0),
                 ("ticket 1", "ticket 2", [0.85, 0.82 + shift, 0.84], 0.025 - shift),
+                ("ticket 0", "ticket 2", [0.80, 0.2, 0.84], 0.62),
                 ("ticket 2", "superposition 1", [0.84, 0.1, 0.9], 0.77),
             )
         ],
@@ -158,19 +159,19 @@ def test_how_far_tickets_are_apart_by_hand(study):
     write_analysis(study / "a_tickets/seed2", 0.02)
     groups, _ = groups_of(*find_runs([study]))
     assert differences_table(groups) == (
-        "| two tickets (pre-trained: the first), mean over pairs     |        GraNet |\n"
-        "| --------------------------------------------------------- | ------------: |\n"
-        "| images that they predict differently [%]                  |  21.00 ± 1.41 |\n"
-        "| overlap of their masks (Jaccard)                          | 0.500 ± 0.000 |\n"
-        "| middle between successive ones, above the better [points] |  -0.50 ± 0.71 |\n"
-        "| largest accuracy barrier between successive ones [points] |   1.50 ± 1.41 |\n"
+        "| between tickets, the first network included                    |        GraNet |\n"
+        "| -------------------------------------------------------------- | ------------: |\n"
+        "| images predicted unlike, mean over pairs [%]                   |  21.00 ± 1.41 |\n"
+        "| overlap of masks (Jaccard), mean over pairs                    | 0.500 ± 0.000 |\n"
+        "| middle between successive ones, over the better, mean [points] |  -0.50 ± 0.71 |\n"
+        "| accuracy barrier between successive ones, largest [points]     |   1.50 ± 1.41 |\n"
     )
     assert differences_table(groups) in markdown_report(groups)
 
 
 def test_lines_without_a_point_in_the_middle_have_no_middle(study):
-    write_analysis(study / "a_tickets/seed1", 0.0, share=0.4)
-    write_analysis(study / "a_tickets/seed2", 0.0)
+    for seed in (1, 2):
+        write_analysis(study / f"a_tickets/seed{seed}", 0.0, share=0.4)
     table = differences_table(groups_of(*find_runs([study]))[0])
     assert "middle" not in table
     assert "barrier" in table
@@ -189,11 +190,11 @@ def test_reports_name_every_machine_and_commit(tmp_path):
     )
 
 
-@pytest.mark.parametrize("other", [None, (0, 1)])
+@pytest.mark.parametrize("other", [None, {"tickets": (0, 1)}, {"share": 0.4}])
 def test_averages_need_every_run_analysed_alike(study, other):
     write_analysis(study / "a_tickets/seed1", 0.0)
     if other:
-        write_analysis(study / "a_tickets/seed2", 0.0, tickets=other)
+        write_analysis(study / "a_tickets/seed2", 0.0, **other)
     assert averages_table(groups_of(*find_runs([study]))[0]) == ""
 
 
