@@ -6,13 +6,16 @@ where an epoch is resumed.
 """
 
 import math
+import multiprocessing
 import os
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from multiprocessing import forkserver, resource_tracker
+from multiprocessing.context import BaseContext
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import NamedTuple
 from warnings import catch_warnings, simplefilter
@@ -33,6 +36,8 @@ from sparselearning.seeding import derive_seed
 
 MEAN = (0.485, 0.456, 0.406)  # of ImageNet's pixels in [0, 1], per channel R, G, B
 STD = (0.229, 0.224, 0.225)
+# What workers import, once in the process that they are forked from.
+PRELOADED = ["__main__", "torchvision.datasets", "torchvision.transforms.v2", "sparselearning.experiment"]
 LAYOUT = "images as DIR/train/CLASS/NAME.JPEG and DIR/val/CLASS/NAME.JPEG"
 
 View = Callable[[Image.Image], Tensor]  # RGB image -> uint8, 3 x H x W
@@ -53,7 +58,7 @@ class ImageFiles:
 
     Attributes:
         classes: folder names in sorted order; a label is a position in this list.
-        labels: int64, N.
+        labels: int64, N, on the CPU.
         damaged: path -> reason, of the files that could not be read so far.
 
     Raises:
@@ -72,26 +77,28 @@ class ImageFiles:
             raise FaultError(f"{folder} cannot be read: {error.strerror}") from error
         self.folder = folder
         self.classes = found.classes
-        self.labels = np.array(found.targets, dtype=np.int64)
-        # One flat array, which forked workers share: a list of a million strings they would copy, by counting
-        # references to its items.
-        self._paths = np.array([os.fsencode(path) for path, _ in found.samples])
+        self.labels = torch.tensor(found.targets, dtype=torch.int64)
         self.damaged: dict[str, str] = {}
 
-        counts = np.bincount(self.labels, minlength=len(self.classes))
+        counts = self.labels.bincount(minlength=len(self.classes)).tolist()
         empty = [name for name, count in zip(self.classes, counts, strict=True) if count == 0]
         if empty:
             raise FaultError(
                 f"no images in {_listed(empty)} under {folder}: add some ({', '.join(IMG_EXTENSIONS)}) or remove "
                 "the folders from train/ and val/ alike"
             )
+        # A tensor, which processes share; of a list of a million strings each worker would make its own.
+        before = len(os.path.join(folder, ""))
+        names = np.array([os.fsencode(path[before:]) for path, _ in found.samples])
+        self._names = torch.from_numpy(names.view(np.uint8).reshape(len(names), -1))  # N x longest, filled up by zeros
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def path(self, index: int) -> str:
         """Return the path of image ``index``."""
-        return os.fsdecode(self._paths[index])
+        name = self._names[index].numpy().tobytes().rstrip(b"\0")
+        return os.path.join(self.folder, os.fsdecode(name))
 
 
 class Damage(NamedTuple):
@@ -149,21 +156,50 @@ def _collate(views: list[tuple[Tensor, int] | Damage]) -> HostBatch:
     )
 
 
-def _leave_signals_to(main_process: int, _worker: int) -> None:
-    """Make this worker outlive the signals that are sent to a whole job.
+SIGNALS = {signal.SIGINT, signal.SIGTERM}
+
+
+def _worker_context() -> BaseContext:
+    """How workers are started: forked from a server process that has one thread, which this starts if need be.
+
+    Forked from this process, which has gloo's or CUDA's threads as well, one worker in a thousand or so would wait
+    forever for a lock that another thread held at that moment.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    resource_tracker.ensure_running()  # first, since starting it unblocks both signals
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        forkserver.ensure_running()  # what starts here never gets these signals, nor do workers until they ask
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    return context
+
+
+def _leave_signals_to_main(_worker: int) -> None:
+    """Make this worker outlive the signals that are sent to a whole job, but not the main process.
 
     Ctrl-C, torchrun and Slurm signal every process. The main process answers: it finishes its step, for which it may
     need one more batch, and ends its workers. So they ignore SIGINT, and obey a SIGTERM of the main process only.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(signal, "sigwaitinfo"):  # macOS cannot tell who sent a signal
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_exit_when_told_by, args=(main_process,), daemon=True).start()
+    main_process = multiprocessing.parent_process()
+    assert main_process is not None
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    if hasattr(signal, "sigwaitinfo"):
+        threading.Thread(target=_exit_when_told_by, args=(main_process.pid,), daemon=True).start()
+    else:  # macOS cannot tell who sent a signal
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+    threading.Thread(target=_exit_after, args=(main_process,), daemon=True).start()
 
 
 def _exit_when_told_by(sender: int) -> None:
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != sender:
         pass
+    os._exit(0)
+
+
+def _exit_after(process: BaseProcess) -> None:
+    process.join()
     os._exit(0)
 
 
@@ -288,13 +324,15 @@ class FolderLoader:
             FaultError: a worker died.
         """
         batches = self.batches(epoch)[start:]
+        workers = min(self._workers, len(batches))
         loader = DataLoader(
             _Views(self._files, self._view, self._seed, epoch),
             batch_sampler=batches,
-            num_workers=min(self._workers, len(batches)),
+            num_workers=workers,
             collate_fn=_collate,
             pin_memory=self._device.type == "cuda",
-            worker_init_fn=partial(_leave_signals_to, os.getpid()),
+            multiprocessing_context=_worker_context() if workers else None,
+            worker_init_fn=_leave_signals_to_main,
             generator=torch.Generator(),  # or each pass would draw from the global one
         )
         try:
@@ -320,7 +358,7 @@ class FolderLoader:
         if not 1 <= size <= self.num_samples:
             raise UsageError(f"cannot draw {size} images from the {self.num_samples} of {self._files.folder}")
         generator = torch.Generator().manual_seed(derive_seed(seed, "class-balanced"))
-        chosen = class_balanced(torch.from_numpy(self._files.labels), size, generator).tolist()
+        chosen = class_balanced(self._files.labels, size, generator).tolist()
         views = _Views(self._files, self._view, seed, epoch=0)
         images, labels, damaged = _collate([views[index] for index in chosen])
         self._note(damaged)
@@ -409,6 +447,8 @@ def load_imagenet(
     root = Path(root)
     if not os.path.isdir(root):
         raise UsageError(f"the data folder {root} does not exist: an ImageNet data set holds {LAYOUT}")
+    if workers:
+        _worker_context()  # the server's imports take seconds: let them, while this process goes on
     train_files, val_files = ImageFiles(root / "train"), ImageFiles(root / "val")
     _check_classes(train_files, val_files)
 

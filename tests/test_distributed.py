@@ -79,19 +79,24 @@ def environment():
 @contextlib.contextmanager
 def started(command, log, cwd=None):
     """Run a command, its output in ``log``; if it has not ended by itself, it is stopped at the end."""
+    own = {"cwd": cwd, "env": environment() | {"STARTED_WITH_LOG": str(log)}, "start_new_session": True}
     with log.open("w") as output:
-        process = subprocess.Popen(command, cwd=cwd, env=environment(), stdout=output, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, **own)
     try:
         yield process
     finally:
-        process.terminate()  # a launcher passes it on to its ranks, and waits for them
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGTERM)  # a launcher passes it on to its ranks, and waits for them
         process.wait()
 
 
 def finished(command, log, cwd=None, seconds=PATIENCE):
     """Run a command to its end; return its exit status."""
     with started(command, log, cwd) as process:
-        return process.wait(seconds)
+        try:
+            return process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            pytest.fail(f"still not done after {seconds} s:\n{log.read_text()}")
 
 
 def read_jsonl(path):

@@ -1,10 +1,13 @@
+import contextlib
 import multiprocessing
 import os
 import random
 import shutil
 import signal
 import subprocess
+import sys
 from itertools import chain
+from pathlib import Path
 
 import imagenet_data
 import numpy as np
@@ -12,6 +15,7 @@ import pytest
 import torch
 from imagenet_data import FolderLoader, ImageFiles, load_imagenet, rank_share, training_view
 from PIL import Image
+from test_distributed import wait_until
 from torch.utils.data import DistributedSampler
 
 from sparselearning.errors import FaultError, UsageError
@@ -113,6 +117,16 @@ def test_batches_arrive_as_float_in_the_asked_memory_format(clean, memory_format
     assert batch.images.dtype == torch.float32
     assert batch.images.is_contiguous(memory_format=memory_format)
     assert_same([batch], [next(load(clean).train.epoch(0))])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_names_of_folders_and_images_may_be_of_any_script(tmp_path, workers):
+    for split in ("train", "val"):
+        write_images(tmp_path / "bilder-ä" / split, ("käfer", "蜂"), per_class=2)
+        (tmp_path / "bilder-ä" / split / "蜂" / "0.jpg").rename(tmp_path / "bilder-ä" / split / "蜂" / "längst.jpg")
+    data = load(tmp_path / "bilder-ä", workers=workers)
+    assert collect(data.evaluation.epoch(0))[1].tolist() == [0, 0, 1, 1]
+    assert data.evaluation.damaged == {}
 
 
 def test_labels_are_the_classes_of_the_images(clean):
@@ -375,10 +389,69 @@ def test_workers_leave_signals_to_the_main_process(clean, tmp_path):
         signal.signal(signal.SIGTERM, previous)
 
 
-def test_a_worker_that_dies_is_a_fault(clean):
-    def die(image):
-        os.kill(os.getpid(), signal.SIGKILL)
+def test_workers_are_not_forked_from_a_process_that_may_have_threads(clean, monkeypatch):
+    """They would inherit the locks that gloo's or CUDA's threads hold at that moment, and wait for them forever."""
+    monkeypatch.setattr(os, "fork", lambda: pytest.fail("forked"))
+    assert_same(load(clean, workers=2).train.epoch(0), load(clean).train.epoch(0))
 
+
+def members(session):
+    """Processes of a session, by the number of its leader."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it has just ended
+            if int(stat.read_text().rpartition(")")[2].split()[3]) == session:
+                found.append(int(stat.parent.name))
+    return found
+
+
+PASS = """
+import signal, sys
+from test_imagenet_data import load
+for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, lambda *_: None)
+batches = load(sys.argv[1], batch_size=1, workers=2).train.epoch(0)
+next(batches)
+print("under way", flush=True)
+sys.stdin.readline()
+print(1 + len(list(batches)))
+"""
+
+
+@contextlib.contextmanager
+def pass_under_way(root):
+    """A process in a session of its own that has taken one of 32 batches, and takes the others when told."""
+    command, pipe = [sys.executable, "-c", PASS, str(root)], subprocess.PIPE
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    with subprocess.Popen(command, env=environment, stdin=pipe, stdout=pipe, start_new_session=True) as process:
+        try:
+            assert process.stdout.readline() == b"under way\n"
+            yield process
+        finally:
+            process.kill()
+
+
+def test_a_pass_outlives_signals_to_all_of_its_processes(clean):
+    with pass_under_way(clean) as process:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            os.killpg(process.pid, number)
+        assert process.communicate(b"\n", timeout=60)[0] == b"32\n"
+        assert process.returncode == 0
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds processes in /proc")
+def test_workers_end_when_the_main_process_is_killed(clean):
+    with pass_under_way(clean) as process:
+        assert len(members(process.pid)) > 2
+        process.kill()
+    wait_until(lambda: not members(process.pid), 30)
+
+
+def die(image):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_worker_that_dies_is_a_fault(clean):
     loader = FolderLoader(
         ImageFiles(clean / "train"),
         die,

@@ -179,13 +179,14 @@ def rank_processes(launcher):
     return found
 
 
-def processes_that_mention(text):
-    """Command lines of all processes that have this text in them."""
+def processes_started_with(log):
+    """Process ids of all that is left of a command that ``started`` ran, and of what that started."""
     found = []
-    for folder in Path("/proc").glob("[0-9]*"):
+    for environ in Path("/proc").glob("[0-9]*/environ"):
         with contextlib.suppress(OSError):  # it has just ended
-            found.append((folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace"))
-    return [line for line in found if str(text) in line]
+            if f"STARTED_WITH_LOG={log}".encode() in environ.read_bytes().split(b"\0"):
+                found.append(int(environ.parent.name))
+    return found
 
 
 def kill_when(launcher, rank, condition):
@@ -201,20 +202,22 @@ def killed(home, rigl):
     folder, log = RunFolder(home / "killed"), home / "killed.log"
     with started(as_command(shrunk("Rigl"), "--save", folder.path), log, home / "clone" / "ImageNet") as launcher:
         kill_when(launcher, 1, folder.checkpoint.exists)
+        assert len(processes_started_with(log)) >= 2
         began = time.monotonic()
         status = launcher.wait(120)
-    return folder, status, time.monotonic() - began, log.read_text()
+    return folder, status, time.monotonic() - began, log
 
 
 @on_linux
 def test_a_killed_rank_takes_the_job_down(killed):
-    folder, status, seconds, printed = killed
+    folder, status, seconds, log = killed
+    printed = log.read_text()
     assert status != 0
     assert seconds < 60
     assert "process 1 of main.py failed with exit code -9" in printed
     assert "Traceback" not in printed
     assert 1 <= len(read_jsonl(folder.metrics)) < EPOCHS
-    wait_until(lambda: not processes_that_mention(folder.path), 30)  # neither ranks nor their workers stay
+    wait_until(lambda: not processes_started_with(log), 30)  # neither ranks nor their workers stay
 
 
 @on_linux
