@@ -116,7 +116,7 @@ STUDIES = {
             "mask-updates": cycles_again(without=["--no_maskupdates"]),
             "no-exploration-rate-0.05": cycles_again("--lr_2 0.05", without=["--re_explore"]),
             "density-0.05": Experiment(["granet"], control=True, flags="--final-density 0.05"),
-            "wider": Experiment(["granet"], flags="--model cifar_resnet_20_24"),
+            "wider": Experiment(["granet"], control=True, flags="--model cifar_resnet_20_24"),
         },
         subset=TEN_THOUSAND,
     ),
