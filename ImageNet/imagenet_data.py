@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS, pil_loader
 from torchvision.transforms import v2
@@ -36,8 +36,10 @@ from sparselearning.seeding import derive_seed
 
 MEAN = (0.485, 0.456, 0.406)  # of ImageNet's pixels in [0, 1], per channel R, G, B
 STD = (0.229, 0.224, 0.225)
-# What workers import, once in the process that they are forked from.
+# What workers need, for the process that they are forked from to import once. Many Pythons ignore "__main__" here: the
+# last entry stands for what the script imports.
 PRELOADED = ["__main__", "torchvision.datasets", "torchvision.transforms.v2", "sparselearning.experiment"]
+JOB_SIGNALS = {signal.SIGINT, signal.SIGTERM}  # sent to all processes of a job at once
 LAYOUT = "images as DIR/train/CLASS/NAME.JPEG and DIR/val/CLASS/NAME.JPEG"
 
 View = Callable[[Image.Image], Tensor]  # RGB image -> uint8, 3 x H x W
@@ -87,18 +89,21 @@ class ImageFiles:
                 f"no images in {_listed(empty)} under {folder}: add some ({', '.join(IMG_EXTENSIONS)}) or remove "
                 "the folders from train/ and val/ alike"
             )
-        # A tensor, which processes share; of a list of a million strings each worker would make its own.
-        before = len(os.path.join(folder, ""))
-        names = np.array([os.fsencode(path[before:]) for path, _ in found.samples])
-        self._names = torch.from_numpy(names.view(np.uint8).reshape(len(names), -1))  # N x longest, filled up by zeros
+        self._paths = np.array([os.fsencode(path) for path, _ in found.samples])  # one block, not a million strings
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def path(self, index: int) -> str:
-        """Return the path of image ``index``."""
-        name = self._names[index].numpy().tobytes().rstrip(b"\0")
-        return os.path.join(self.folder, os.fsdecode(name))
+    def __getitem__(self, index: int) -> "ImageFile":
+        return ImageFile(index, os.fsdecode(self._paths[index]), int(self.labels[index]))
+
+
+class ImageFile(NamedTuple):
+    """One image of a split, as workers are told of it: they hold no list of their own."""
+
+    index: int  # position in the split
+    path: str
+    label: int
 
 
 class Damage(NamedTuple):
@@ -118,25 +123,23 @@ class HostBatch(NamedTuple):
 
 @dataclass(frozen=True)
 class _Views(Dataset):
-    """What the workers see: one epoch's view of every image, or the reason why there is none."""
+    """What the workers do: make one epoch's view of an image, or say why there is none."""
 
-    files: ImageFiles
     view: View
     seed: int
     epoch: int
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int] | Damage:
-        path = self.files.path(index)
+    def __getitem__(self, file: ImageFile) -> tuple[Tensor, int] | Damage:
         try:
             with catch_warnings():
                 simplefilter("ignore")  # a few ImageNet files have damaged EXIF data around sound pixels
-                image = pil_loader(path)
+                image = pil_loader(file.path)
         except Exception as error:  # Pillow's decoders raise a dozen kinds
-            return Damage(path, _reason(error))
+            return Damage(file.path, _reason(error))
         with torch.random.fork_rng(devices=[]):
             # v2 transforms draw from the CPU's global generator; torch.manual_seed would re-seed the GPUs' too.
-            torch.default_generator.manual_seed(derive_seed(self.seed, "view", self.epoch, index))
-            return self.view(image), int(self.files.labels[index])
+            torch.default_generator.manual_seed(derive_seed(self.seed, "view", self.epoch, file.index))
+            return self.view(image), file.label
 
 
 def _reason(error: Exception) -> str:
@@ -148,27 +151,31 @@ def _reason(error: Exception) -> str:
 def _collate(views: list[tuple[Tensor, int] | Damage]) -> HostBatch:
     sound = [view for view in views if not isinstance(view, Damage)]
     # Pillow's pixels are stored H x W x 3: stacked like this they are copied as they lie.
-    images = [image.permute(1, 2, 0) for image, _ in sound]
+    pixels = [image.permute(1, 2, 0) for image, _ in sound]
+    images = torch.stack(pixels) if pixels else torch.empty(0, 0, 0, 3, dtype=torch.uint8)
+    if get_worker_info() is not None:
+        try:
+            images.share_memory_()  # as sending would do, which cannot tell the main process that it failed
+        except RuntimeError as error:
+            raise MemoryError(f"no shared memory: {error}") from error
     return HostBatch(
-        images=(torch.stack(images) if images else torch.empty(0, 0, 0, 3, dtype=torch.uint8)).permute(0, 3, 1, 2),
+        images=images.permute(0, 3, 1, 2),
         labels=torch.tensor([label for _, label in sound], dtype=torch.int64),
         damaged=[view for view in views if isinstance(view, Damage)],
     )
 
 
-SIGNALS = {signal.SIGINT, signal.SIGTERM}
-
-
 def _worker_context() -> BaseContext:
-    """How workers are started: forked from a server process that has one thread, which this starts if need be.
+    """How workers are started: forked from a server process, which this starts if it is not running.
 
-    Forked from this process, which has gloo's or CUDA's threads as well, one worker in a thousand or so would wait
-    forever for a lock that another thread held at that moment.
+    Forked from this process, a worker could wait forever for a lock that another thread, gloo's or CUDA's, held at
+    that moment (CPython's issue 112275 is one such lock). The server runs no such threads. It costs each rank a second
+    import of torch: some seconds, once, and a few hundred MiB.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
-    resource_tracker.ensure_running()  # first, since starting it unblocks both signals
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    resource_tracker.ensure_running()  # first, since starting it may unblock both signals
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, JOB_SIGNALS)
     try:
         forkserver.ensure_running()  # what starts here never gets these signals, nor do workers until they ask
     finally:
@@ -184,7 +191,7 @@ def _leave_signals_to_main(_worker: int) -> None:
     """
     main_process = multiprocessing.parent_process()
     assert main_process is not None
-    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    signal.pthread_sigmask(signal.SIG_BLOCK, JOB_SIGNALS)  # as they are, unless others had started the server
     if hasattr(signal, "sigwaitinfo"):
         threading.Thread(target=_exit_when_told_by, args=(main_process.pid,), daemon=True).start()
     else:  # macOS cannot tell who sent a signal
@@ -321,13 +328,13 @@ class FolderLoader:
         """Yield the same batches as they come from the workers, in main memory, pinned if they go to a GPU.
 
         Raises:
-            FaultError: a worker died.
+            FaultError: a worker died, or has no memory to send batches in.
         """
         batches = self.batches(epoch)[start:]
         workers = min(self._workers, len(batches))
         loader = DataLoader(
-            _Views(self._files, self._view, self._seed, epoch),
-            batch_sampler=batches,
+            _Views(self._view, self._seed, epoch),
+            batch_sampler=([self._files[index] for index in batch] for batch in batches),
             num_workers=workers,
             collate_fn=_collate,
             pin_memory=self._device.type == "cuda",
@@ -337,12 +344,13 @@ class FolderLoader:
         )
         try:
             yield from loader
-        except RuntimeError as error:
-            if not str(error).startswith("DataLoader worker"):
+        except (RuntimeError, MemoryError, EOFError, ConnectionError) as error:
+            if isinstance(error, RuntimeError) and not str(error).startswith("DataLoader worker"):
                 raise
+            reason = (str(error).splitlines() or [type(error).__name__])[-1]  # a worker's traceback stands before it
             raise FaultError(
-                "a process that decodes images died, as a rule because memory or /dev/shm is full: fewer workers need "
-                f"less of both ({error})"
+                "a process that decodes images died or cannot send them, as a rule because memory or /dev/shm is full: "
+                f"fewer workers need less of both ({reason})"
             ) from error
 
     def class_balanced_batch(self, size: int, seed: int) -> Batch:
@@ -359,8 +367,8 @@ class FolderLoader:
             raise UsageError(f"cannot draw {size} images from the {self.num_samples} of {self._files.folder}")
         generator = torch.Generator().manual_seed(derive_seed(seed, "class-balanced"))
         chosen = class_balanced(self._files.labels, size, generator).tolist()
-        views = _Views(self._files, self._view, seed, epoch=0)
-        images, labels, damaged = _collate([views[index] for index in chosen])
+        views = _Views(self._view, seed, epoch=0)
+        images, labels, damaged = _collate([views[self._files[index]] for index in chosen])
         self._note(damaged)
         if len(labels) == 0:
             raise FaultError(f"not one of {size} images could be read from {self._files.folder}")
@@ -447,10 +455,10 @@ def load_imagenet(
     root = Path(root)
     if not os.path.isdir(root):
         raise UsageError(f"the data folder {root} does not exist: an ImageNet data set holds {LAYOUT}")
-    if workers:
-        _worker_context()  # the server's imports take seconds: let them, while this process goes on
     train_files, val_files = ImageFiles(root / "train"), ImageFiles(root / "val")
     _check_classes(train_files, val_files)
+    if workers:
+        _worker_context()  # the server's imports take seconds: let them, while this process goes on
 
     def loader(files: ImageFiles, view: View, shuffle: bool, padded: bool) -> FolderLoader:
         return FolderLoader(

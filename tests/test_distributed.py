@@ -79,14 +79,14 @@ def environment():
 @contextlib.contextmanager
 def started(command, log, cwd=None):
     """Run a command, its output in ``log``; if it has not ended by itself, it is stopped at the end."""
-    own = {"cwd": cwd, "env": environment() | {"STARTED_WITH_LOG": str(log)}, "start_new_session": True}
+    options = {"cwd": cwd, "env": environment() | {"STARTED_WITH_LOG": str(log)}, "start_new_session": True}
     with log.open("w") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, **own)
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, **options)
     try:
         yield process
     finally:
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGTERM)  # a launcher passes it on to its ranks, and waits for them
+            os.killpg(process.pid, signal.SIGTERM)  # a launcher passes it on to its ranks
         process.wait()
 
 

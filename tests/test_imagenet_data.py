@@ -2,6 +2,8 @@ import contextlib
 import multiprocessing
 import os
 import random
+import resource
+import select
 import shutil
 import signal
 import subprocess
@@ -134,7 +136,7 @@ def test_labels_are_the_classes_of_the_images(clean):
     files = ImageFiles(clean / "train")
     assert files.classes == list(CLASSES)
     for indices, batch in zip(data.train.batches(0), data.train.epoch(0), strict=True):
-        names = [os.path.basename(os.path.dirname(files.path(index))) for index in indices]
+        names = [os.path.basename(os.path.dirname(files[index].path)) for index in indices]
         assert [CLASSES[label] for label in batch.labels] == names
 
 
@@ -158,7 +160,7 @@ def test_epochs_and_seeds_differ(clean):
     assert len(set(orders)) == 10
     # The same image looks different in another epoch and under another seed.
     views = [
-        imagenet_data._Views(ImageFiles(clean / "train"), training_view(SIZE), seed, epoch)[0][0]
+        imagenet_data._Views(training_view(SIZE), seed, epoch)[ImageFiles(clean / "train")[0]][0]
         for seed, epoch in ((3, 0), (3, 1), (4, 0))
     ]
     assert not any(torch.equal(views[a], views[b]) for a, b in ((0, 1), (0, 2), (1, 2)))
@@ -408,13 +410,14 @@ def members(session):
 PASS = """
 import signal, sys
 from test_imagenet_data import load
+received = []
 for number in (signal.SIGINT, signal.SIGTERM):
-    signal.signal(number, lambda *_: None)
+    signal.signal(number, lambda number, _: received.append(number))
 batches = load(sys.argv[1], batch_size=1, workers=2).train.epoch(0)
 next(batches)
 print("under way", flush=True)
 sys.stdin.readline()
-print(1 + len(list(batches)))
+print(1 + len(list(batches)), len(received))
 """
 
 
@@ -425,17 +428,19 @@ def pass_under_way(root):
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     with subprocess.Popen(command, env=environment, stdin=pipe, stdout=pipe, start_new_session=True) as process:
         try:
+            assert select.select([process.stdout], [], [], 60)[0], "not under way after a minute"
             assert process.stdout.readline() == b"under way\n"
             yield process
         finally:
-            process.kill()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
 
 
 def test_a_pass_outlives_signals_to_all_of_its_processes(clean):
     with pass_under_way(clean) as process:
         for number in (signal.SIGINT, signal.SIGTERM):
             os.killpg(process.pid, number)
-        assert process.communicate(b"\n", timeout=60)[0] == b"32\n"
+        assert process.communicate(b"\n", timeout=60)[0] == b"32 2\n"
         assert process.returncode == 0
 
 
@@ -444,17 +449,27 @@ def test_workers_end_when_the_main_process_is_killed(clean):
     with pass_under_way(clean) as process:
         assert len(members(process.pid)) > 2
         process.kill()
-    wait_until(lambda: not members(process.pid), 30)
+        process.wait()
+        wait_until(lambda: not members(process.pid), 30)
 
 
 def die(image):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def test_a_worker_that_dies_is_a_fault(clean):
-    loader = FolderLoader(
+def fill_shared_memory(image):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))  # that of this worker is full
+    return torch.zeros(3, SIZE, SIZE, dtype=torch.uint8)
+
+
+def raise_anything(image):
+    raise RuntimeError("a mistake of one's own")
+
+
+def loader_of(clean, view):
+    return FolderLoader(
         ImageFiles(clean / "train"),
-        die,
+        view,
         batch_size=4,
         workers=1,
         seed=0,
@@ -462,8 +477,17 @@ def test_a_worker_that_dies_is_a_fault(clean):
         shuffle=True,
         padded=True,
     )
-    with pytest.raises(FaultError, match="a process that decodes images died"):
-        list(loader.epoch(0))
+
+
+@pytest.mark.parametrize("view", [die, fill_shared_memory])
+def test_a_worker_that_dies_or_has_no_room_is_a_fault(clean, view):
+    with pytest.raises(FaultError, match="a process that decodes images died or cannot send them, as a rule because"):
+        list(loader_of(clean, view).epoch(0))
+
+
+def test_other_errors_of_a_worker_come_as_they_are(clean):
+    with pytest.raises(RuntimeError, match="a mistake of one's own"):
+        list(loader_of(clean, raise_anything).epoch(0))
 
 
 # --- one batch for saliency

@@ -202,7 +202,7 @@ def killed(home, rigl):
     folder, log = RunFolder(home / "killed"), home / "killed.log"
     with started(as_command(shrunk("Rigl"), "--save", folder.path), log, home / "clone" / "ImageNet") as launcher:
         kill_when(launcher, 1, folder.checkpoint.exists)
-        assert len(processes_started_with(log)) >= 2
+        assert len(processes_started_with(log)) > 3  # the launcher, two ranks, and what they started
         began = time.monotonic()
         status = launcher.wait(120)
     return folder, status, time.monotonic() - began, log
