@@ -79,7 +79,7 @@ def environment():
 @contextlib.contextmanager
 def started(command, log, cwd=None):
     """Run a command, its output in ``log``; if it has not ended by itself, it is stopped at the end."""
-    options = {"cwd": cwd, "env": environment() | {"STARTED_WITH_LOG": str(log)}, "start_new_session": True}
+    options = {"cwd": cwd, "env": environment() | {"MARK": str(log)}, "start_new_session": True}
     with log.open("w") as output:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, **options)
     try:
@@ -88,6 +88,19 @@ def started(command, log, cwd=None):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGTERM)  # a launcher passes it on to its ranks
         process.wait()
+
+
+on_linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds processes in /proc")
+
+
+def marked_processes(mark):
+    """Process ids of all whose environment has this MARK: a command (``started``: its log) and all it started."""
+    found = []
+    for environ in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):  # it has just ended
+            if f"MARK={mark}".encode() in environ.read_bytes().split(b"\0"):
+                found.append(int(environ.parent.name))
+    return found
 
 
 def finished(command, log, cwd=None, seconds=PATIENCE):

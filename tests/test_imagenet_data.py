@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 from itertools import chain
-from pathlib import Path
 
 import imagenet_data
 import numpy as np
@@ -17,7 +16,7 @@ import pytest
 import torch
 from imagenet_data import FolderLoader, ImageFiles, load_imagenet, rank_share, training_view
 from PIL import Image
-from test_distributed import wait_until
+from test_distributed import marked_processes, on_linux, wait_until
 from torch.utils.data import DistributedSampler
 
 from sparselearning.errors import FaultError, UsageError
@@ -397,16 +396,6 @@ def test_workers_are_not_forked_from_a_process_that_may_have_threads(clean, monk
     assert_same(load(clean, workers=2).train.epoch(0), load(clean).train.epoch(0))
 
 
-def members(session):
-    """Processes of a session, by the number of its leader."""
-    found = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):  # it has just ended
-            if int(stat.read_text().rpartition(")")[2].split()[3]) == session:
-                found.append(int(stat.parent.name))
-    return found
-
-
 PASS = """
 import signal, sys
 from test_imagenet_data import load
@@ -425,7 +414,7 @@ print(1 + len(list(batches)), len(received))
 def pass_under_way(root):
     """A process in a session of its own that has taken one of 32 batches, and takes the others when told."""
     command, pipe = [sys.executable, "-c", PASS, str(root)], subprocess.PIPE
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "MARK": str(root)}
     with subprocess.Popen(command, env=environment, stdin=pipe, stdout=pipe, start_new_session=True) as process:
         try:
             assert select.select([process.stdout], [], [], 60)[0], "not under way after a minute"
@@ -444,13 +433,13 @@ def test_a_pass_outlives_signals_to_all_of_its_processes(clean):
         assert process.returncode == 0
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds processes in /proc")
+@on_linux
 def test_workers_end_when_the_main_process_is_killed(clean):
     with pass_under_way(clean) as process:
-        assert len(members(process.pid)) > 2
+        assert len(marked_processes(clean)) > 2
         process.kill()
         process.wait()
-        wait_until(lambda: not members(process.pid), 30)
+        wait_until(lambda: not marked_processes(clean), 30)
 
 
 def die(image):

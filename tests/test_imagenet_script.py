@@ -3,7 +3,6 @@
 Launched runs see images of 224 pixels, as users' do; runs within this process see smaller ones, to save time.
 """
 
-import contextlib
 import json
 import os
 import runpy
@@ -21,7 +20,18 @@ import pytest
 import torch
 from imagenet_data import load_imagenet
 from PIL import Image
-from test_distributed import ROOT, assert_identical, finished, free_port, read_jsonl, results, started, wait_until
+from test_distributed import (
+    ROOT,
+    assert_identical,
+    finished,
+    free_port,
+    marked_processes,
+    on_linux,
+    read_jsonl,
+    results,
+    started,
+    wait_until,
+)
 
 from sparselearning import profiling
 from sparselearning.files import RunFolder, load_torch
@@ -163,8 +173,6 @@ def test_the_published_granet_line(home):
 
 # ------------------------------------------------------------------------------------------------- killed ranks
 
-on_linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds processes in /proc")
-
 
 def rank_processes(launcher):
     """Process ids of a launcher's ranks, by rank."""
@@ -176,16 +184,6 @@ def rank_processes(launcher):
         except OSError:  # it has just ended
             continue
         found |= {int(entry[5:]): int(folder.name) for entry in variables if entry.startswith(b"RANK=")}
-    return found
-
-
-def processes_started_with(log):
-    """Process ids of all that is left of a command that ``started`` ran, and of what that started."""
-    found = []
-    for environ in Path("/proc").glob("[0-9]*/environ"):
-        with contextlib.suppress(OSError):  # it has just ended
-            if f"STARTED_WITH_LOG={log}".encode() in environ.read_bytes().split(b"\0"):
-                found.append(int(environ.parent.name))
     return found
 
 
@@ -202,7 +200,7 @@ def killed(home, rigl):
     folder, log = RunFolder(home / "killed"), home / "killed.log"
     with started(as_command(shrunk("Rigl"), "--save", folder.path), log, home / "clone" / "ImageNet") as launcher:
         kill_when(launcher, 1, folder.checkpoint.exists)
-        assert len(processes_started_with(log)) > 3  # the launcher, two ranks, and what they started
+        assert len(marked_processes(log)) > 3  # the launcher, two ranks, and what they started
         began = time.monotonic()
         status = launcher.wait(120)
     return folder, status, time.monotonic() - began, log
@@ -217,7 +215,7 @@ def test_a_killed_rank_takes_the_job_down(killed):
     assert "process 1 of main.py failed with exit code -9" in printed
     assert "Traceback" not in printed
     assert 1 <= len(read_jsonl(folder.metrics)) < EPOCHS
-    wait_until(lambda: not processes_started_with(log), 30)  # neither ranks nor their workers stay
+    wait_until(lambda: not marked_processes(log), 30)  # neither ranks nor their workers stay
 
 
 @on_linux
