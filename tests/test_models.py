@@ -1,6 +1,7 @@
 """The networks of both scripts: known sizes, output shapes, the order of parameters, the first weights."""
 
 import math
+import re
 
 import imagenet_resnet
 import pytest
@@ -50,7 +51,8 @@ def test_every_family_has_members_here():
         ("ResNet18", 10, 3, 32, 11_173_952),
         ("ResNet50", 100, 3, 32, 23_705_152),
         ("vgg16", 10, 3, 32, 14_724_042),
-        ("vgg-like", 10, 3, 32, 14_724_042 + 2 * (512 * 512 + 512)),
+        # vgg16 and: 4,224 biases of convolutions, a hidden layer, its BatchNorm.
+        ("vgg-like", 10, 3, 32, 14_724_042 + 4_224 + (512 * 512 + 512) + 2 * 512),
         ("wrn-28-10", 10, 3, 32, 36_479_194),
         ("wrn-16-8", 10, 3, 32, 10_961_370),
         ("cifar_resnet_20", 10, 3, 32, 272_474),
@@ -70,7 +72,7 @@ def test_resnet50_for_cifar100_has_the_published_number_of_maskable_weights():
         *((name, int(name.removeprefix("ResNet"))) for name in MODELS if name.startswith("ResNet")),
         *[("cifar_resnet_8", 8), ("cifar_resnet_110", 110), ("wrn-16-8", 14), ("wrn-28-10", 26)],
         # VGG's names count the three linear layers of the paper; here there is one.
-        *[("vgg11", 9), ("vgg13", 11), ("vgg16", 14), ("vgg19", 17), ("vgg-like", 16)],
+        *[("vgg11", 9), ("vgg13", 11), ("vgg16", 14), ("vgg19", 17), ("vgg-like", 15)],
     ],
 )
 def test_number_of_layers_outside_shortcuts(name, weight_layers):
@@ -130,23 +132,92 @@ def test_compiles_to_one_graph(name):
     torch.testing.assert_close(compiled(images), model(images))
 
 
-def test_first_weights_are_kaiming_normal_with_fan_out():
+def kaiming(fan):
+    """Standard deviation of Kaiming normal weights that go into a ReLU (gain √2)."""
+    return math.sqrt(2 / fan)
+
+
+def default(fan_in):
+    """Of PyTorch's default, uniform in ±1/√fan_in: weights and biases alike."""
+    return math.sqrt(1 / (3 * fan_in))
+
+
+# Family: (standard deviation of a convolution's weights, of a linear layer's, of a linear layer's bias), each of the
+# layer's (fan_in, fan_out). Biases of convolutions, where there are any, are PyTorch's default.
+FIRST_WEIGHTS = {
+    "default": (lambda i, o: default(i), lambda i, o: default(i), lambda i, o: default(i)),
+    "slim": (lambda i, o: kaiming(i), lambda i, o: kaiming(i), lambda i, o: default(i)),
+    "vgg": (lambda i, o: kaiming(o), lambda i, o: 0.01, lambda i, o: 0),
+    "wide": (lambda i, o: kaiming(o), lambda i, o: default(i), lambda i, o: 0),
+}
+
+
+def assert_deviation(values, expected, what):
+    """Five standard errors of a normal sample's deviation; its mean is zero within as many."""
+    margin = 5 / math.sqrt(2 * values.numel())
+    assert values.std(unbiased=False).item() == pytest.approx(expected, rel=margin), what
+    assert abs(values.mean().item()) <= 5 * expected / math.sqrt(values.numel()), what
+
+
+@pytest.mark.parametrize(
+    ("name", "family"),
+    [
+        *((name, "default") for name in MODELS if not re.fullmatch(r"vgg\d+", name)),
+        *((f"vgg{depth}", "vgg") for depth in (11, 13, 16, 19)),
+        *[("cifar_resnet_20", "slim"), ("cifar_resnet_8_32", "slim"), ("wrn-16-4", "wide"), ("wrn-10-10", "wide")],
+    ],
+)
+def test_first_weights_of_every_layer_are_the_published_ones(name, family):
     torch.manual_seed(0)
-    model = build_model("ResNet18", 10)
-    convs = {k: m for k, m in model.named_modules() if isinstance(m, nn.Conv2d)}
-    for key, conv in convs.items():
-        fan_out = conv.out_channels * math.prod(conv.kernel_size)
-        assert conv.weight.std().item() == pytest.approx(math.sqrt(2 / fan_out), rel=0.05), key
-        assert abs(conv.weight.mean().item()) < 5 * math.sqrt(2 / fan_out / conv.weight.numel()), key
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            assert (module.weight == 1).all()
-            assert (module.bias == 0).all()
+    conv_weight, linear_weight, linear_bias = FIRST_WEIGHTS[family]
+    layers = 0
+    for key, module in build_model(name, 50).named_modules():
+        if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
+            assert (module.weight == 1).all(), key
+            assert (module.bias == 0).all(), key
+        elif isinstance(module, nn.Conv2d | nn.Linear):
+            layers += 1
+            outputs, inputs, *kernel = module.weight.shape
+            fans = inputs * math.prod(kernel), outputs * math.prod(kernel)
+            is_conv = isinstance(module, nn.Conv2d)
+            assert_deviation(module.weight, (conv_weight if is_conv else linear_weight)(*fans), key)
+            if module.bias is not None:
+                assert_deviation(module.bias, default(fans[0]) if is_conv else linear_bias(*fans), f"{key}.bias")
+    assert layers == len(maskable(on_meta(name, 50)))
 
 
-def test_convolutions_with_a_bias_start_it_at_zero():
-    convs = [m for m in build_model("lenet5", 10).modules() if isinstance(m, nn.Conv2d)]
-    assert all((conv.bias == 0).all() for conv in convs)
+@pytest.mark.parametrize("name", ["vgg11", "vgg13", "vgg16", "vgg19", "vgg-like"])
+def test_vgg_has_five_poolings_of_which_only_vgg_like_ends_in_a_maximum(name):
+    poolings = [m for m in build_model(name, 10).features if isinstance(m, nn.MaxPool2d | nn.AvgPool2d)]
+    last = nn.MaxPool2d if name == "vgg-like" else nn.AvgPool2d
+    assert [type(m) for m in poolings] == [nn.MaxPool2d] * 4 + [last]
+
+
+@pytest.mark.parametrize("size", [28, 32, 33])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_the_average_at_the_end_of_vgg_is_over_pixels_of_the_image_alone(size, channels):
+    """A pooling window that reaches over the border counts what lies inside."""
+    model = on_meta("vgg11", 10, channels, size)
+    assert model.features(torch.empty(1, channels, size, size, device="meta")).shape[2:] == ((1, 1), (2, 2))[size > 32]
+    last = build_model("vgg11", 10).features[-1]
+    torch.testing.assert_close(last(torch.full((1, 1, 3, 3), 7.0)), torch.full((1, 1, 2, 2), 7.0))
+
+
+def test_head_of_vgg_like_and_the_biases_of_its_convolutions():
+    model = build_model("vgg-like", 10)
+    assert [type(m) for m in model.classifier] == [nn.Linear, nn.ReLU, nn.BatchNorm1d, nn.Linear]
+    assert [tuple(m.weight.shape) for m in model.classifier if isinstance(m, nn.Linear)] == [(512, 512), (10, 512)]
+    for name, has_bias in (("vgg-like", True), ("vgg16", False)):
+        convs = [m for m in on_meta(name, 10).modules() if isinstance(m, nn.Conv2d)]
+        assert [conv.bias is not None for conv in convs] == [has_bias] * 13
+    assert not [m for name in ALL_NAMES for m in on_meta(name, 10).modules() if isinstance(m, nn.Dropout)]
+
+
+@pytest.mark.parametrize("name", SMALL_NAMES)
+def test_one_image_alone_is_evaluated_as_among_others(name):
+    model = build_model(name, 10).eval()
+    images = torch.randn(3, 3, 32, 32)
+    torch.testing.assert_close(model(images[:1]), model(images)[:1], rtol=1e-4, atol=1e-5)
 
 
 def test_same_seed_same_weights():

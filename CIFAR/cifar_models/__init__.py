@@ -45,20 +45,14 @@ def build_model(name: str, num_classes: int, in_channels: int = 3, image_size: i
     """Return the network ``name``, freshly drawn from torch's global generator (same seed, same weights).
 
     It maps images B x in_channels x H x W to logits B x num_classes. The lenets need H = W = image_size;
-    all others pool globally and take any size. Convolutions are Kaiming normal with fan_out and zero bias,
-    BatchNorm starts at 1 and 0, linear layers keep PyTorch's default. The first parameter is the first
-    layer's weight, and the last one with two dimensions is the classifier's.
+    all others pool globally and take any size. First weights are those of the published scripts: each family's
+    stand beside its definition, and what it does not name keeps PyTorch's default. The first parameter is the
+    first layer's weight, and the last one with two dimensions is the classifier's.
 
     Raises:
         UsageError: the name is unknown, its depth does not exist, or the images are too small for it.
     """
-    model = _builder(name)(num_classes=num_classes, in_channels=in_channels, image_size=image_size)
-    for module in model.modules():
-        if isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
-    return model
+    return _builder(name)(num_classes=num_classes, in_channels=in_channels, image_size=image_size)
 
 
 def _builder(name: str) -> Builder:

@@ -1,4 +1,7 @@
-"""The two LeNets of the pruning literature (Han et al., arXiv 1506.02626, section 4.1)."""
+"""The two LeNets of the pruning literature (Han et al., arXiv 1506.02626, section 4.1).
+
+All first weights are PyTorch's default.
+"""
 
 from torch import nn
 

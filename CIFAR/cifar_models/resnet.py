@@ -61,7 +61,8 @@ def _stage(
 def resnet(depth: int, *, num_classes: int, in_channels: int, image_size: int) -> ResNet:
     """ResNet18 … ResNet101 for small images: widths 64-128-256-512, no max-pool, a classifier without bias.
 
-    ``depth`` is a key of ``RESNETS``; ``image_size`` is free, for the pooling is global.
+    All first weights are PyTorch's default. ``depth`` is a key of ``RESNETS``; ``image_size`` is free, for the pooling
+    is global.
     """
     block, stage_depths = RESNETS[depth]
     return ResNet(block, stage_depths, 64, num_classes, in_channels, classifier_bias=False)

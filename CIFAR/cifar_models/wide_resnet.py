@@ -28,7 +28,10 @@ class PreActivationBlock(nn.Module):
 
 
 class WideResNet(nn.Module):
-    """A 3x3 stem of 16 channels, three stages of blocks, BN-ReLU, global pooling, one linear layer."""
+    """A 3x3 stem of 16 channels, three stages of blocks, BN-ReLU, global pooling, one linear layer.
+
+    Convolutions start Kaiming normal by fan_out, the linear layer's bias at zero and its weight as PyTorch does.
+    """
 
     def __init__(self, stage_depth: int, widening: int, num_classes: int, in_channels: int) -> None:
         super().__init__()
@@ -42,6 +45,10 @@ class WideResNet(nn.Module):
                 channels = width
         self.bn = nn.BatchNorm2d(channels)
         self.fc = nn.Linear(channels, num_classes)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        nn.init.zeros_(self.fc.bias)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Images B x C x H x W to logits B x num_classes."""
