@@ -2,7 +2,8 @@
 
 import inspect
 import os
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -193,6 +194,26 @@ def broadcast_object(value: Any) -> Any:
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def on_main(action: Callable[[], None]) -> None:
+    """Let rank 0 do something while the others wait for it.
+
+    Raises:
+        UsageError, FaultError: on rank 0, if ``action`` does.
+        SystemExit: on the others then, with its exit code: one rank tells the user.
+    """
+    error: UsageError | FaultError | None = None
+    if is_main():
+        try:
+            action()
+        except (UsageError, FaultError) as raised:
+            error = raised
+    exit_code = broadcast_object(error.exit_code if error else 0)
+    if error:
+        raise error
+    if exit_code:
+        sys.exit(exit_code)
 
 
 def gather_objects(value: Any) -> list[Any]:

@@ -1,6 +1,8 @@
 """What both scripts do with a recipe: masks, resuming, and the run itself."""
 
+import os
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -146,16 +148,16 @@ def run(recipe: Recipe, plan: Plan, sparse: SparseTraining | None, runtime: Runt
 
     Raises:
         UsageError: if what ``resume`` names does not fit.
-        FaultError: if training or the disk fails.
+        FaultError: if training or the disk fails, or another run is using the folder.
         Stopped: on SIGINT or SIGTERM, after writing the checkpoint.
     """
     if distributed.restarts() and output.resume is None and output.folder.checkpoint.exists():
         output = replace(output, resume=output.folder.path)
-    with stop_signals() as stop_signal:
+    with stop_signals() as stop_signal, ExitStack() as held:
         trainer = prepare(recipe, plan, sparse, runtime, output, stop_signal)
         if trainer.masking and plan.explores_before(trainer.epoch) and not trainer.continues:
             trainer.masking.check_can_explore()
-        _open_folder(output, trainer)
+        distributed.on_main(lambda: _open_folder(output, trainer, held))
         summary = trainer.run()
         if distributed.is_main():
             write_json(output.folder.summary, summary)
@@ -268,28 +270,38 @@ def load_weights(model: nn.Module, saved: Mapping[str, Any], source: Path) -> No
     model.load_state_dict(state)
 
 
-def _open_folder(output: Output, trainer: Trainer) -> None:
-    """Make the run's folder and write ``config.json``; another run there moves aside.
+def _open_folder(output: Output, trainer: Trainer, held: ExitStack) -> None:
+    """Make the run's folder and write ``config.json``; another run there moves aside, unless it is still going on.
 
     A run that goes on keeps its files, and brings them along into another folder; one that goes back to an earlier
-    checkpoint leaves them to the later run.
+    checkpoint leaves them to the later run. ``held`` keeps other runs out of the folder until it is closed.
+
+    Raises:
+        FaultError: if another run is using the folder, or it cannot be made.
+        UsageError: if what lies there is no run.
     """
-    if distributed.is_main():
-        folder = output.folder
-        source, goes_back = None, False
-        if output.resume and trainer.continues:
-            source = RunFolder.of(output.resume)
-            goes_back = find_checkpoint(output.resume).resolve() != source.checkpoint.resolve()
-        if source is None or goes_back or source.path.resolve() != folder.path.resolve():
-            if aside := folder.make_room():
-                print_notes(f"an earlier run stood in {folder.path}: moved to {aside}")
-            if source and not goes_back:
-                folder.copy_from(source.path)
-        if not folder.config.exists():
-            write_json(folder.config, output.config)
-        else:
-            _note_environment(folder, output.config)
-    distributed.barrier()
+    folder = output.folder
+    source, goes_back = None, False
+    if output.resume and trainer.continues:
+        source = RunFolder.of(output.resume)
+        goes_back = find_checkpoint(output.resume).resolve() != source.checkpoint.resolve()
+    if not held.enter_context(folder.in_use()):
+        print_notes(f"the file system of {folder.path} has no locks: no other run may write there meanwhile")
+    if source is None or goes_back or source.path.resolve() != folder.path.resolve():
+        on_windows = os.name == "nt"  # which moves no folder with an open file in it
+        if on_windows:
+            held.close()
+        aside = folder.make_room()
+        if aside:
+            print_notes(f"an earlier run stood in {folder.path}: moved to {aside}")
+        if aside or on_windows:
+            held.enter_context(folder.in_use())
+        if source and not goes_back:
+            folder.copy_from(source.path)
+    if not folder.config.exists():
+        write_json(folder.config, output.config)
+    else:
+        _note_environment(folder, output.config)
 
 
 def _note_environment(folder: RunFolder, config: Mapping[str, Any]) -> None:

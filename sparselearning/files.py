@@ -5,7 +5,9 @@ import io
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+import socket
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -117,6 +119,42 @@ def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
+def lock_file(file: IO[str]) -> bool:
+    """Lock an open file for this process alone, until it is closed or the process dies.
+
+    Over NFS, processes of different machines see each other's locks if the server and the mount support them.
+
+    Returns:
+        Whether it is locked: not every file system has locks.
+
+    Raises:
+        BlockingIOError: if another has locked it.
+    """
+    try:
+        if sys.platform == "win32":
+            import msvcrt
+
+            file.seek(1 << 20)  # others cannot read what is locked: not the text at the file's start
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError) as error:  # the second on Windows
+        raise BlockingIOError(*error.args) from error
+    except OSError:
+        return False
+    return True
+
+
+def _stands_at(path: Path, file: IO[str]) -> bool:
+    """Whether what stands at ``path`` now is an open file."""
+    try:
+        return os.path.samestat(path.stat(), os.fstat(file.fileno()))
+    except FileNotFoundError:
+        return False
+
+
 class RunFolder:
     """The files that one run leaves behind (README, "What a run leaves behind")."""
 
@@ -130,6 +168,7 @@ class RunFolder:
         self.current = path / "model_current.pth"
         self.previous = path / "model_previous.pth"
         self.analysis = path / "analysis" / "analysis.json"
+        self.lock = path / ".lock"
 
     @classmethod
     def of(cls, path: Path) -> "RunFolder":
@@ -159,10 +198,44 @@ class RunFolder:
         """Where ``--gather-checkpoints`` keeps the state after ``epoch`` epochs."""
         return self.path / "checkpoints" / f"epoch_{epoch}.pth"
 
-    def make_room(self) -> Path | None:
-        """Move an earlier run of the same name aside; return where it went. Other files in the folder stay."""
+    @contextlib.contextmanager
+    def in_use(self) -> Iterator[bool]:
+        """Make the folder if need be, and keep other runs out of it.
+
+        Yields:
+            Whether other runs notice: False on a file system without locks.
+
+        Raises:
+            FaultError: if another run is in it, or it cannot be made.
+        """
         if self.path.exists() and not self.path.is_dir():
             raise FaultError(f"{self.path} is to be a run's folder, but a file stands there")
+        with contextlib.ExitStack() as opened:
+            try:
+                self.path.mkdir(parents=True, exist_ok=True)
+                file = opened.enter_context(self.lock.open("a+"))
+                locked = lock_file(file)
+                if not _stands_at(self.lock, file):
+                    raise BlockingIOError("whoever had locked it has just ended, and deleted it")
+                file.truncate(0)
+                os.write(file.fileno(), f"process {os.getpid()} on {socket.gethostname()}".encode())
+            except BlockingIOError as error:
+                file.seek(0)
+                raise FaultError(
+                    f"{self.path} is in use by another run ({file.read()}): wait until it has ended, or name another "
+                    "folder with --save"
+                ) from error
+            except OSError as error:
+                raise FaultError(f"cannot write into {self.path}: {error.strerror}") from error
+            try:
+                yield locked
+            finally:
+                if _stands_at(self.lock, file):  # else it has moved aside
+                    with contextlib.suppress(OSError):  # Windows deletes no open file
+                        self.lock.unlink()
+
+    def make_room(self) -> Path | None:
+        """Move an earlier run of the same name aside; return where it went. Other files in the folder stay."""
         if not any(file.exists() for file in (self.metrics, self.summary, self.checkpoint)):
             if not self.config.exists():
                 return None
@@ -177,6 +250,7 @@ class RunFolder:
             self.path.rename(aside)
         except OSError as error:
             raise FaultError(f"cannot move the earlier run {self.path} aside: {error.strerror}") from error
+        RunFolder(aside).lock.unlink(missing_ok=True)
         return aside
 
     def copy_from(self, source: Path) -> None:
@@ -187,7 +261,7 @@ class RunFolder:
         """
         try:
             if RunFolder(source).config.exists():
-                ignore = shutil.ignore_patterns("*.partial")
+                ignore = shutil.ignore_patterns("*.partial", self.lock.name)
                 shutil.copytree(source, self.path, dirs_exist_ok=True, ignore=ignore, copy_function=_copy)
         except (OSError, shutil.Error) as error:
             raise FaultError(f"cannot copy the run {source} to {self.path}: {error}") from error

@@ -19,8 +19,10 @@ import pytest
 import torch
 from cifar_models import build_model
 
+from sparselearning import files, report
 from sparselearning.engine import Trainer
-from sparselearning.files import load_torch
+from sparselearning.errors import FaultError
+from sparselearning.files import RunFolder, load_torch
 from sparselearning.script import run_script
 
 SCRIPT = Path(main_suptickets.__file__)
@@ -209,6 +211,44 @@ def test_an_earlier_run_of_the_same_name_is_kept(script, capsys):
     assert len(kept) == 1
     assert sorted(tree(kept[0]).values()) == sorted(before.values())
     assert len(lines("run/metrics.jsonl")) == 2
+
+
+@pytest.mark.parametrize("call", ["", "--resume run", "--lr 0.3"])
+def test_a_folder_that_a_run_is_using_is_refused_and_left_alone(script, capsys, call):
+    assert script(WHOLE_METHOD, "--save run") == 0
+    with RunFolder(Path("run")).in_use():
+        before = tree("run")
+        assert script(WHOLE_METHOD, "--save run", call) == 1
+        assert "run is in use by another run (process " in one_sentence(capsys.readouterr().err)
+        assert tree("run") == before
+        assert os.listdir() == ["run"]
+        report.main(["run", "--no-plots", "--out", "tables"])
+    assert ".lock" not in os.listdir("run")
+
+
+def test_a_folder_is_in_use_while_its_run_goes_on(script, monkeypatch):
+    """After an earlier run moved aside, too: then nobody else may write there, or move it."""
+    assert script(WHOLE_METHOD, "--save run") == 0
+    seen = []
+
+    def look(self):
+        with pytest.raises(FaultError, match="in use"), self.folder.in_use():
+            pass
+        seen.append(self.folder.path.name)
+        return train(self)
+
+    train = Trainer.run
+    monkeypatch.setattr(Trainer, "run", look)
+    for call in ("--save run", "--save run --resume run", "--save other --resume run", "--save more --iters 2"):
+        assert script(WHOLE_METHOD, call) == 0
+    assert seen == ["run", "run", "other", "seed17", "seed18"]
+    assert not list(Path().rglob(".lock"))
+
+
+def test_without_locks_the_user_is_told(script, capsys, monkeypatch):
+    monkeypatch.setattr(files, "lock_file", lambda file: False)
+    assert script(WHOLE_METHOD, "--save run") == 0
+    assert "run has no locks: no other run may write there meanwhile" in capsys.readouterr().err
 
 
 def test_several_seeds_one_after_the_other(script):

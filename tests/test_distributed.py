@@ -538,6 +538,24 @@ def test_a_checkpoint_of_two_processes_is_refused_by_one(ranks, tmp_path):
         toy_trainer(tmp_path, resume=tmp_path)
 
 
+def refused_on_main(folder):
+    """What both ranks make of a folder that is in use: rank 0 opens it for both."""
+    try:
+        distributed.on_main(RunFolder(folder).in_use().__enter__)
+    except FaultError as error:
+        return str(error)
+    except SystemExit as end:
+        return end.code
+
+
+def test_what_the_main_rank_refuses_ends_all(ranks, tmp_path):
+    with RunFolder(tmp_path / "run").in_use():
+        ours, theirs = ranks(refused_on_main, tmp_path / "run")
+    assert "is in use by another run" in ours
+    assert theirs == FaultError.exit_code
+    assert ranks(refused_on_main, tmp_path / "other") == [None, None]
+
+
 # -------------------------------------------------------------------------------------------------- the launcher
 
 

@@ -1,11 +1,14 @@
 """Files that are whole or absent, checkpoints that cannot be trusted, run folders, random states."""
 
+import contextlib
 import errno
 import io
 import json
 import os
 import pickle
 import random
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -226,7 +229,7 @@ def test_names_of_the_files(tmp_path):
     names = {path.name for name, path in vars(folder).items() if name != "path"}
     assert names == {
         "config.json", "metrics.jsonl", "tickets.jsonl", "summary.json", "checkpoint.pth", "model_current.pth",
-        "model_previous.pth", "analysis.json",
+        "model_previous.pth", "analysis.json", ".lock",
     }  # fmt: skip
     assert folder.ticket(3).parent == tmp_path / "tickets"
 
@@ -270,7 +273,7 @@ def test_an_earlier_run_moves_aside_whole(tmp_path):
 def test_a_file_in_the_way_is_one_sentence(tmp_path):
     (tmp_path / "run").write_text("a file")
     with pytest.raises((UsageError, FaultError)):
-        RunFolder(tmp_path / "run").make_room()
+        RunFolder(tmp_path / "run").in_use().__enter__()
     assert (tmp_path / "run").read_text() == "a file"
 
 
@@ -284,6 +287,66 @@ def test_the_present_folder_as_a_run_is_no_crash(tmp_path, monkeypatch):
     except (UsageError, FaultError):
         assert (tmp_path / "run" / "notes.txt").exists()
     assert [path.read_text() for path in tmp_path.rglob("notes.txt")] == ["mine"]
+
+
+def test_a_folder_in_use_is_refused_and_named(tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    with folder.in_use():
+        with pytest.raises(FaultError, match=rf"run is in use .*process {os.getpid()}\b"), folder.in_use():
+            pass
+        with pytest.raises(FaultError, match="in use"), RunFolder(tmp_path / "elsewhere" / ".." / "run").in_use():
+            pass
+    with folder.in_use():
+        pass
+    assert list(folder.path.iterdir()) == []
+
+
+def test_a_folder_stays_in_use_while_an_earlier_run_moves_aside(tmp_path):
+    """The earlier run takes the lock along: whoever comes then must find neither of the two folders free."""
+    folder = RunFolder(tmp_path / "run")
+    folder.path.mkdir()
+    write_json(folder.summary, {})
+    with contextlib.ExitStack() as held:
+        held.enter_context(folder.in_use())
+        aside = folder.make_room()
+        held.enter_context(folder.in_use())
+        with pytest.raises(FaultError, match="in use"), folder.in_use():
+            pass
+    assert os.listdir(aside) == ["summary.json"]
+    assert os.listdir(folder.path) == []
+
+
+HOLDER = """
+import os, sys, time
+from pathlib import Path
+from sparselearning.files import RunFolder
+with RunFolder(Path(sys.argv[1])).in_use():
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_folder_is_free_when_the_process_that_uses_it_dies(tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    with subprocess.Popen([sys.executable, "-c", HOLDER, folder.path], stdout=subprocess.PIPE, text=True) as holder:
+        try:
+            assert holder.stdout.readline() == "held\n"
+            with pytest.raises(FaultError, match=rf"in use .*process {holder.pid}\b"), folder.in_use():
+                pass
+        finally:
+            holder.kill()
+    with folder.in_use():
+        pass
+
+
+def test_a_file_system_without_locks_is_told_and_used(tmp_path, monkeypatch):
+    def no_locks(*args):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    fcntl = pytest.importorskip("fcntl")
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    with RunFolder(tmp_path / "run").in_use() as noticed:
+        assert not noticed
 
 
 def test_what_resume_means(tmp_path):
