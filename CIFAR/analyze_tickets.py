@@ -94,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line. What replaces a flag of the run is there only if it was given."""
     parser = flags.Parser(description=__doc__.splitlines()[0])
-    parser.add_argument("run", type=Path, metavar="RUN", help="folder of a run made with --keep-tickets")
+    parser.add_argument("run", type=flags.path, metavar="RUN", help="folder of a run made with --keep-tickets")
     again = parser.add_argument_group("superposing again", "what is not given is as it was in the run")
     again.add_argument(
         "--tickets", type=flags.non_negative, nargs="+", metavar="N",
@@ -109,7 +109,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--update_bn", action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS,
         help="re-estimate the superpositions' BatchNorm statistics on the training data",
     )  # fmt: skip
-    again.add_argument("--save-network", type=Path, metavar="FILE", help="write the last superposition there")
+    again.add_argument("--save-network", type=flags.path, metavar="FILE", help="write the last superposition there")
     many = parser.add_argument_group("many averages at once")
     many.add_argument(
         "--grid", action="store_true", help="also measure CAA, and CIMA with each of --factors, with and without BN"
@@ -130,7 +130,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )  # fmt: skip
     place = parser.add_argument_group("place", "what is not given is as it was in the run")
     place.add_argument("--data", default=argparse.SUPPRESS, help="the run's data set, if its file has moved")
-    place.add_argument("--data-dir", type=Path, default=argparse.SUPPRESS, metavar="DIR", help="where downloads are")
+    place.add_argument(
+        "--data-dir", type=flags.path, default=argparse.SUPPRESS, metavar="DIR", help="where downloads are"
+    )
     place.add_argument("--no-cuda", action="store_true", default=argparse.SUPPRESS, help="compute on the CPU")
     return parser.parse_args(argv)
 
@@ -169,7 +171,7 @@ def kept_tickets(folder: RunFolder) -> list[int]:
     """
     numbers = list(itertools.takewhile(lambda number: folder.ticket(number).is_file(), itertools.count()))
     if not numbers:
-        raise UsageError(f"{folder.ticket(0)} does not exist: only runs with --keep-tickets keep their tickets")
+        raise UsageError(f"there is no file {folder.ticket(0)}: only runs with --keep-tickets keep their tickets")
     return numbers
 
 

@@ -135,6 +135,11 @@ def load_arrays(name: str, data_dir: str | Path) -> tuple[Arrays, int]:
     return _validated(recipe.load(source), name, recipe.num_classes)
 
 
+def check_data_name(name: str) -> None:
+    """Raise UsageError if ``name`` is no data set and no file; nothing is read or downloaded."""
+    _find(name, Path())
+
+
 def data_help() -> str:
     """Name every data set in one phrase, for the scripts' help."""
     named = ", ".join(f"{name} ({data_set.about})" for name, data_set in DATASETS.items())

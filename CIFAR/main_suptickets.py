@@ -7,12 +7,13 @@ python3 main_suptickets.py --pre_train --cyclic_train --re_explore --cyc_lr --up
 
 import argparse
 import copy
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from cifar_data import Data, data_help, load_data
+from cifar_data import Data, check_data_name, data_help, load_data
 from cifar_models import build_model, model_names
 from torch import nn
 
@@ -35,28 +36,12 @@ OPTIMIZERS = {
     "adam": lambda parameters, args: torch.optim.Adam(parameters, lr=args.lr, weight_decay=args.l2, fused=True),
 }
 
-# Presets of --demo for the flags that the user does not give: the whole method in a minute or two of two CPU cores.
-DEMO = {
-    "indicate_method": "demo",
-    "data": "digits",
-    "model": "cifar_resnet_8",
-    "pre_train": True,
-    "cyclic_train": True,
-    "sparse": True,
-    "re_explore": True,
-    "no_maskupdates": True,
-    "cyc_lr": True,
-    "update_bn": True,
-    "epochs": 40,
-    "cycle": 3,
-    "cycle_rate": 0.3,
-    "batch_size": 64,
-    "final_prune_epoch": 15,
-    "update_frequency": 10,
-    "large_death_rate": 0.2,
-    "lr_1": 0.001,
-    "lr_2": 0.005,
-}
+DEMO = (
+    "--indicate_method demo --data digits --model cifar_resnet_8 --epochs 40 --cycle 3 --cycle_rate 0.3 "
+    "--batch-size 64 --pre_train --cyclic_train --sparse --final-prune-epoch 15 --update-frequency 10 --re_explore "
+    "--large-death-rate 0.2 --no_maskupdates --cyc_lr --lr_1 0.001 --lr_2 0.005 --update_bn"
+)
+"""What ``--demo`` puts before the flags of the user: the whole method in a minute or two of two CPU cores."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -79,12 +64,20 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Read the command line; ``--demo`` first puts its presets in the place of the defaults."""
+    """Read the command line, after the presets of ``--demo`` if it is there."""
+    words = sys.argv[1:] if argv is None else argv
+    return make_parser().parse_args([*shlex.split(DEMO), *words] if "--demo" in words else words)
+
+
+def make_parser() -> flags.Parser:
+    """All flags of this script."""
     parser = flags.Parser(description=__doc__.splitlines()[0])
-    parser.add_argument("--demo", action="store_true", help="presets for a complete small run on digits")
+    parser.add_argument(
+        "--demo", action="store_true", help=f"a complete small run on digits; puts before the other flags: {DEMO}"
+    )
     recipe = parser.add_argument_group("recipe")
     recipe.add_argument("--data", default="cifar10", help=data_help())
-    recipe.add_argument("--data-dir", type=Path, default=Path("data"), metavar="DIR", help="where downloads go")
+    recipe.add_argument("--data-dir", type=flags.path, default=Path("data"), metavar="DIR", help="where downloads go")
     recipe.add_argument("--model", default="vgg-like", help=f"one of {model_names()}")
     recipe.add_argument("--epochs", type=flags.positive, default=160, help="of the whole run, cycles included")
     recipe.add_argument(
@@ -117,14 +110,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     flags.add_sparse_flags(parser)
     flags.add_ticket_flags(parser)
     flags.add_run_flags(parser)
-    if "--demo" in (sys.argv[1:] if argv is None else argv):
-        parser.set_defaults(**DEMO)
-    return parser.parse_args(argv)
+    return parser
 
 
 def run(args: argparse.Namespace, argv: Sequence[str] | None) -> None:
     """Do one run of one seed."""
-    warnings = check(args)
+    warnings = check(args) + flags.without_masks_note(args, make_parser().given(argv))
     budget = EpochBudget.of_share(args.epochs * args.multiplier, args.cycle_rate, args.cycle)
     warnings += flags.check_budget(args, budget) + flags.pruning_window_warning(args, budget.pretrain_epochs)
     device, runtime = flags.runtime(args).start()
@@ -177,6 +168,9 @@ def check(args: argparse.Namespace) -> list[str]:
     Raises:
         UsageError: one sentence about the first contradiction.
     """
+    check_data_name(args.data)
+    with torch.device("meta"):  # its name alone is checked: what it has to fit is known once the data are loaded
+        build_model(args.model, num_classes=10)
     momentum_is_zero = args.optimizer == "sgd" and args.momentum == 0
     return flags.check(args, momentum_is_zero, has_weights=args.resume is not None)
 
@@ -198,14 +192,32 @@ def load(args: argparse.Namespace, runtime: Runtime, device: torch.device) -> tu
             memory_format=runtime.memory_format,
         )
     model = build_model(args.model, data.num_classes, data.channels, data.image_size)
+    check_smallest_batch(model, data, args.batch_size)
     model = model.to(device, memory_format=runtime.memory_format)
     return data, model
 
 
+def check_smallest_batch(model: nn.Module, data: Data, batch_size: int) -> None:
+    """Refuse single images per process where a BatchNorm would then see a single value per channel.
+
+    Raises:
+        UsageError: if this network cannot train on them.
+    """
+    if min(batch_size, data.train.num_samples) >= 2 * distributed.world_size():
+        return
+    try:
+        copy.deepcopy(model).to("meta").train()(torch.empty(1, data.channels, *[data.image_size] * 2, device="meta"))
+    except ValueError as error:
+        raise UsageError("BatchNorm cannot train on one image at a time: at least 2 per step and process") from error
+
+
 def pretrain_lr(args: argparse.Namespace, budget: EpochBudget) -> Callable[[int], float]:
-    """Epoch to learning rate in pre-training: ten times smaller at half and at three quarters of it."""
+    """Epoch to learning rate in pre-training: ten times smaller at half and at three quarters of it.
+
+    Of one epoch both would be its start, and nothing would be trained at ``--lr``: epoch 0 is no milestone.
+    """
     epochs = budget.pretrain_epochs
-    milestones = [] if args.nolrsche else [epochs // 2, epochs * 3 // 4]
+    milestones = [] if args.nolrsche else [milestone for milestone in (epochs // 2, epochs * 3 // 4) if milestone]
     return lambda epoch: milestone_lr(epoch, args.lr, milestones)
 
 

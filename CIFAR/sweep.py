@@ -82,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
 
     to_do = [run for run in runs if not run.finished]
-    print(f"{len(runs)} runs, {len(runs) - len(to_do)} of them finished before", flush=True)
+    print(f"runs: {len(runs)}, of them finished before: {len(runs) - len(to_do)}", flush=True)
     with stop_signals() as stop_signal:
         failed = execute(to_do, args.gpus, stop_signal)
         stopped = stop_signal()
@@ -95,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         report.main([*finished, "--out", str(args.out / "report"), *without_plots])
     if failed:
         names = ", ".join(run.name for run in failed)
-        raise FaultError(f"{len(failed)} of {len(runs)} runs failed ({names}): the same command tries them again")
+        raise FaultError(f"runs failed: {len(failed)} of {len(runs)} ({names}): the same command tries them again")
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -113,7 +113,11 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         help=f"also run a control for each: plain training without tickets, for the same epochs ({PLAIN.flags})",
     )  # fmt: skip
     parser.add_argument(
-        "--out", type=Path, default=Path("sweep"), metavar="DIR", help="run folders, DIR/NAME/seedN, and DIR/report"
+        "--out",
+        type=flags.path,
+        default=Path("sweep"),
+        metavar="DIR",
+        help="run folders, DIR/NAME/seedN, and DIR/report",
     )
     parser.add_argument(
         "--gpus", nargs="+", metavar="ID",
@@ -161,6 +165,9 @@ def planned(method: str, seed: int, shared: Sequence[str], out: Path, control: b
     layers = [METHODS[method], PLAIN] if control else [METHODS[method]]
     without = {*METHOD_SWITCHES, *(switch for layer in layers for switch in layer.without)}
     words = [word.replace("{seed}", str(seed)) for word in shared if word not in without]
+    for flag, own in (("save", "--out"), ("seed", "--seeds")):
+        if flag in main_suptickets.make_parser().given(words):
+            raise UsageError(f"--{flag} after -- would be one for all runs: give {own} before it")
     density = main_suptickets.parse(words).final_density
     words += [word for layer in layers for word in layer.flags.format(density=density).split()]
     folder = RunFolder(out / (f"{method}-control" if control else method) / f"seed{seed}")

@@ -454,7 +454,7 @@ def load_imagenet(
         raise UsageError(f"a centre of {image_size} pixels cannot be cut out of images resized to {resize}")
     root = Path(root)
     if not os.path.isdir(root):
-        raise UsageError(f"the data folder {root} does not exist: an ImageNet data set holds {LAYOUT}")
+        raise UsageError(f"{root} is not a folder: an ImageNet data set holds {LAYOUT}")
     train_files, val_files = ImageFiles(root / "train"), ImageFiles(root / "val")
     _check_classes(train_files, val_files)
     if workers:

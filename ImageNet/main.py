@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Train, or evaluate, or measure speed."""
     args = parse(argv)
     budget = epoch_budget(args)
-    warnings = check(args, budget)
+    warnings = check(args, budget) + flags.without_masks_note(args, make_parser().given(argv))
     if args.local_rank is not None:
         os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
     device, runtime = flags.runtime(args).start()
@@ -93,10 +93,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         experiment.run(recipe, plan, sparse, runtime, output)
 
 
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Read the command line."""
+def make_parser() -> flags.Parser:
+    """All flags of this script."""
     parser = flags.Parser(description=__doc__.splitlines()[0])
-    parser.add_argument("data", type=Path, metavar="DIR", help="folder with train/CLASS/* and val/CLASS/*")
+    parser.add_argument("data", type=flags.path, metavar="DIR", help="folder with train/CLASS/* and val/CLASS/*")
     recipe = parser.add_argument_group("recipe")
     recipe.add_argument("--arch", choices=ARCHS, default="resnet50", help="network")
     recipe.add_argument(
@@ -122,7 +122,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--density", type=flags.density,
         help=f"budget: another name of --final-density (default of both: {FINAL_DENSITY})",
     )  # fmt: skip
-    recipe.add_argument("--pretrained-weights", type=Path, metavar="PATH", help="first weights, from a saved .pth")
+    recipe.add_argument(
+        "--pretrained-weights", type=flags.path, metavar="PATH", help="first weights, from a saved .pth"
+    )
     files = parser.add_argument_group("data and files")
     files.add_argument("-j", "--workers", type=flags.non_negative, default=5, help="decoding processes per process")
     files.add_argument("--strict-data", action="store_true", help="stop at a damaged image, in place of skipping it")
@@ -149,7 +151,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--dynamic-loss-scale", action="store_true", help="scale adapted to the gradients: the default"
     )
     parser.set_defaults(cycle=4, final_density=None)
-    args = parser.parse_args(argv)
+    return parser
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line."""
+    args = make_parser().parse_args(argv)
     args.density = args.final_density = resolve_density(args.density, args.final_density)
     args.epochs = args.epochs or args.pretrain_epoch + args.cyclic_epochs
     if args.evaluate or measures_only(args):

@@ -30,7 +30,7 @@ from sparselearning import Masking
 from sparselearning.distributions import active_count
 from sparselearning.export import save_sparse
 from sparselearning.files import write_json
-from sparselearning.flags import Parser
+from sparselearning.flags import Parser, path
 from sparselearning.masking import maskable_parameters
 from sparselearning.provenance import environment
 from sparselearning.script import run_script
@@ -221,7 +221,7 @@ def megabytes(size: int) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure, print the table, write the file."""
     parser = Parser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, metavar="FILE.json", help="write all figures there, too")
+    parser.add_argument("--out", type=path, metavar="FILE.json", help="write all figures there, too")
     args = parser.parse_args(argv)
     warnings.filterwarnings("ignore", message="Sparse (CSR|invariant)")
     torch.set_num_threads(1)

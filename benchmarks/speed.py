@@ -454,7 +454,7 @@ def markdown_of(path: Path) -> str:
         UsageError: if there is no such file.
     """
     if not path.is_file():
-        raise UsageError(f"{path} does not exist: --out writes such a file")
+        raise UsageError(f"there is no file {path}: --out writes such a one")
     saved = json.loads(path.read_text())
     return f"{markdown(map(Row.from_json, saved['rows']))}\n{saved['title']}"
 
@@ -474,9 +474,11 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--compile", action=argparse.BooleanOptionalAction, default=True, help="measure compiled networks too"
     )
-    parser.add_argument("--out", type=Path, metavar="FILE.json", help="write all samples there")
-    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the table there; needs matplotlib")
-    parser.add_argument("--show", type=Path, metavar="FILE.json", help="measure nothing, print such a file in Markdown")
+    parser.add_argument("--out", type=flags.path, metavar="FILE.json", help="write all samples there")
+    parser.add_argument("--plot", type=flags.path, metavar="FILE.png", help="draw the table there; needs matplotlib")
+    parser.add_argument(
+        "--show", type=flags.path, metavar="FILE.json", help="measure nothing, print such a file in Markdown"
+    )
     return parser.parse_args(argv)
 
 

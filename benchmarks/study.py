@@ -185,7 +185,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = flags.Parser(description=__doc__.splitlines()[0])
     parser.add_argument("study", choices=STUDIES, help=f"one of {', '.join(STUDIES)}")
     parser.add_argument("--data", default="cifar100", help="CIFAR-100: to be downloaded, or an .npz file of it")
-    parser.add_argument("--data-dir", type=Path, default=Path("data"), metavar="DIR", help="where downloads go")
+    parser.add_argument("--data-dir", type=flags.path, default=Path("data"), metavar="DIR", help="where downloads go")
     parser.add_argument(
         "--gpus", nargs="+", metavar="ID",
         help="as for sweep.py; on a machine without, as many runs at a time as there are names",

@@ -239,7 +239,7 @@ def _continues(
             return False
         if len(saved["ranks"]) != distributed.world_size():
             raise UsageError(
-                f"{output.resume} was written by {len(saved['ranks'])} process(es): go on with as many, "
+                f"{output.resume} goes on with as many processes as wrote it, {len(saved['ranks'])}, "
                 f"not {distributed.world_size()}"
             )
         return True

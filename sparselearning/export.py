@@ -27,10 +27,10 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from sparselearning import flags
 from sparselearning.errors import FaultError, UsageError
 from sparselearning.experiment import load_weights
 from sparselearning.files import RunFolder, load_torch, saved_state, write_bytes
-from sparselearning.flags import Parser
 from sparselearning.script import run_script
 
 FORMAT_VERSION = 1
@@ -81,7 +81,7 @@ def load_sparse(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """
     (safetensors,) = _optional("a packed file", "safetensors")
     if not path.is_file():
-        raise UsageError(f"{path} does not exist")
+        raise UsageError(f"there is no file {path}")
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             texts = file.metadata() or {}
@@ -266,19 +266,21 @@ def _check_equal(what: str, found: Tensor, expected: Tensor) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Export one run or one saved network."""
-    parser = Parser(description="Write a trained network's non-zero weights to a packed file, and the network as ONNX.")
-    parser.add_argument(
-        "run", type=Path, metavar="RUN", help="a run's folder, for its last superposition, or any .pth file in it"
+    parser = flags.Parser(
+        description="Write a trained network's non-zero weights to a packed file, and the network as ONNX."
     )
-    parser.add_argument("output", type=Path, metavar="OUT.safetensors", help="packed file to write")
+    parser.add_argument(
+        "run", type=flags.path, metavar="RUN", help="a run's folder, for its last superposition, or any .pth file in it"
+    )
+    parser.add_argument("output", type=flags.path, metavar="OUT.safetensors", help="packed file to write")
     parser.add_argument("--fold-bn", action="store_true", help="fold BatchNorms into the convolutions before them")
     parser.add_argument(
-        "--onnx", type=Path, metavar="OUT.onnx", help="also write the network, dense, for ONNX runtimes"
+        "--onnx", type=flags.path, metavar="OUT.onnx", help="also write the network, dense, for ONNX runtimes"
     )
     args = parser.parse_args(argv)
     for path, suffix in ((args.output, ".safetensors"), (args.onnx, ".onnx")):
         if path and path.suffix != suffix:
-            raise UsageError(f"{path} is to be a {suffix[1:]} file: give it a name that ends in {suffix}")
+            raise UsageError(f"{path}: give it a name that ends in {suffix}")
 
     source = RunFolder(args.run).previous if args.run.is_dir() else args.run
     state, config = _read_state(source), _read_config(source)

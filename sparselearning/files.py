@@ -76,7 +76,7 @@ def load_torch(path: Path) -> dict[str, Any]:
         FaultError: if it cannot be read, is truncated, or is no PyTorch file of tensors and plain values.
     """
     if not path.is_file():
-        raise UsageError(f"{path} does not exist")
+        raise UsageError(f"there is no file {path}")
     try:
         # Through memory: PyTorch words its complaints about a truncated stream better than about a truncated file.
         content = torch.load(io.BytesIO(path.read_bytes()), map_location="cpu", weights_only=True)

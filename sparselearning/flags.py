@@ -1,6 +1,7 @@
 """The command-line flags that both scripts share, their checks, and what they mean to the library."""
 
 import argparse
+import os
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -40,6 +41,16 @@ class Parser(argparse.ArgumentParser):
             formatter_class=_Formatter,
             allow_abbrev=False,
         )
+
+    def given(self, argv: Sequence[str] | None = None) -> dict[str, str]:
+        """The flags that a command line gives, default or not: name in the parsed arguments → as it is written."""
+        unset = object()
+        names = vars(self.parse_args(argv, argparse.Namespace(**{action.dest: unset for action in self._actions})))
+        return {
+            action.dest: action.option_strings[-1]
+            for action in self._actions
+            if action.option_strings and names[action.dest] is not unset
+        }
 
     def error(self, message: str) -> NoReturn:
         """Leave with one sentence and status 2."""
@@ -86,6 +97,13 @@ def positive(text: str) -> int:
     return _number(text, int, lambda value: value >= 1, "it is a whole number of at least 1")
 
 
+def path(text: str) -> Path:
+    """Parse a path, in which a leading ``~`` is the user's home."""
+    if not text:
+        raise argparse.ArgumentTypeError("it is a path, not an empty text")
+    return Path(os.path.expanduser(text))  # as a text: Path takes ./~ for ~
+
+
 def _number(text: str, kind: Callable[[str], Any], valid: Callable[[Any], bool], rule: str) -> Any:
     try:
         value = kind(text)
@@ -103,14 +121,14 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
         "--indicate_method", default="Results", metavar="NAME", help="name of the run: in its path and in reports"
     )
     group.add_argument("--seed", type=seed, default=17, help="of weights, masks, data order and augmentation")
-    group.add_argument("--save", type=Path, metavar="DIR", help="where the run's files go, in place of saved_models/…")
+    group.add_argument("--save", type=path, metavar="DIR", help="where the run's files go, in place of saved_models/…")
     group.add_argument(
-        "--resume", type=Path, metavar="PATH",
+        "--resume", type=path, metavar="PATH",
         help="go on from a checkpoint.pth or a run's folder; for --cyclic_train alone and for --sparse-init resume "
         "and prune_*, any saved .pth to start from",
     )  # fmt: skip
     group.add_argument("--keep-tickets", action="store_true", help="save every ticket, in tickets/ of the run's folder")
-    group.add_argument("--tensorboard", type=Path, metavar="DIR", help="write TensorBoard scalars there as well")
+    group.add_argument("--tensorboard", type=path, metavar="DIR", help="write TensorBoard scalars there as well")
     group.add_argument(
         "--multiplier",
         type=positive,
@@ -151,7 +169,10 @@ def add_sparse_flags(parser: argparse.ArgumentParser) -> None:
         "--sparse-init", choices=SPARSE_INITS, default="ERK",
         help="how the first masks are drawn; cycles alone take the pattern of the loaded weights, but for prune_*",
     )  # fmt: skip
-    group.add_argument("--method", choices=METHODS, default="GraNet", help="what happens at a topology update")
+    methods = "; ".join(f"{name}: {method.about}" for name, method in METHODS.items())
+    group.add_argument(
+        "--method", choices=METHODS, default="GraNet", help=f"what happens at a topology update. {methods}"
+    )
     group.add_argument("--prune", choices=PRUNE, default="magnitude", help="which weights an update removes")
     group.add_argument("--growth", choices=GROWTH, default="gradient", help="which weights an update grows")
     group.add_argument(
@@ -296,12 +317,22 @@ def check(args: argparse.Namespace, momentum_is_zero: bool, has_weights: bool) -
     return warnings
 
 
+def without_masks_note(args: argparse.Namespace, given: Mapping[str, str]) -> list[str]:
+    """Tell the user which of the flags that they gave (:meth:`Parser.given`) say nothing to dense training."""
+    if args.sparse:
+        return []
+    about_masks = SPARSE_FLAGS | {"density", "large_death_rate"}
+    if without_effect := [flag for name, flag in given.items() if name in about_masks]:
+        return [f"training is dense: without --sparse there is no effect of {', '.join(without_effect)}"]
+    return []
+
+
 def pruning_window_warning(args: argparse.Namespace, pretrain_epochs: int) -> list[str]:
     """Warn about gradual pruning that goes on after pre-training."""
     end = args.final_prune_epoch * args.multiplier
     if not (args.sparse and METHODS[args.method].shrink and end > pretrain_epochs):
         return []
-    return [f"gradual pruning ends at epoch {end}, after the {pretrain_epochs} epochs of pre-training"]
+    return [f"gradual pruning ends at epoch {end}, after pre-training, which ends at epoch {pretrain_epochs}"]
 
 
 def check_budget(args: argparse.Namespace, budget: EpochBudget) -> list[str]:
@@ -310,17 +341,18 @@ def check_budget(args: argparse.Namespace, budget: EpochBudget) -> list[str]:
     Raises:
         UsageError: if nothing is left to do.
     """
+    cycle = f"{budget.cycle_epochs} epoch{'s' * (budget.cycle_epochs > 1)}"
+    if not budget.total_epochs:
+        raise UsageError("nothing to do: pre-training and cycles have no epochs at all")
     if not args.pre_train and not budget.tickets:
-        raise UsageError(f"nothing to do: the cyclic part is shorter than one cycle of {budget.cycle_epochs} epochs")
+        raise UsageError(f"nothing to do: the cyclic part is shorter than one cycle ({cycle})")
     if not args.cyclic_train and not budget.pretrain_epochs:
         raise UsageError(
             "nothing to do: no epochs are left for pre-training beside the cycles, and they are not asked for"
         )
     if not args.cyclic_train or budget.tickets:
         return []
-    return [
-        f"the cyclic part is shorter than one cycle of {budget.cycle_epochs} epochs: all epochs pre-train, no tickets"
-    ]
+    return [f"the cyclic part is shorter than one cycle ({cycle}): all epochs pre-train, no tickets"]
 
 
 def sparse_training(args: argparse.Namespace, steps_per_epoch: int, total_epochs: int) -> SparseTraining | None:

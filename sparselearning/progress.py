@@ -50,7 +50,7 @@ class Progress:
             unit="batch",
             dynamic_ncols=True,
             disable=not (self._speaks and sys.stderr.isatty()),
-            bar_format="{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]{postfix}",
+            bar_format="{desc} {percentage:3.0f}%|{bar}| [{elapsed}<{remaining}]{postfix}",
         )
 
     def batch(self) -> None:
@@ -60,11 +60,12 @@ class Progress:
     def within_epoch(self, phase: str, epoch: int, batch: int, batches: int, row: Mapping[str, Any]) -> None:
         """Show where the epoch stands; called every log interval."""
         self._bar.set_description_str(f"{phase} {epoch}")
-        figures = "  ".join(f"{key} {value:.4g}" for key, value in row.items())
-        self._bar.set_postfix_str(figures)
+        figures = {key: f"{key} {value:.4g}" for key, value in row.items()}
+        # No more, so that the bar is a bar on 80 columns too: the line of the epoch has the rest.
+        self._bar.set_postfix_str(f"{figures['loss']}  {figures['accuracy']}")
         now = time.monotonic()
         if self._bar.disable and now - self._last_line > SECONDS_BETWEEN_LINES:
-            self.line(f"  epoch {epoch:>4}  batch {batch}/{batches}  {figures}")
+            self.line(f"  epoch {epoch:>4}  batch {batch}/{batches}  {'  '.join(figures.values())}")
 
     def epoch(self, row: Mapping[str, Any]) -> None:
         """Print a finished epoch."""

@@ -11,7 +11,7 @@ from types import ModuleType
 
 from sparselearning.errors import UsageError
 from sparselearning.files import write_text
-from sparselearning.flags import Parser
+from sparselearning.flags import Parser, path
 from sparselearning.progress import run_table
 from sparselearning.runs import find_runs, group_runs, read_run
 from sparselearning.script import run_script
@@ -28,10 +28,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser(__doc__.splitlines()[0])
     parser.prog = "python -m sparselearning.report"
     parser.add_argument(
-        "runs", nargs="+", type=Path, metavar="RUN", help="a run's folder, or a folder under which runs lie"
+        "runs", nargs="+", type=path, metavar="RUN", help="a run's folder, or a folder under which runs lie"
     )
     parser.add_argument(
-        "--out", type=Path, metavar="DIR", help="where tables and pictures go, in place of RUN/report or ./report"
+        "--out", type=path, metavar="DIR", help="where tables and pictures go, in place of RUN/report or ./report"
     )
     parser.add_argument("--no-plots", action="store_true", help="tables only; needs no matplotlib")
     args = parser.parse_args(argv)

@@ -321,18 +321,20 @@ class Method:
     """What one training method does at a topology update.
 
     Attributes:
+        about: the same in a phrase, for help texts.
         shrink: first, prune gradually to the scheduled density; None: the density is constant.
         grows: then, prune and grow.
     """
 
+    about: str
     shrink: Callable[[Sequence[Layer], float], None] | None = None
     grows: bool = True
 
 
 METHODS = {
-    "DST": Method(),
-    "GraNet": Method(shrink_globally),
-    "GraNet_uniform": Method(shrink_uniformly),
-    "GMP": Method(shrink_globally, grows=False),
-    "GMP_uniform": Method(shrink_uniformly, grows=False),
+    "DST": Method("dynamic sparse training, prune and grow at one density (RigL, SET)"),
+    "GraNet": Method("prune gradually, over all layers together, then prune and grow", shrink_globally),
+    "GraNet_uniform": Method("the same, gradually in each layer by itself", shrink_uniformly),
+    "GMP": Method("gradual magnitude pruning over all layers together, no growing", shrink_globally, grows=False),
+    "GMP_uniform": Method("the same in each layer by itself", shrink_uniformly, grows=False),
 }

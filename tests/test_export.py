@@ -145,7 +145,7 @@ def test_damaged_files_are_refused(tmp_path, damage):
 
 
 def test_a_missing_file_is_a_wrong_call(tmp_path):
-    with pytest.raises(UsageError, match="does not exist"):
+    with pytest.raises(UsageError, match="there is no file"):
         load_sparse(tmp_path / "x.safetensors")
 
 

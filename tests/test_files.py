@@ -171,7 +171,7 @@ def test_tensors_and_plain_values_come_back_exactly(tmp_path):
 
 @pytest.mark.parametrize("path", ["nothing.pth", "."])
 def test_a_missing_file_is_a_wrong_call(tmp_path, path):
-    with pytest.raises(UsageError, match="does not exist"):
+    with pytest.raises(UsageError, match="there is no file"):
         load_torch(tmp_path / path)
 
 

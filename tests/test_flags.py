@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shlex
+from pathlib import Path
 
 import main_suptickets
 import numpy as np
@@ -129,10 +130,39 @@ def test_help_names_all_choices(capsys):
         assert name in text
 
 
+def test_help_says_what_the_methods_and_the_demo_are(capsys):
+    text = help_of(capsys)
+    for name, method in METHODS.items():
+        assert f"{name}: {method.about}" in text
+    assert main_suptickets.DEMO in text
+
+
 def test_help_says_what_the_cyclic_rates_are(capsys):
     text = help_of(capsys)
     assert re.search(r"--lr_1 LR_1 [^-]*both ends", text)
     assert re.search(r"--lr_2 LR_2 [^-]*middle", text)
+
+
+def test_given_flags_are_those_on_the_command_line_whatever_their_values():
+    parser = main_suptickets.make_parser()
+    assert parser.given([]) == {}
+    argv = shlex.split("--lr 0.1 --bn_update --no-tf32 --init-density=0.5 --save x")
+    assert parser.given(argv) == {
+        "lr": "--lr", "update_bn": "--bn_update", "tf32": "--no-tf32", "init_density": "--init-density",
+        "save": "--save",
+    }  # fmt: skip
+    assert vars(parser.parse_args([])) == vars(parse(""))  # nothing stays behind
+
+
+def test_a_path_starts_at_home_where_a_tilde_says_so(monkeypatch, capsys):
+    monkeypatch.setenv("HOME", "/home/reader")
+    args = parse("--save '~/x' --resume ~/y/~ --data-dir ./~ --tensorboard '~'")
+    assert (args.save, args.resume) == (Path("/home/reader/x"), Path("/home/reader/y/~"))
+    assert (args.data_dir, args.tensorboard) == (Path("~"), Path("/home/reader"))
+    with pytest.raises(SystemExit) as leaving:
+        parse("--save ''")
+    assert leaving.value.code == 2
+    assert "--save" in one_sentence(capsys)
 
 
 def test_no_abbreviations(capsys):
@@ -264,15 +294,34 @@ def test_a_wrong_call_is_one_sentence_and_exit_2_before_anything_is_written(call
     assert os.listdir(workplace) == ["tiny.npz"]
 
 
+@pytest.mark.parametrize(
+    ("flags", "code"),
+    [
+        ("--model vgg-like --batch-size 1", 2),
+        ("--model vgg-like --batch-size 2", 0),
+        ("--model wrn-10-1 --batch-size 1", 0),
+    ],
+)
+def test_single_images_are_refused_where_batchnorm_would_see_single_values(flags, code, workplace, monkeypatch, capsys):
+    """vgg-like's BatchNorm1d always does; the last BatchNorm of wrn-10-1 sees 2 x 2 pixels of these images."""
+    started = []
+    monkeypatch.setattr("sparselearning.experiment.run", lambda *args: started.append(args))
+    assert script(shlex.split(f"--pre_train {flags}")) == code
+    assert len(started) == (code == 0)
+    if code:
+        assert "at least 2 per step" in one_sentence(capsys)
+
+
 def test_a_wrong_call_stops_all_of_iters(workplace, capsys):
     assert script(shlex.split(RUN + "--iters 3 --model lenet5")) == 2
     one_sentence(capsys)
     assert os.listdir(workplace) == ["tiny.npz"]
 
 
-def test_wrong_calls_do_not_wait_for_the_data(workplace, monkeypatch):
+@pytest.mark.parametrize("flags", ["--growth momentum --momentum 0", "--model ResNet51", "--model wrn-15-2"])
+def test_wrong_calls_do_not_wait_for_the_data(flags, workplace, monkeypatch):
     monkeypatch.setattr(main_suptickets, "load_data", lambda *args, **options: pytest.fail("data was loaded"))
-    assert script(shlex.split(RUN + "--growth momentum --momentum 0")) == 2
+    assert script(shlex.split(RUN + flags)) == 2
 
 
 def test_momentum_growth_with_adam_needs_no_momentum_flag():
@@ -315,10 +364,34 @@ def test_sound_flags_are_not(call):
     assert main_suptickets.check(parse(call)) == []
 
 
+def test_dense_training_names_the_given_flags_that_are_about_masks(workplace, monkeypatch, capsys):
+    monkeypatch.setattr("sparselearning.experiment.run", lambda *args: None)
+
+    def notes(call):
+        assert script(shlex.split(call)) == 0
+        return [line for line in capsys.readouterr().err.splitlines() if "--sparse" in line]
+
+    call = "--pre_train --method GraNet --lr 0.1 --init-density 0.5 --sparse-init ERK --large-death-rate 0.8 --fix"
+    (note,) = notes(call)
+    assert note.endswith("of --fix, --sparse-init, --method, --init-density, --large-death-rate")
+    assert notes("--pre_train --lr 0.1") == []
+    assert notes(call.replace("--fix", "--sparse")) == []
+    assert notes("--demo --method DST --init-density 0.05") == []
+
+
+@pytest.mark.parametrize(
+    ("epochs", "rates"),
+    [(1, [0.1]), (2, [0.1, 0.001]), (3, [0.1, 0.01, 0.001]), (4, [0.1, 0.1, 0.01, 0.001])],
+)
+def test_a_milestone_at_epoch_0_does_not_count(epochs, rates):
+    rate = main_suptickets.pretrain_lr(parse(""), EpochBudget(epochs, 8, 0))
+    assert [rate(epoch) for epoch in range(epochs)] == pytest.approx(rates)
+
+
 def test_a_pruning_window_past_pretraining_is_warned_about():
     args = parse(RUN + "--final-prune-epoch 6 --multiplier 2")
     assert flags.pruning_window_warning(args, 12) == []
-    assert "12" in flags.pruning_window_warning(args, 11)[0]
+    assert "epoch 12, after pre-training, which ends at epoch 11" in flags.pruning_window_warning(args, 11)[0]
     assert flags.pruning_window_warning(parse(RUN + "--method DST"), 11) == []
 
 
@@ -326,6 +399,7 @@ def test_too_few_epochs_for_a_cycle_are_told():
     args = parse(RUN + "--epochs 30")
     assert EpochBudget.of_share(30, 0.2, 8) == EpochBudget(30, 8, 0)
     assert "8 epochs" in flags.check_budget(args, EpochBudget(30, 8, 0))[0]
+    assert "(1 epoch)" in flags.check_budget(args, EpochBudget(30, 1, 0))[0]
     assert flags.check_budget(args, EpochBudget(22, 8, 1)) == []
     assert flags.check_budget(parse("--sparse --pre_train"), EpochBudget(30, 8, 0)) == []
 

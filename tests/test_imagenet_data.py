@@ -541,7 +541,7 @@ def many_missing(root):
 @pytest.mark.parametrize(
     ("spoil", "error", "sentence"),
     [
-        (no_root, UsageError, r"the data folder .*data does not exist: .* DIR/train/CLASS/NAME.JPEG and DIR/val/"),
+        (no_root, UsageError, r"data is not a folder: .* DIR/train/CLASS/NAME.JPEG and DIR/val/"),
         (no_train, UsageError, r"there is no folder .*data/train: .* DIR/train/CLASS/NAME.JPEG"),
         (val_is_a_file, UsageError, r"there is no folder .*data/val: "),
         (flat_val, UsageError, r"data/val holds no class folders: .* DIR/val/CLASS/NAME.JPEG"),

@@ -386,6 +386,7 @@ def test_strict_data_stops_at_a_damaged_image(home, tmp_path, capsys):
 CONTRADICTIONS = {
     "--epochs 90 --pretrain_epoch 2 --cyclic_epochs 4": "--epochs 90 is not --pretrain_epoch 2 + --cyclic_epochs 4 = 6",
     "--density 0.2 --final-density 0.1": "--density 0.2 contradicts --final-density 0.1",
+    "--pretrain_epoch 0 --cyclic_epochs 0": "no epochs at all",
     "--cyclic_epochs 6 --cycle 4": "--cyclic_epochs 6 is no whole number of --cycle 4 epochs",
     "--static-loss-scale 128": "loss scaling is for float16",
     "--dynamic-loss-scale": "loss scaling is for float16",
@@ -399,8 +400,8 @@ CONTRADICTIONS = {
     "--cyclic_epochs 4 --cycle 0": "at least 1, not 0",
     "--density 0": "a density lies in (0, 1], not 0",
     "--arch alexnet": "invalid choice: 'alexnet'",
-    "--pretrained-weights nowhere.pth": "nowhere.pth does not exist",
-    "--resume nowhere": "nowhere does not exist",
+    "--pretrained-weights nowhere.pth": "no file nowhere.pth",
+    "--resume nowhere": "no file nowhere",
 }
 
 
@@ -419,10 +420,16 @@ def test_neither_part_is_nothing_to_do(home, capsys):
     assert "nothing to do" in capsys.readouterr().err
 
 
+def test_dense_training_names_the_given_flags_that_are_about_masks(capsys):
+    assert run(*DENSE, "--density", 0.2, "--growth", "random", "nowhere") == 2
+    note, _ = capsys.readouterr().err.splitlines()
+    assert note.endswith("without --sparse there is no effect of --density, --growth")
+
+
 def test_missing_folders_are_named(home, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert run(*DENSE, "nowhere") == 2
-    assert "the data folder nowhere does not exist" in capsys.readouterr().err
+    assert "nowhere is not a folder" in capsys.readouterr().err
     (tmp_path / "half").mkdir()
     shutil.copytree(home / "imagenet2012" / "train", tmp_path / "half" / "train")
     assert run(*DENSE, "half") == 2

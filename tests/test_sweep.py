@@ -169,7 +169,7 @@ def test_a_dry_run_prints_commands_and_runs_nothing(out, capsys):
 def test_a_failed_run_is_reported_at_the_end(out, capfd):
     (out / "rigl").mkdir()
     (out / "rigl" / "fail").touch()
-    with pytest.raises(FaultError, match=r"1 of 2 runs failed \(rigl seed 7\)") as error:
+    with pytest.raises(FaultError, match=r"runs failed: 1 of 2 \(rigl seed 7\)") as error:
         run_sweep(out, "--seeds", 7, "--methods", "rigl", "set")
     assert error.value.exit_code == 1
     assert saved(out) == ["rigl/seed7", "set/seed7"]
@@ -244,6 +244,10 @@ def test_a_folder_with_a_run_of_other_flags_is_left_alone(out):
         ("rigl", [*SHARED, "--iters", "2"], "give --seeds alone"),
         ("granet", [*SHARED, "--final-density", "0.6"], "which is above it"),
         ("dense", ["--demo"], "dense cannot be had with --demo"),
+        ("rigl", [*SHARED, "--model", "ResNet51"], "unknown model 'ResNet51'"),
+        ("rigl", [*SHARED, "--data", "nowhere.npz"], "nowhere.npz"),
+        ("rigl", [*SHARED, "--save", "here"], "--save after -- .* --out"),
+        ("rigl", [*SHARED, "--seed=3"], "--seed after -- .* --seeds"),
     ],
 )
 def test_flags_that_contradict_stop_it_before_anything_runs(out, method, shared, message):
