@@ -1,16 +1,20 @@
 """The owner of the masks: keeps weights and optimizer state sparse, and moves the topology when it is due."""
 
+import math
+import weakref
 from collections.abc import Mapping, Sequence
 from functools import cache
+from numbers import Real
 from typing import Any
+from warnings import warn
 
 import torch
 from torch import Tensor, nn
 
 from sparselearning import distributed
-from sparselearning.distributions import nonzero_counts
+from sparselearning.distributions import active_count, nonzero_counts
 from sparselearning.errors import FaultError, UsageError
-from sparselearning.optimizer_state import DenseMomentum, has_momentum, per_weight_state, take_step
+from sparselearning.optimizer_state import KEEPS_ZEROS, DenseMomentum, has_momentum, per_weight_state, take_step
 from sparselearning.schedules import DECAYS, gradual_density
 from sparselearning.seeding import derive_seed
 from sparselearning.sparse_init import SPARSE_INITS, InitSettings
@@ -40,11 +44,18 @@ def maskable_parameters(model: nn.Module, keep_first_dense: bool = False) -> dic
     return dict(list(found.items())[1:]) if keep_first_dense else found
 
 
+HOOKS: weakref.WeakKeyDictionary[torch.optim.Optimizer, weakref.finalize] = weakref.WeakKeyDictionary()
+"""What removes the hook that a Masking has put on an optimizer."""
+
+
 class Masking:
     """Sparse training around any optimizer of ``torch.optim`` whose per-weight state, if any, has the weight's shape.
 
     Call :meth:`step` in place of ``optimizer.step()``. After every step, inactive weights and their optimizer state are
     exactly zero. All ranks of a data-parallel run hold the same masks.
+
+    What follows the optimizer's step hangs on the optimizer as a hook, so that ``optimizer.step()`` in a loop that
+    knows nothing of masks does the same, for as long as the Masking is kept and no later one takes the optimizer over.
 
     Args:
         optimizer: holds the parameters of the model that :meth:`add_module` gets.
@@ -90,6 +101,14 @@ class Masking:
         total_steps: int | None = None,
         seed: int = 0,
     ) -> None:
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise UsageError(
+                f"Masking takes the model's optimizer, and add_module the model; this is a {type(optimizer)}"
+            )
+        if isinstance(optimizer, torch.optim.LBFGS):
+            raise UsageError(
+                "LBFGS moves all weights along one direction that it keeps as a whole: it cannot be masked"
+            )
         _check_choice("method", method, METHODS)
         _check_choice("prune", prune, PRUNE)
         _check_choice("growth", growth, GROWTH)
@@ -100,8 +119,10 @@ class Masking:
                 raise UsageError(f"{name} lies in (0, 1], not {density}")
         if not 0 <= prune_rate <= 1:
             raise UsageError(f"prune_rate lies in [0, 1], not {prune_rate}")
-        if update_frequency < 1:
-            raise UsageError(f"update_frequency is at least 1 step, not {update_frequency}")
+        update_frequency = _whole("update_frequency", update_frequency, at_least=1)
+        prune_start_step = _whole("prune_start_step", prune_start_step)
+        prune_end_step = None if prune_end_step is None else _whole("prune_end_step", prune_end_step)
+        total_steps = None if total_steps is None else _whole("total_steps", total_steps, at_least=1)
         if decay_schedule != "constant" and not total_steps:
             raise UsageError(f"decay_schedule {decay_schedule!r} needs total_steps")
         modes = chosen_modes(prune, growth, redistribution)
@@ -138,8 +159,10 @@ class Masking:
         self.steps = 0
         self.updates_enabled = True
         self._parameters: dict[str, nn.Parameter] = {}
+        self._links: list[tuple[Mapping[str, Any], str, Any]] = []  # what leads from the model to its masked weights
         self._explorations = 0  # prune-and-grow rounds so far; each has its own random stream
-        self._zeroed = False  # masks were applied since optimizer state was made or loaded: zeros only need keeping
+        self._versions: list[int] | None = None  # of the weights when they and all their state were last masked
+        self._gradients_masked = False  # before the optimizer step that is going on
         self._overdue = False  # an update that met overflowed gradients waits for the next step
         self._method = METHODS[method]
         self._threshold: float | None = None
@@ -177,17 +200,21 @@ class Masking:
             raise UsageError(f"pruning_rate lies in [0, 1], not {pruning_rate}")
         if self.masks:
             raise UsageError("this Masking already has a model: make one Masking per model")
-        parameters = maskable_parameters(model, keep_first_dense)
-        if not parameters:
-            raise UsageError("the model has no 2-D or 4-D parameter to mask")
-        optimized = {parameter for group in self.optimizer.param_groups for parameter in group["params"]}
-        if optimized.isdisjoint(parameters.values()):
-            raise UsageError("the optimizer holds no weight of this model: make it from this very model's parameters")
+        parameters = self._trained(maskable_parameters(model, keep_first_dense))
+        total = sum(weight.numel() for weight in parameters.values())
+        if METHODS[self.method].shrink and active_count(total, self.final_density) == 0:
+            raise UsageError(f"final_density {self.final_density} leaves none of {total:,} weights active")
         self._parameters = parameters
+        self._links = _links(distributed.unwrap(model), parameters)
         self.seed = distributed.broadcast_object(self.seed)
         generator = torch.Generator().manual_seed(derive_seed(self.seed, "first masks"))
         with torch.no_grad():
             drawn = SPARSE_INITS[sparse_init].draw(parameters, InitSettings(self.init_density, pruning_rate, generator))
+            if not any(nonzero_counts(drawn.values())):
+                raise UsageError(
+                    f"sparse_init {sparse_init!r} leaves none of {total:,} weights active (init_density "
+                    f"{self.init_density}, pruning_rate {pruning_rate})"
+                )
             # A mask is laid out in memory as its weight is, so that both can be read as flat views.
             self.masks = {
                 name: torch.empty_like(weight, dtype=torch.bool).copy_(drawn[name])
@@ -197,6 +224,44 @@ class Masking:
             mask.copy_(distributed.broadcast(mask.contiguous()))
         self._ever_active = {name: mask.to("cpu", copy=True) for name, mask in self.masks.items()}
         self.apply_masks()
+        self._versions = None
+        self._hook_optimizer()
+
+    def _trained(self, parameters: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
+        """Those of the parameters that the optimizer trains; of the others the user is told."""
+        if not parameters:
+            raise UsageError("the model has no weight to mask")
+        optimized = {parameter for group in self.optimizer.param_groups for parameter in group["params"]}
+        held = {name: parameter for name, parameter in parameters.items() if parameter in optimized}
+        if not held:
+            raise UsageError("the optimizer holds no weight of this model: make it from this very model's parameters")
+        trained = {name: parameter for name, parameter in held.items() if parameter.requires_grad}
+        if not trained:
+            raise UsageError("all weights of this model are frozen (requires_grad is False): there is nothing to mask")
+        if left_alone := [name for name in parameters if name not in trained]:
+            warn(
+                f"left alone, without masks, because they are frozen or not in the optimizer: {', '.join(left_alone)}",
+                stacklevel=3,
+            )
+        return trained
+
+    def _hook_optimizer(self) -> None:
+        """Run :meth:`_after_optimizer_step` after every step of the optimizer, in place of an earlier Masking's."""
+        this = weakref.ref(self)
+
+        def after_step(*_: Any) -> None:
+            if (masking := this()) is not None:
+                masking._after_optimizer_step()
+
+        if remove_earlier := HOOKS.pop(self.optimizer, None):
+            remove_earlier()
+        HOOKS[self.optimizer] = weakref.finalize(self, self.optimizer.register_step_post_hook(after_step).remove)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Be a copy, whose optimizer is a copy without hooks."""
+        self.__dict__.update(state)
+        if self.masks:
+            self._hook_optimizer()
 
     def step(self, scaler: torch.amp.GradScaler | None = None, *, keep_gradients: bool = True) -> None:
         """Optimizer step, masks, and the topology update when it is due.
@@ -206,24 +271,49 @@ class Masking:
                 meets overflowed gradients waits for the next step.
             keep_gradients: leave the dense gradients in place, for a :meth:`truncate_weights` that may follow. If not,
                 a step without a topology update masks the gradients before the optimizer step, instead of weights and
-                optimizer state after it, which saves a pass or two over memory. What is zero then stays zero, provided
-                that nothing else writes weights between steps, and that the optimizer leaves a weight without
-                gradient and state alone (SGD and Adam do, Rprop and Adamax do not). In float16 training, gradients that
-                overflow at inactive weights alone then skip no step.
+                optimizer state after it, which saves a pass or two over memory. What is zero then stays zero: only of
+                optimizers in :data:`KEEPS_ZEROS`, and not after something else has written weights, is this done. In
+                float16 training, gradients that overflow at inactive weights alone then skip no step.
+
+        Raises:
+            UsageError: if the optimizer runs no hooks, or the model's masked weights are others than they were.
         """
         self._check_has_model()
-        due = self.update_due
-        masks_gradients = self._zeroed and not (keep_gradients or due or self._tracks_momentum)
-        self.steps += 1
-        if masks_gradients:
+        steps = self.steps
+        zeros_stay = type(self.optimizer) in KEEPS_ZEROS and self._versions == self._weight_versions()
+        self._gradients_masked = zeros_stay and not (keep_gradients or self.update_due or self._tracks_momentum)
+        if self._gradients_masked:
             self.mask_gradients()
-        take_step(self.optimizer, scaler)
-        skipped = scaler is not None and (due or self._tracks_momentum) and not self.gradients_are_finite()
+        try:
+            take_step(self.optimizer, scaler)
+        finally:
+            self._gradients_masked = False
+        if self.steps > steps:
+            return
+        if scaler is None:
+            raise UsageError(
+                "the optimizer's step did not reach its masks: a later Masking has taken the optimizer over, or it is "
+                "a wrapper that runs no step hooks, so that Masking needs the optimizer inside"
+            )
+        self._count_step(skipped=True)
+
+    def _after_optimizer_step(self) -> None:
+        """Mask what the optimizer has just changed, and update the topology when it is due."""
+        self._check_has_model()
+        # A fused optimizer runs, without effect, in a step that its loss scaler skips; others are not run at all.
+        matters = self._tracks_momentum or self.update_due
+        skipped = matters and bool(getattr(self.optimizer, "found_inf", False))
         if self._tracks_momentum and not skipped:
             self._dense_momentum.age(self._parameters)
-        if not masks_gradients:
+        if self._gradients_masked:
+            self._versions = self._weight_versions()
+        else:
             self.apply_masks()
-            self._zeroed = True
+        self._count_step(skipped)
+
+    def _count_step(self, skipped: bool) -> None:
+        due = self.update_due
+        self.steps += 1
         self._overdue = due and skipped
         if due and not skipped:
             self._update_topology()
@@ -260,7 +350,19 @@ class Masking:
             )
 
     def density(self) -> float:
-        """Active over maskable weights, exactly."""
+        """Active over maskable weights, exactly.
+
+        Raises:
+            UsageError: if weights that the masks say are zero are not, because something else has written them.
+        """
+        self._check_has_model()
+        if self._versions != self._weight_versions():
+            for name, weight in self._parameters.items():
+                if weight[~self.masks[name]].any():
+                    raise UsageError(
+                        f"{name} has weights where its mask has none: something other than this optimizer's steps has "
+                        "written them, and the next step or apply_masks() makes them zero again"
+                    )
         return sum(self.active_counts().values()) / sum(mask.numel() for mask in self.masks.values())
 
     def active_counts(self) -> dict[str, int]:
@@ -302,6 +404,11 @@ class Masking:
             self._dense_momentum.keep(name, weight, self.masks[name])
             states = [state for _, state in per_weight_state(self.optimizer, weight)]
             zero_inactive([weight, *states], self.masks[name])
+        self._versions = self._weight_versions()
+
+    def _weight_versions(self) -> list[int]:
+        """Counters that PyTorch raises whenever something writes into the weights (but by way of ``.data``)."""
+        return [weight._version for weight in self._parameters.values()]
 
     def mask_gradients(self) -> None:
         """Zero the gradient of every inactive weight, in place."""
@@ -343,7 +450,7 @@ class Masking:
         self.seed = state["seed"]
         if self._tracks_momentum:
             self._dense_momentum.load_state_dict(state["off_mask_momentum"], self._parameters)
-        self._zeroed = False
+        self._versions = None
 
     # ----------------------------------------------------------------------------------- topology updates
 
@@ -392,6 +499,11 @@ class Masking:
 
         A mask whose weight has changed its memory format since is laid out anew.
         """
+        if frozen := [name for name, weight in self._parameters.items() if not weight.requires_grad]:
+            raise UsageError(
+                f"{frozen[0]} was frozen after add_module, and an update would prune it: freeze layers before, or stop "
+                "updates by updates_enabled = False"
+            )
         if self._reads_gradient and all(weight.grad is None for weight in self._parameters.values()):
             raise UsageError("the chosen modes read gradients: run a backward pass before")
         last = classifier(self._parameters)
@@ -416,11 +528,31 @@ class Masking:
     def _check_has_model(self) -> None:
         if not self.masks:
             raise UsageError("there are no masks yet: call add_module first")
+        for holder, name, held in self._links:
+            if holder.get(name) is not held:
+                raise UsageError(
+                    f"the masked model's {name!r} was replaced after add_module: make a new optimizer and Masking"
+                )
 
     def gradients_are_finite(self) -> bool:
         """Whether all gradients of the optimizer's parameters are finite; a loss scaler skips steps where not."""
         parameters = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
         return bool(torch.stack([p.grad.isfinite().all() for p in parameters]).all())
+
+
+def _links(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> list[tuple[Mapping[str, Any], str, Any]]:
+    """What leads from a model to its masked weights: (a module's entries, name of one, what it is)."""
+    masked = set(parameters.values())
+    links: dict[tuple[int, str], tuple[Mapping[str, Any], str, Any]] = {}
+    for path, parameter in model.named_parameters():
+        if parameter in masked:
+            *parents, last = path.split(".")
+            module = model
+            for name in parents:
+                links[id(module), name] = module._modules, name, module._modules[name]
+                module = module.get_submodule(name)
+            links[id(module), last] = module._parameters, last, parameter
+    return list(links.values())
 
 
 BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -469,3 +601,10 @@ def _fingerprint(mask: Tensor) -> Tensor:
 def _check_choice(name: str, value: str, table: Mapping[str, Any]) -> None:
     if value not in table:
         raise UsageError(f"{name} is one of {', '.join(table)}, not {value!r}")
+
+
+def _whole(name: str, value: Any, at_least: int = 0) -> int:
+    number = float(value) if isinstance(value, Real) else math.nan
+    if not number.is_integer() or number < at_least:
+        raise UsageError(f"{name} is a whole number of steps, at least {at_least}, not {value!r}")
+    return int(value)

@@ -8,6 +8,12 @@ from torch import Tensor, nn
 
 from sparselearning.errors import UsageError
 
+KEEPS_ZEROS = {
+    torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.NAdam, torch.optim.RAdam, torch.optim.RMSprop,
+    torch.optim.Adagrad, torch.optim.Adadelta,
+}  # fmt: skip
+"""Optimizers, not their subclasses, whose step leaves a weight at zero if its gradient and state are."""
+
 
 def per_weight_state(optimizer: torch.optim.Optimizer, weight: nn.Parameter) -> Iterator[tuple[str, Tensor]]:
     """State tensors of the weight's shape, by name."""

@@ -806,6 +806,168 @@ def test_a_state_in_memory_stays_what_it_was():
     assert torch.equal(kept, copy["off_mask_momentum"][name][key])
 
 
+# ------------------------------------------------------- loops that know nothing of masks, and faults in them
+
+
+def run_of(advance, steps=10, **options):
+    """All that training leaves, with ``advance(masking, number)`` in place of each ``masking.step()``."""
+    model = SmallNet()
+    masking = Masking(sgd(model), init_density=0.3, update_frequency=3, **options)
+    masking.add_module(model)
+    for number in range(steps):
+        backward(model, number)
+        advance(masking, number)
+        assert_zero_off_the_masks(model, masking)
+    return {"model": model.state_dict(), "optimizer": masking.optimizer.state_dict(), "masking": masking.state_dict()}
+
+
+def with_closure(masking, number):
+    masking.optimizer.step(lambda: torch.zeros(()))
+
+
+def with_scaler(masking, number):
+    scaler = torch.amp.GradScaler("cpu", init_scale=1.0)
+    scaler.scale(torch.zeros(()))
+    scaler.step(masking.optimizer)
+
+
+@pytest.mark.parametrize("growth", GROWTH)
+@pytest.mark.parametrize("advance", [lambda masking, number: masking.optimizer.step(), with_closure, with_scaler])
+def test_a_step_of_the_optimizer_alone_is_a_whole_step(advance, growth):
+    expected = run_of(lambda masking, number: masking.step(), growth=growth)
+    assert expected["masking"]["steps"] == 10
+    assert_identical(expected, run_of(advance, growth=growth))
+
+
+def test_steps_with_and_without_masking_can_be_mixed():
+    mixed = run_of(
+        lambda masking, number: masking.step(keep_gradients=False) if number % 2 else masking.optimizer.step()
+    )
+    assert_identical(run_of(lambda masking, number: masking.step()), mixed)
+
+
+def test_the_masks_hold_as_long_as_the_masking_is_kept():
+    model = SmallNet()
+    optimizer = sgd(model)
+    masking = Masking(optimizer, init_density=0.3)
+    masking.add_module(model)
+    mask = masking.masks["hidden.weight"]
+    backward(model, 0)
+    optimizer.step()
+    assert not model.hidden.weight[~mask].any()
+    del masking
+    optimizer.step()
+    assert model.hidden.weight[~mask].all()
+
+
+def test_a_later_masking_takes_the_optimizer_over():
+    model = SmallNet()
+    optimizer = sgd(model)
+    earlier, later = (Masking(optimizer, init_density=0.3, growth="random", seed=seed) for seed in (1, 2))
+    earlier.add_module(model)
+    later.add_module(model)
+    backward(model, 0)
+    later.step()
+    assert later.density() == 0.3
+    assert_zero_off_the_masks(model, later)
+    assert earlier.steps == 0
+    with pytest.raises(UsageError, match="taken the optimizer over"):
+        earlier.step()
+    del later
+    earlier_mask = earlier.masks["hidden.weight"]
+    optimizer.step()
+    assert model.hidden.weight[~earlier_mask].any(), "an earlier Masking does not come back"
+
+
+def test_a_copy_masks_its_own_model():
+    model = SmallNet()
+    masking = Masking(sgd(model), init_density=0.3, update_frequency=2)
+    masking.add_module(model)
+    twin, twins = copy.deepcopy((model, masking))
+    for number in range(4):
+        for network, its in ((model, masking), (twin, twins)):
+            backward(network, number)
+            its.step()
+            assert_zero_off_the_masks(network, its)
+    assert_identical(masking.state_dict(), twins.state_dict())
+    assert_identical(dict(model.state_dict()), dict(twin.state_dict()))
+
+
+def replace_a_layer(model):
+    model.hidden = nn.Linear(16, 12)
+
+
+def replace_a_parameter(model):
+    model.hidden.weight = nn.Parameter(torch.ones(12, 16))
+
+
+def remove_a_layer(model):
+    del model.hidden
+
+
+@pytest.mark.parametrize("replace", [replace_a_layer, replace_a_parameter, remove_a_layer])
+@pytest.mark.parametrize(
+    "use",
+    [Masking.step, Masking.density, lambda masking: masking.optimizer.step()],
+    ids=["step", "density", "optimizer"],
+)
+def test_a_replaced_layer_is_noticed(replace, use):
+    model = SmallNet()
+    masking = Masking(sgd(model), init_density=0.3)
+    masking.add_module(torch.compile(model, backend="eager"))
+    model.norm = nn.Identity()  # nothing that has a mask
+    backward(model, 0)
+    use(masking)
+    replace(model)
+    with pytest.raises(UsageError, match=r"'(hidden|weight)' was replaced after add_module"):
+        use(masking)
+
+
+def test_density_refuses_to_speak_for_weights_that_something_else_has_written():
+    model = SmallNet()
+    dense = copy.deepcopy(model.state_dict())
+    masking = Masking(sgd(model), init_density=0.1, growth="random")
+    masking.add_module(model)
+    for keep_gradients in (True, False):
+        backward(model, 0)
+        masking.step(keep_gradients=keep_gradients)
+        assert masking.density() == 0.1
+        model.load_state_dict(dense)
+        with pytest.raises(UsageError, match=r"conv\.weight has weights where its mask has none"):
+            masking.density()
+        backward(model, 0)
+        masking.step(keep_gradients=keep_gradients)
+        assert masking.density() == 0.1
+        assert_zero_off_the_masks(model, masking)
+
+
+MATRICES_ONLY = {"Muon"}
+NO_MASKING = {"LBFGS", "SparseAdam"}  # one is refused; the other takes sparse gradients alone
+ALL_OPTIMIZERS = sorted(
+    name
+    for name, kind in vars(torch.optim).items()
+    if isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer) and kind is not torch.optim.Optimizer
+)
+
+
+@pytest.mark.parametrize("optimizer", sorted(set(ALL_OPTIMIZERS) - NO_MASKING))
+def test_every_optimizer_keeps_inactive_weights_at_zero(optimizer):
+    torch.manual_seed(0)
+    bias = optimizer not in MATRICES_ONLY
+    model = nn.Sequential(nn.Linear(9, 8, bias=bias), nn.Tanh(), nn.Linear(8, 4, bias=bias))
+    masking = Masking(
+        getattr(torch.optim, optimizer)(model.parameters(), lr=0.01), init_density=0.3, update_frequency=4
+    )
+    masking.add_module(model)
+    before = copy.deepcopy(model.state_dict())
+    for number in range(7):
+        random_gradients(model, number)
+        masking.step(keep_gradients=False)
+        assert masking.density() == round(0.3 * 104) / 104
+        assert_zero_off_the_masks(model, masking)
+    assert any(not torch.equal(before[name], entry) for name, entry in model.state_dict().items())
+
+
 # -------------------------------------------------------------------------------------- stop and go on
 
 
@@ -1121,14 +1283,14 @@ def test_only_matrices_and_kernels_are_masked():
 
 def test_a_layer_without_active_weights_does_no_harm():
     model = SmallNet()
-    masking = Masking(sgd(model), update_frequency=1, init_density=1e-6)
+    masking = Masking(sgd(model), update_frequency=1, init_density=1 / SIZE)
     masking.add_module(model, "uniform")
     for number in range(3):
         random_gradients(model, number)
         masking.step()
         masking.truncate_weights(0.5)
-    assert masking.density() == 0.0
-    assert not any(model.get_parameter(name).any() for name in NAMES)
+    assert counts(masking) == {"conv.weight": 0, "hidden.weight": 1, "head.weight": 0}
+    assert not model.conv.weight.any()
 
 
 def test_a_dense_model_stays_dense():
@@ -1158,6 +1320,15 @@ WRONG = [
     ("prune_rate", {"prune_rate": 1.5}),
     ("prune_rate", {"prune_rate": math.nan}),
     ("update_frequency", {"update_frequency": 0}),
+    ("update_frequency", {"update_frequency": math.nan}),
+    ("update_frequency", {"update_frequency": 12.5}),
+    ("update_frequency", {"update_frequency": "100"}),
+    ("prune_start_step", {"prune_start_step": -1}),
+    ("prune_start_step", {"method": "GraNet", "prune_start_step": math.nan, "prune_end_step": 9}),
+    ("prune_end_step", {"method": "GraNet", "prune_end_step": math.nan}),
+    ("prune_end_step", {"method": "GraNet", "prune_end_step": math.inf}),
+    ("total_steps", {"decay_schedule": "cosine", "total_steps": 0}),
+    ("total_steps", {"decay_schedule": "cosine", "total_steps": math.nan}),
     ("total_steps", {"decay_schedule": "cosine"}),
     ("total_steps", {"decay_schedule": "linear"}),
     *[(name, {"method": name, "prune_end_step": None}) for name in GRADUAL],
@@ -1171,6 +1342,32 @@ def test_wrong_options_are_refused(message, options):
     with pytest.raises(UsageError, match=message) as error:
         Masking(sgd(SmallNet()), **options)
     assert isinstance(error.value, ValueError)
+
+
+def test_a_model_in_place_of_the_optimizer_is_refused():
+    with pytest.raises(UsageError, match=r"takes the model's optimizer.*SmallNet"):
+        Masking(SmallNet())
+
+
+def test_lbfgs_is_refused():
+    with pytest.raises(UsageError, match="LBFGS"):
+        Masking(torch.optim.LBFGS(SmallNet().parameters()))
+
+
+@pytest.mark.parametrize(
+    ("message", "options"),
+    [
+        ("init_density 1e-06", {"init_density": 1e-6}),
+        ("final_density 1e-06", {"method": "GraNet", "init_density": 0.5, "final_density": 1e-6, "prune_end_step": 9}),
+    ],
+)
+def test_a_budget_that_rounds_to_no_weight_is_refused(message, options):
+    model = SmallNet()
+    masking = Masking(sgd(model), **options)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(UsageError, match=f"{message}.*none of 300 weights|none of 300 weights.*{message}"):
+        masking.add_module(model)
+    assert_identical(before, dict(model.state_dict()))
 
 
 @pytest.mark.parametrize("table", [METHODS, PRUNE, GROWTH, REDISTRIBUTION], ids=["method", "prune", "growth", "redis"])
@@ -1219,15 +1416,52 @@ def test_kin_of_adam_have_momentum_to_grow_by(optimizer, growth):
     assert not same(masking.masks, before)
 
 
-def test_a_frozen_layer_has_no_momentum_and_does_no_harm():
-    model = SmallNet()
+def frozen(model):
     model.conv.requires_grad_(False)
-    masking = Masking(torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), growth="momentum", update_frequency=1)
+    return sgd(model)
+
+
+def not_in_the_optimizer(model):
+    return torch.optim.SGD([*model.hidden.parameters(), *model.head.parameters()], lr=0.05, momentum=0.9)
+
+
+@pytest.mark.parametrize("growth", ["gradient", "momentum"])
+@pytest.mark.parametrize("make", [frozen, not_in_the_optimizer])
+def test_weights_that_are_not_trained_are_left_alone_and_named_once(make, growth):
+    model = SmallNet()
+    before = model.conv.weight.detach().clone()
+    masking = Masking(make(model), growth=growth, update_frequency=1, init_density=0.25)
+    with pytest.warns(UserWarning, match=r"left alone.*: conv\.weight$") as warnings:
+        masking.add_module(model)
+    assert [warning.filename for warning in warnings] == [__file__]
+    for number in range(3):
+        backward(model, number)
+        masking.step()
+    assert list(masking.masks) == ["hidden.weight", "head.weight"]
+    assert masking.density() == 57 / 228
+    assert torch.equal(model.conv.weight, before)
+
+
+def test_a_model_without_any_trained_weight_is_refused():
+    model = SmallNet().requires_grad_(False)
+    with pytest.raises(UsageError, match="frozen"):
+        Masking(sgd(model)).add_module(model)
+
+
+def test_an_update_refuses_to_prune_a_layer_that_was_frozen_since():
+    model = SmallNet()
+    masking = Masking(sgd(model), growth="random", update_frequency=2, init_density=0.3)
     masking.add_module(model)
-    before = counts(masking)
+    model.conv.requires_grad_(False)
+    before = model.conv.weight.clone()
     backward(model, 0)
     masking.step()
-    assert counts(masking) == before
+    with pytest.raises(UsageError, match=r"conv\.weight was frozen"):
+        masking.step()
+    masking.updates_enabled = False
+    for _ in range(2):
+        masking.step()
+    assert torch.equal(model.conv.weight, before)
 
 
 def test_a_growth_mode_of_ones_own(monkeypatch):
