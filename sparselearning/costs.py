@@ -171,8 +171,8 @@ def cost_summary(
     densities: Mapping[str, float],
     total_training_flops: float,
     training_samples: int,
-) -> dict[str, float]:
-    """Costs of a run and of the network that it made, as plain values for ``summary.json``.
+) -> dict[str, Any]:
+    """Costs of a run and of the network that it made, under their names in ``records.Summary``.
 
     Args:
         layers: dense FLOPs of each layer, from :func:`layer_flops`.

@@ -8,7 +8,7 @@ and begun anew if it is interrupted.
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,6 +24,8 @@ from sparselearning.optimizer_state import take_step
 from sparselearning.passes import Passes, Tally, keeping_buffers
 from sparselearning.plan import Plan
 from sparselearning.progress import Progress
+from sparselearning.records import EpochRow, Summary, TicketRow
+from sparselearning.schema import read
 from sparselearning.seeding import rng_state, set_rng_state
 from sparselearning.selection import SelectionError
 from sparselearning.signals import Stopped
@@ -108,8 +110,8 @@ class Trainer:
         self.superposition: State | None = None
         self.superposition_masks: dict[str, Tensor] = {}
         self.pretrain_acc: float | None = None
-        self.metrics: list[dict[str, Any]] = []
-        self.tickets: list[dict[str, Any]] = []
+        self.metrics: list[EpochRow] = []
+        self.tickets: list[TicketRow] = []
         self._tally = Tally(self.device)  # of this rank in this epoch
         self._costs = CostMeter(layer_flops)  # the same
         self._bad_batch = torch.full((), -1, device=self.device)  # first batch of the epoch with a loss not finite
@@ -121,8 +123,8 @@ class Trainer:
 
     # ------------------------------------------------------------------------------------------ the run
 
-    def run(self) -> dict[str, Any]:
-        """Train from the present position to the end; return the content of ``summary.json``, not yet written.
+    def run(self) -> Summary:
+        """Train from the present position to the end; return the run's summary, not yet written.
 
         Raises:
             Stopped: on a stop signal, after writing the checkpoint.
@@ -145,8 +147,8 @@ class Trainer:
                 self._finish_epoch()
             summary = self._summary()
             if self.sources.test is not None:
-                summary["test_acc"] = self.evaluate_superposition(self.sources.test)[1]
-            summary["total_seconds"] = self._total_seconds()
+                _, test_acc = self.evaluate_superposition(self.sources.test)
+                summary = replace(summary, test_acc=test_acc, total_seconds=self._total_seconds())
         except _StopRequested as request:
             self._check_finite()
             self.save_checkpoint()
@@ -218,22 +220,22 @@ class Trainer:
             set_rng_state(rng, self.device)  # dropout draws while BatchNorm is re-estimated
             raise
         loss_sum, hits, samples = distributed.sum_over_ranks(self._tally.sums.clone()).tolist()
-        row = {
-            "phase": "cycle" if plan.is_cycle(epoch) else "pretrain",
-            "epoch": epoch,
-            "ticket": plan.ticket(epoch),
-            "lr": plan.lr(epoch, len(self.sources.train) - 1, len(self.sources.train)),
-            "train_loss": loss_sum / samples,
-            "train_acc": hits / samples,
-            "eval_loss": eval_loss,
-            "eval_acc": eval_acc,
-            "density": self._density(self.model.state_dict()),
-            "explored": self.masking.explored() if self.masking else 1.0,
-            "samples": int(samples),
-            "training_flops": sum(distributed.gather_objects(self._costs.flops)),
-            "seconds": self._seconds,
-            "images_per_second": samples / self._seconds,
-        }
+        row = EpochRow(
+            phase="cycle" if plan.is_cycle(epoch) else "pretrain",
+            epoch=epoch,
+            ticket=plan.ticket(epoch),
+            lr=plan.lr(epoch, len(self.sources.train) - 1, len(self.sources.train)),
+            train_loss=loss_sum / samples,
+            train_acc=hits / samples,
+            eval_loss=eval_loss,
+            eval_acc=eval_acc,
+            density=self._density(self.model.state_dict()),
+            explored=self.masking.explored() if self.masking else 1.0,
+            samples=int(samples),
+            training_flops=sum(distributed.gather_objects(self._costs.flops)),
+            seconds=self._seconds,
+            images_per_second=samples / self._seconds,
+        )
         self.metrics.append(row)
         if epoch + 1 == plan.budget.pretrain_epochs:
             self._adopt_pretrained(eval_acc, epochs=epoch + 1)
@@ -243,7 +245,7 @@ class Trainer:
             write_jsonl(self.folder.metrics, self.metrics)
             if ticket_row:
                 write_jsonl(self.folder.tickets, self.tickets)
-                self._write_networks(ticket_row["ticket"], epochs=epoch + 1)
+                self._write_networks(ticket_row.ticket, epochs=epoch + 1)
         self.progress.epoch(row)
         if ticket_row:
             self.progress.ticket(ticket_row)
@@ -283,7 +285,7 @@ class Trainer:
         with keeping_buffers(self.model):
             self.passes.backward(next(iter(self.sources.train.epoch(self.epoch))), scaled)
 
-    def _superpose_ticket(self, ticket_acc: float) -> dict[str, Any]:
+    def _superpose_ticket(self, ticket_acc: float) -> TicketRow:
         """Superpose the network as it is with the superposition so far; the network itself stays as it is."""
         began = time.perf_counter()
         assert self.superposition is not None
@@ -301,16 +303,16 @@ class Trainer:
             _, superposed_acc = self.evaluate()
             state = self.passes.state()
         self.superposition, self.superposition_masks = state, masks
-        return {
-            "ticket": number,
-            "ticket_acc": ticket_acc,
-            "superposed_acc": superposed_acc,
-            "factor": factor,
-            "union_density": union_density,
-            "density": self._density(state),
-            "bn_flops": self._bn_flops(state),
-            "seconds": time.perf_counter() - began,
-        }
+        return TicketRow(
+            ticket=number,
+            ticket_acc=ticket_acc,
+            superposed_acc=superposed_acc,
+            factor=factor,
+            union_density=union_density,
+            density=self._density(state),
+            bn_flops=self._bn_flops(state),
+            seconds=time.perf_counter() - began,
+        )
 
     def evaluate(self, source: BatchSource | None = None) -> tuple[float, float]:
         """Mean loss and accuracy in [0, 1] of the network as it is, on the evaluation set if no other is given."""
@@ -399,27 +401,28 @@ class Trainer:
                 self._write_networks(len(self.tickets), epochs=self.epoch)
         self.save_checkpoint()
 
-    def _summary(self) -> dict[str, Any]:
-        ticket_acc = [row["ticket_acc"] for row in self.tickets]
-        superposed_acc = [row["superposed_acc"] for row in self.tickets]
+    def _summary(self) -> Summary:
+        ticket_acc = [row.ticket_acc for row in self.tickets]
+        superposed_acc = [row.superposed_acc for row in self.tickets]
         final_acc = superposed_acc[-1] if superposed_acc else self.pretrain_acc
         assert final_acc is not None
         assert self.pretrain_acc is not None
         assert self.superposition is not None
-        images = sum(row["samples"] for row in self.metrics)
-        seconds = sum(row["seconds"] for row in self.metrics)
-        return {
-            "pretrain_acc": self.pretrain_acc,
-            "ticket_acc": ticket_acc,
-            "superposed_acc": superposed_acc,
-            "final_acc": final_acc,
-            "density": self._density(self.superposition),
-            "gain": 100 * (final_acc - self.pretrain_acc),
-            "gain_over_ticket": 100 * (final_acc - ticket_acc[-1]) if ticket_acc else None,
-            "images_per_second": images / seconds if seconds else None,
-            **({"explored": self.metrics[-1]["explored"]} if self.metrics else {}),
-            **self._cost_summary(self.superposition),
-        }
+        images = sum(row.samples or 0 for row in self.metrics)
+        seconds = sum(row.seconds or 0 for row in self.metrics)
+        return Summary(
+            pretrain_acc=self.pretrain_acc,
+            ticket_acc=ticket_acc,
+            superposed_acc=superposed_acc,
+            final_acc=final_acc,
+            density=self._density(self.superposition),
+            gain=100 * (final_acc - self.pretrain_acc),
+            gain_over_ticket=100 * (final_acc - ticket_acc[-1]) if ticket_acc else None,
+            images_per_second=images / seconds if seconds else None,
+            explored=self.metrics[-1].explored if self.metrics else None,
+            **self._cost_summary(self.superposition, images),
+            total_seconds=self._total_seconds(),
+        )
 
     # ------------------------------------------------------------------------------------------------- costs
 
@@ -434,15 +437,16 @@ class Trainer:
         per_sample = self._costs.forward({name: state[name] for name in self.maskable})
         return self.sources.train_once.num_samples * per_sample
 
-    def _cost_summary(self, state: State) -> dict[str, float]:
+    def _cost_summary(self, state: State, images: int) -> dict[str, Any]:
         if not self.metrics:
             return {}
+        spent = sum(row.training_flops or 0 for row in self.metrics) + sum(row.bn_flops or 0 for row in self.tickets)
         return cost_summary(
             self._costs.layers,
             {name: parameter.numel() for name, parameter in self.model.named_parameters()},
             layer_densities({name: state[name] for name in self.maskable}),
-            sum(row["training_flops"] for row in self.metrics) + sum(row["bn_flops"] for row in self.tickets),
-            sum(row["samples"] for row in self.metrics),
+            spent,
+            images,
         )
 
     def _total_seconds(self) -> float:
@@ -488,8 +492,8 @@ class Trainer:
                     "superposition": self.superposition,
                     "superposition_masks": self.superposition_masks,
                     "pretrain_acc": self.pretrain_acc,
-                    "metrics": self.metrics,
-                    "tickets": self.tickets,
+                    "metrics": [row.as_dict() for row in self.metrics],
+                    "tickets": [row.as_dict() for row in self.tickets],
                     "seconds": self._seconds,
                     "total_seconds": self._total_seconds(),
                     "ranks": ranks,
@@ -509,7 +513,9 @@ class Trainer:
             self.superposition = {k: v.to(self.device) for k, v in saved["superposition"].items()}
         self.superposition_masks = {k: v.to(self.device) for k, v in saved["superposition_masks"].items()}
         self.pretrain_acc = saved["pretrain_acc"]
-        self.metrics, self.tickets = list(saved["metrics"]), list(saved["tickets"])
+        name = self.folder.checkpoint.name
+        self.metrics = read(list[EpochRow], saved["metrics"], f"{name}, metrics,", complete=True)
+        self.tickets = read(list[TicketRow], saved["tickets"], f"{name}, tickets,", complete=True)
         self._seconds = saved["seconds"]
         self._earlier_seconds = saved["total_seconds"]
         if self.passes.precision.scaler and saved["scaler"]:

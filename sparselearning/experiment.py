@@ -22,6 +22,7 @@ from sparselearning.passes import Passes, keeping_buffers
 from sparselearning.plan import Plan
 from sparselearning.progress import Progress, print_notes, run_table
 from sparselearning.provenance import ENVIRONMENT
+from sparselearning.records import Summary
 from sparselearning.runtime import Runtime
 from sparselearning.signals import Stopped, stop_signals
 from sparselearning.sparse_init import SPARSE_INITS
@@ -143,8 +144,8 @@ def prepare(
     return trainer
 
 
-def run(recipe: Recipe, plan: Plan, sparse: SparseTraining | None, runtime: Runtime, output: Output) -> dict[str, Any]:
-    """Do one run from its start, or from where it was stopped, to its table; return ``summary.json``'s content.
+def run(recipe: Recipe, plan: Plan, sparse: SparseTraining | None, runtime: Runtime, output: Output) -> Summary:
+    """Do one run from its start, or from where it was stopped, to its table; return its summary.
 
     Raises:
         UsageError: if what ``resume`` names does not fit.
@@ -311,7 +312,7 @@ def _note_environment(folder: RunFolder, config: Mapping[str, Any]) -> None:
         FaultError: if the file is damaged.
     """
     there = folder.read_config()
-    latest = there.get("resumed", [there])[-1]
+    latest = (there.get("resumed") or [there])[-1]
     now = {name: config[name] for name in ENVIRONMENT if name in config}
     if any(latest.get(name) != value for name, value in now.items()):
         there.setdefault("resumed", []).append(now)

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 from sparselearning.errors import FaultError, UsageError
+from sparselearning.records import History, flags_of
+from sparselearning.schema import FlagValue, Record, read
 
 
 def write_whole(path: Path, write: Callable[[IO[bytes]], None]) -> None:
@@ -109,14 +111,62 @@ def saved_state(content: Mapping[str, Any], source: Path) -> dict[str, Tensor]:
     return {name.replace("_orig_mod.", "").removeprefix("module."): entry for name, entry in state.items()}
 
 
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
+def write_json(path: Path, content: Mapping[str, Any] | Record) -> None:
     """Write one JSON object, readable by people."""
-    write_text(path, json.dumps(content, indent=2) + "\n")
+    write_text(path, json.dumps(_named_values(content), indent=2) + "\n")
 
 
-def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any] | Record]) -> None:
     """Write one JSON object per line."""
-    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+    write_text(path, "".join(json.dumps(_named_values(row)) + "\n" for row in rows))
+
+
+def _named_values(content: Mapping[str, Any] | Record) -> Mapping[str, Any]:
+    return content.as_dict() if isinstance(content, Record) else content
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        FaultError: if the file cannot be read, or holds no JSON object.
+    """
+    return _parse(_read_text(path), str(path))
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """Read one JSON object per line.
+
+    Raises:
+        FaultError: if the file cannot be read, or a line holds no JSON object.
+    """
+    return [_parse(line, at_line(path, n)) for n, line in enumerate(_read_text(path).splitlines(), start=1)]
+
+
+def at_line(path: Path, number: int) -> str:
+    """Name a line of a file, from 1, in messages."""
+    return f"{path}, line {number},"
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise FaultError(f"cannot read {path}: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise FaultError(f"{path} is damaged: it is no text") from error
+
+
+def _parse(text: str, source: str) -> dict[str, Any]:
+    try:
+        content = json.loads(text)
+    except RecursionError as error:
+        raise FaultError(f"{source} is damaged: it is nested too deep") from error
+    except ValueError as error:  # no JSON, or a number of thousands of digits
+        raise FaultError(f"{source} is damaged: {error}") from error
+    if not isinstance(content, dict):
+        raise FaultError(f"{source} is damaged: it holds no named values")
+    return content
 
 
 def lock_file(file: IO[str]) -> bool:
@@ -180,15 +230,15 @@ class RunFolder:
         return above if is_epochs else cls(path.parent)
 
     def read_config(self) -> dict[str, Any]:
-        """Content of ``config.json``.
+        """Content of ``config.json``, once that is known to be a run's.
 
         Raises:
             FaultError: if it is damaged.
         """
-        try:
-            return dict(json.loads(self.config.read_text()))
-        except (OSError, ValueError, TypeError) as error:
-            raise FaultError(f"{self.config} cannot be read as a run's configuration ({error!r})") from error
+        content = read_json(self.config)
+        read(History, content, str(self.config))
+        read(dict[str, FlagValue], flags_of(content), str(self.config))
+        return content
 
     def ticket(self, number: int) -> Path:
         """Where ``--keep-tickets`` puts a ticket; 0 is the pre-trained network."""

@@ -31,7 +31,7 @@ TICKET: dict[str, Any] = {
     "linestyle": "none",
 }
 SUPERPOSITION: dict[str, Any] = {"color": GREEN, "marker": "D", "markersize": 4.5, "linestyle": "none"}
-PARTS = {"train": ("training", BLUE, "-"), "eval": ("evaluation", ORANGE, "--")}
+PARTS = (("training", BLUE, "-"), ("evaluation", ORANGE, "--"))
 COMPARED = {
     "pretrain_acc_percent": (GREY, "s"),
     "last_ticket_acc_percent": (VERMILION, "^"),
@@ -92,9 +92,12 @@ def curves(run: Run) -> Figure:
     panels = 3 if run.tickets else 2
     figure = Figure(figsize=(WIDTH, 2.5 * panels))
     loss, accuracy, *enlarged = figure.subplots(panels)
-    for axes, quantity, scale in ((loss, "loss", 1), (accuracy, "acc", 100)):
-        for part, (label, color, dashes) in PARTS.items():
-            values = [scale * row[f"{part}_{quantity}"] for row in run.metrics]
+    shown = {
+        loss: ([row.train_loss for row in run.metrics], [row.eval_loss for row in run.metrics]),
+        accuracy: ([100 * row.train_acc for row in run.metrics], [100 * row.eval_acc for row in run.metrics]),
+    }
+    for axes, curves_of_parts in shown.items():
+        for (label, color, dashes), values in zip(PARTS, curves_of_parts, strict=True):
             axes.plot(_epochs_done(run), values, dashes, color=color, label=label, marker=_dot(run))
         _shade_cycles(axes, run)
     _log_scale(loss)
@@ -110,12 +113,13 @@ def curves(run: Run) -> Figure:
 def _mark_tickets(axes: Axes, run: Run) -> list[float]:
     """Mark the networks that were superposed and the superpositions; return the accuracies shown, in percent."""
     ends = [end for _, end in _cycles(run)]
-    tickets, superpositions = ([100 * row[key] for row in run.tickets] for key in ("ticket_acc", "superposed_acc"))
+    tickets = [100 * row.ticket_acc for row in run.tickets]
+    superpositions = [100 * row.superposed_acc for row in run.tickets]
     axes.plot(ends[: len(tickets)], tickets, label="ticket", **TICKET)
     axes.plot(ends[: len(tickets)], superpositions, label="superposition", **SUPERPOSITION)
-    pretrained = [100 * row["eval_acc"] for row in run.metrics if row["ticket"] is None][-1:]
+    pretrained = [100 * row.eval_acc for row in run.metrics if row.ticket is None][-1:]
     if run.summary:  # which knows it even if the run began with the cycles
-        pretrained = [100 * run.summary["pretrain_acc"]]
+        pretrained = [100 * run.summary.pretrain_acc]
     for accuracy in pretrained:
         axes.axhline(accuracy, color=GREY, linestyle=":", label="pre-trained")
     return tickets + superpositions + pretrained
@@ -134,16 +138,16 @@ def _enlarge_tickets(axes: Axes, run: Run) -> None:
 @style.context(STYLE)
 def schedules(run: Run) -> Figure:
     """Learning rate, density and, if it was recorded, the share of weights ever active, over the epochs."""
-    shares = {"density": "density\n[share of maskable weights]"}
-    if all("explored" in row for row in run.metrics):
-        shares["explored"] = "$R_s$: ever active\n[share of maskable weights]"
+    shares = {"density": [row.density for row in run.metrics]}
+    explored = [row.explored for row in run.metrics if row.explored is not None]
+    if len(explored) == len(run.metrics):
+        shares["$R_s$: ever active"] = explored
     figure = Figure(figsize=(WIDTH, 2.5 + 2.1 * len(shares)))
     rate, *others = figure.subplots(1 + len(shares), sharex=True)
     _draw_learning_rate(rate, run)
-    for axes, (name, label) in zip(others, shares.items(), strict=True):
-        values = [row[name] for row in run.metrics]
+    for axes, (name, values) in zip(others, shares.items(), strict=True):
         axes.plot(_epochs_done(run), values, color=BLUE, marker=_dot(run))
-        axes.set(ylabel=label, ylim=(0, 1.1 * max(values)))
+        axes.set(ylabel=f"{name}\n[share of maskable weights]", ylim=(0, 1.1 * max(values) or 1))
     for axes in (rate, *others):
         _shade_cycles(axes, run)
     others[-1].set(xlabel="epochs")
@@ -153,17 +157,18 @@ def schedules(run: Run) -> Figure:
 
 def _draw_learning_rate(axes: Axes, run: Run) -> None:
     """Draw the rate of every step, and on it what short runs recorded at each epoch's last step."""
-    cyclic = run.flags.get("cyc_lr")
+    cycle_lr = run.config.cycle_lr
     for row in run.metrics:
-        if row["ticket"] is None or not cyclic:
-            axes.plot([row["epoch"], row["epoch"] + 1], [row["lr"]] * 2, color=BLUE)
-    for start, end in _cycles(run)[: len(run.tickets)] if cyclic else []:
+        if row.ticket is None or not cycle_lr:
+            axes.plot([row.epoch, row.epoch + 1], [row.lr] * 2, color=BLUE)
+    if cycle_lr:
         times = np.linspace(0, 1, 201)
-        rates = [cyclic_lr(t % 1, run.flags["lr_1"], run.flags["lr_2"]) for t in times]
-        axes.plot(start + times * (end - start), rates, color=BLUE)
+        rates = [cyclic_lr(t % 1, *cycle_lr) for t in times]
+        for start, end in _cycles(run)[: len(run.tickets)]:
+            axes.plot(start + times * (end - start), rates, color=BLUE)
     axes.plot([], [], color=BLUE, label="every step")
     if _dot(run):
-        recorded = [row["lr"] for row in run.metrics]
+        recorded = [row.lr for row in run.metrics]
         axes.plot(_epochs_done(run), recorded, ".", color=VERMILION, label="last step of each epoch")
     _log_scale(axes)
     axes.set(ylabel="learning rate")
@@ -270,13 +275,13 @@ def _wrapped(group: Group) -> str:
 
 def _epochs_done(run: Run) -> list[int]:
     """Where a row of the metrics belongs on an axis of epochs: it was written when its epoch was done."""
-    return [row["epoch"] + 1 for row in run.metrics]
+    return [row.epoch + 1 for row in run.metrics]
 
 
 def _cycles(run: Run) -> list[tuple[int, int]]:
     """First epoch of each cycle, and the epoch after its last one so far."""
-    in_cycles = [row for row in run.metrics if row["ticket"] is not None]
-    spans = [[row["epoch"] for row in rows] for _, rows in groupby(in_cycles, key=lambda row: row["ticket"])]
+    in_cycles = [row for row in run.metrics if row.ticket is not None]
+    spans = [[row.epoch for row in rows] for _, rows in groupby(in_cycles, key=lambda row: row.ticket)]
     return [(epochs[0], epochs[-1] + 1) for epochs in spans]
 
 

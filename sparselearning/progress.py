@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from sparselearning import distributed
 from sparselearning.errors import FaultError, UsageError
+from sparselearning.records import EpochRow, Summary, TicketRow
 
 SECONDS_BETWEEN_LINES = 60
 
@@ -67,23 +68,22 @@ class Progress:
         if self._bar.disable and now - self._last_line > SECONDS_BETWEEN_LINES:
             self.line(f"  epoch {epoch:>4}  batch {batch}/{batches}  {'  '.join(figures.values())}")
 
-    def epoch(self, row: Mapping[str, Any]) -> None:
+    def epoch(self, row: EpochRow) -> None:
         """Print a finished epoch."""
-        self._log(row["epoch"], row)
-        ticket = f" ticket {row['ticket']}" if row["ticket"] else ""
+        self._log(row.epoch, row)
+        ticket = f" ticket {row.ticket}" if row.ticket else ""
         self.line(
-            f"{row['phase']:<8} epoch {row['epoch']:>4}{ticket}  lr {row['lr']:<8.4g} "
-            f"train {row['train_loss']:.4f} / {row['train_acc']:7.2%}  eval {row['eval_loss']:.4f} / "
-            f"{row['eval_acc']:7.2%}  density {row['density']:.4f}  {row['images_per_second']:,.0f} images/s"
+            f"{row.phase:<8} epoch {row.epoch:>4}{ticket}  lr {row.lr:<8.4g} "
+            f"train {row.train_loss:.4f} / {row.train_acc:7.2%}  eval {row.eval_loss:.4f} / "
+            f"{row.eval_acc:7.2%}  density {row.density:.4f}  {row.images_per_second:,.0f} images/s"
         )
 
-    def ticket(self, row: Mapping[str, Any]) -> None:
+    def ticket(self, row: TicketRow) -> None:
         """Print a ticket and the superposition that it went into."""
-        self._log(row["ticket"], {f"ticket/{key}": value for key, value in row.items()})
+        self._log(row.ticket, row, prefix="ticket/")
         self.line(
-            f"ticket {row['ticket']}: {row['ticket_acc']:.2%}; superposed with factor {row['factor']:.3g}: "
-            f"{row['superposed_acc']:.2%} (density {row['union_density']:.4f} before pruning back, "
-            f"{row['density']:.4f} after)"
+            f"ticket {row.ticket}: {row.ticket_acc:.2%}; superposed with factor {row.factor:.3g}: "
+            f"{row.superposed_acc:.2%} (density {row.union_density:.4f} before pruning back, {row.density:.4f} after)"
         )
 
     def line(self, text: str) -> None:
@@ -100,12 +100,12 @@ class Progress:
         if self._events:
             self._events.close()
 
-    def _log(self, step: int, row: Mapping[str, Any]) -> None:
+    def _log(self, step: int, row: EpochRow | TicketRow, prefix: str = "") -> None:
         if self._events is None:
             return
-        for key, value in row.items():
+        for key, value in row.as_dict().items():
             if isinstance(value, int | float):
-                self._events.add_scalar(key, value, step)
+                self._events.add_scalar(prefix + key, value, step)
 
 
 def _event_writer(folder: Path) -> Callable[[], Any]:
@@ -121,25 +121,26 @@ def _event_writer(folder: Path) -> Callable[[], Any]:
     return partial(SummaryWriter, str(folder))
 
 
-def run_table(summary: Mapping[str, Any], folder: Path) -> str:
+def run_table(summary: Summary, folder: Path) -> str:
     """The table that ends a run: every network that it made, what superposing gained, and where the files are."""
-    rows = [("pre-trained", summary["pretrain_acc"])]
+    rows = [("pre-trained", summary.pretrain_acc)]
     for number, (ticket, superposed) in enumerate(
-        zip(summary["ticket_acc"], summary["superposed_acc"], strict=True), start=1
+        zip(summary.ticket_acc, summary.superposed_acc, strict=True), start=1
     ):
         rows += [(f"ticket {number}", ticket), (f"superposition {number}", superposed)]
-    rows.append(("final", summary["final_acc"]))
-    if "test_acc" in summary:
-        rows.append(("final, on the test set", summary["test_acc"]))
+    rows.append(("final", summary.final_acc))
+    if summary.test_acc is not None:
+        rows.append(("final, on the test set", summary.test_acc))
     lines = [f"{'network':<24}accuracy", *(f"{name:<24}{accuracy:8.2%}" for name, accuracy in rows), ""]
-    lines.append(f"density {summary['density']:.4f}   gain over pre-training {summary['gain']:+.2f} points")
-    if summary["gain_over_ticket"] is not None:
-        lines[-1] += f", over the last ticket {summary['gain_over_ticket']:+.2f} points"
-    if "training_flops_of_dense" in summary:
-        costs = ", ".join(
-            f"{summary[f'{name}_of_dense']:.3f} of the {name.replace('_', ' ').replace('flops', 'FLOPs')}"
-            for name in ("parameters", "inference_flops", "training_flops")
-        )
-        lines.append(f"of the dense network: {costs}")
-    lines.append(f"{summary['total_seconds']:.0f} s; files in {folder}")
+    lines.append(f"density {summary.density:.4f}   gain over pre-training {summary.gain:+.2f} points")
+    if summary.gain_over_ticket is not None:
+        lines[-1] += f", over the last ticket {summary.gain_over_ticket:+.2f} points"
+    costs = {
+        "parameters": summary.parameters_of_dense,
+        "inference FLOPs": summary.inference_flops_of_dense,
+        "training FLOPs": summary.training_flops_of_dense,
+    }
+    if known := [f"{cost:.3f} of the {name}" for name, cost in costs.items() if cost is not None]:
+        lines.append(f"of the dense network: {', '.join(known)}")
+    lines.append(f"{summary.total_seconds:.0f} s; files in {folder}")
     return "\n".join(lines)

@@ -3,6 +3,7 @@
 import platform
 import re
 import subprocess
+from dataclasses import fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,9 @@ import numpy as np
 import torch
 
 from sparselearning import distributed
+from sparselearning.records import Environment
 
-ENVIRONMENT = ("commit", "versions", "device", "threads", "world_size")
+ENVIRONMENT = tuple(entry.name for entry in fields(Environment))
 """Names of what :func:`environment` tells."""
 
 

@@ -5,31 +5,20 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
 from sparselearning import flags
+from sparselearning.analysis import Analysis
 from sparselearning.errors import FaultError, UsageError
-from sparselearning.files import RunFolder, load_torch
-from sparselearning.provenance import ENVIRONMENT
+from sparselearning.files import RunFolder, at_line, load_torch, read_json, read_jsonl
+from sparselearning.records import Config, Environment, EpochRow, Summary, TicketRow, flags_of
+from sparselearning.schema import read
 from sparselearning.sparse_init import SPARSE_INITS
 
-Types = Mapping[str, Any]
-NUMBER: Any = (int, float)
-OPTIONAL_NUMBER = (int, float, type(None))
+Row = TypeVar("Row", EpochRow, TicketRow)
 FROM_TRAINED_WEIGHTS = {name for name, init in SPARSE_INITS.items() if init.needs_trained_weights}
-NO_FLAGS = {"command", "network", "resumed", *ENVIRONMENT}
-FLAGS = {"seed": int, **dict.fromkeys(("sparse", "fix", "pre_train"), bool)}
-FLAGS |= dict.fromkeys(("method", "growth", "indicate_method"), str)
-METRICS = dict.fromkeys(("epoch", "lr", "train_loss", "train_acc", "eval_loss", "eval_acc", "density"), NUMBER)
-METRICS |= {"ticket": OPTIONAL_NUMBER}
-TICKETS = dict.fromkeys(("ticket", "ticket_acc", "superposed_acc"), NUMBER)
-SUMMARY = dict.fromkeys(("pretrain_acc", "final_acc", "density", "gain", "total_seconds"), NUMBER)
-SUMMARY |= {"ticket_acc": list, "superposed_acc": list, "gain_over_ticket": OPTIONAL_NUMBER}
-ANALYSIS = {"networks": list, "settings": dict, "evaluated_on": dict, "pairs": dict, "lines": list}
-"""What the report needs of each file: name to type."""
-
 SET_ASIDE = re.compile(r"\.old-\d+$")
 SEED_FOLDER = re.compile(r"(?<![^/\\])seed\d+(?![^/\\])")
 
@@ -40,8 +29,8 @@ class Run:
 
     Attributes:
         folder: its files.
+        config: what ``config.json`` says of the run.
         flags: every flag's value, under the names of ``config.json``.
-        environments: code, versions and hardware (``provenance.environment``), first and after each change.
         metrics: one row per finished epoch, at least one.
         tickets: one row per ticket.
         summary: None as long as the run is unfinished.
@@ -49,17 +38,22 @@ class Run:
     """
 
     folder: RunFolder
+    config: Config
     flags: Mapping[str, Any]
-    environments: Sequence[Mapping[str, Any]]
-    metrics: Sequence[Mapping[str, Any]]
-    tickets: Sequence[Mapping[str, Any]]
-    summary: Mapping[str, Any] | None
-    analysis: Mapping[str, Any] | None = None
+    metrics: Sequence[EpochRow]
+    tickets: Sequence[TicketRow]
+    summary: Summary | None
+    analysis: Analysis | None = None
 
     @property
     def seed(self) -> int:
         """Seed of weights, masks, data order and augmentation."""
-        return self.flags["seed"]
+        return self.config.seed
+
+    @property
+    def environments(self) -> Sequence[Environment]:
+        """Code, versions and hardware that it ran with, first and after each change."""
+        return [self.config, *self.config.resumed]
 
     @property
     def is_plain(self) -> bool:
@@ -69,20 +63,20 @@ class Run:
     @property
     def method(self) -> str:
         """Name of the training method that the flags make."""
-        flags = self.flags
-        if not flags["sparse"]:
+        config = self.config
+        if not config.sparse:
             return "dense"
-        if flags["fix"]:
+        if config.fix:
             return "static"
-        if flags["method"] == "DST":
-            return {"gradient": "RigL", "random": "SET"}.get(flags["growth"], f"DST/{flags['growth']}")
-        grows_otherwise = flags["method"].startswith("GraNet") and flags["growth"] != "gradient"
-        return f"{flags['method']}/{flags['growth']}" if grows_otherwise else flags["method"]
+        if config.method == "DST":
+            return {"gradient": "RigL", "random": "SET"}.get(config.growth, f"DST/{config.growth}")
+        grows_otherwise = config.method.startswith("GraNet") and config.growth != "gradient"
+        return f"{config.method}/{config.growth}" if grows_otherwise else config.method
 
     @property
     def name(self) -> str:
         """What the user called the run with ``--indicate_method``, else its method."""
-        given = self.flags["indicate_method"]
+        given = self.config.indicate_method
         return self.method if given == "Results" else given
 
 
@@ -145,33 +139,68 @@ def find_runs(paths: Iterable[Path]) -> list[Path]:
 
 
 def read_run(path: Path) -> Run:
-    """Read a run's text files.
+    """Read a run's text files, each checked by itself and against the others before anything is done with it.
 
     Raises:
-        FaultError: if one is damaged or cannot be read.
+        FaultError: if one is damaged or cannot be read, or contradicts another.
     """
     folder = RunFolder(path)
-    config = _read_json(folder.config, FLAGS)
-    flag_values = {name: value for name, value in config.items() if name not in NO_FLAGS}
-    first = {name: config[name] for name in ENVIRONMENT if name in config}
-    environments = [first, *config.get("resumed", [])]
-    metrics = _read_jsonl(folder.metrics, METRICS)
+    content = folder.read_config()
+    config = read(Config, content, str(folder.config))
+    metrics = _read_rows(EpochRow, folder.metrics)
+    _check_epochs(metrics, folder)
+    summary = read(Summary, read_json(folder.summary), str(folder.summary)) if folder.summary.exists() else None
+    if folder.tickets.exists():
+        tickets = _read_rows(TicketRow, folder.tickets)
+    else:  # the summary repeats the accuracies, for whoever keeps only the small files
+        columns = zip(summary.ticket_acc, summary.superposed_acc, strict=True) if summary else ()
+        tickets = [TicketRow(ticket=n, ticket_acc=t, superposed_acc=s) for n, (t, s) in enumerate(columns, start=1)]
+    _check_tickets(tickets, metrics, summary, folder)
+    analysis = read(Analysis, read_json(folder.analysis), str(folder.analysis)) if folder.analysis.exists() else None
+    return Run(folder, config, flags_of(content), metrics, tickets, summary, analysis)
+
+
+def _read_rows(kind: type[Row], path: Path) -> list[Row]:
+    return [read(kind, row, at_line(path, number)) for number, row in enumerate(read_jsonl(path), start=1)]
+
+
+def _check_epochs(metrics: Sequence[EpochRow], folder: RunFolder) -> None:
+    """Epochs follow each other, and so do the tickets of their cycles."""
     if not metrics:
         raise FaultError(f"{folder.metrics} holds no finished epoch")
-    summary = _read_json(folder.summary, SUMMARY) if folder.summary.exists() else None
-    tickets = []
-    if folder.tickets.exists():
-        tickets = _read_jsonl(folder.tickets, TICKETS)
-    elif summary:  # which repeats the accuracies, for whoever keeps only the small files
-        columns = zip(summary["ticket_acc"], summary["superposed_acc"], strict=False)
-        tickets = [dict(zip(TICKETS, (n, *pair), strict=True)) for n, pair in enumerate(columns, start=1)]
-    cycles = {row["ticket"] for row in metrics}
-    for row in tickets:
-        _check(row, TICKETS, str(folder.summary))
-        if row["ticket"] not in cycles:
-            raise FaultError(f"{folder.metrics} is damaged: it has no epoch of ticket {row['ticket']}")
-    analysis = _read_json(folder.analysis, ANALYSIS) if folder.analysis.exists() else None
-    return Run(folder, flag_values, environments, metrics, tickets, summary, analysis)
+    ticket = None
+    for number, row in enumerate(metrics, start=1):
+        if row.epoch != metrics[0].epoch + number - 1:
+            raise _contradiction(folder.metrics, number, f"epoch is {row.epoch} after {metrics[number - 2].epoch}")
+        if row.ticket not in (ticket, (ticket or 0) + 1):
+            raise _contradiction(folder.metrics, number, f"ticket is {row.ticket} after {ticket}")
+        ticket = row.ticket
+
+
+def _check_tickets(
+    tickets: Sequence[TicketRow], metrics: Sequence[EpochRow], summary: Summary | None, folder: RunFolder
+) -> None:
+    """Tickets are numbered from 1, each has a cycle, and a finished run's are those of its summary."""
+    for number, row in enumerate(tickets, start=1):
+        if row.ticket != number:
+            raise _contradiction(folder.tickets, number, f"ticket is {row.ticket}, not {number}")
+    cycles = metrics[-1].ticket or 0
+    if len(tickets) > cycles:
+        raise FaultError(f"{folder.metrics} is damaged: it has no epoch of ticket {cycles + 1}")
+    if summary is None:
+        return
+    for name, here, there in (
+        ("ticket_acc", summary.ticket_acc, [row.ticket_acc for row in tickets]),
+        ("superposed_acc", summary.superposed_acc, [row.superposed_acc for row in tickets]),
+    ):
+        if here != there:
+            raise FaultError(f"{folder.summary} is damaged: {name} is not that of {folder.tickets}")
+    if len(tickets) < cycles:
+        raise FaultError(f"{folder.summary} is damaged: ticket_acc lacks ticket {cycles} of {folder.metrics}")
+
+
+def _contradiction(path: Path, line: int, sentence: str) -> FaultError:
+    return FaultError(f"{at_line(path, line)} is damaged: {sentence}")
 
 
 def masked_weights(path: Path) -> dict[str, Tensor]:
@@ -191,42 +220,6 @@ def masked_weights(path: Path) -> dict[str, Tensor]:
 def _is_run(path: Path) -> bool:
     folder = RunFolder(path)
     return folder.config.is_file() and folder.metrics.is_file()
-
-
-def _read_json(path: Path, types: Types) -> dict[str, Any]:
-    return _parse(_read_text(path), types, str(path))
-
-
-def _read_jsonl(path: Path, types: Types) -> list[dict[str, Any]]:
-    lines = _read_text(path).splitlines()
-    return [_parse(line, types, f"{path}, line {number},") for number, line in enumerate(lines, start=1)]
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise FaultError(f"cannot read {path}: {error.strerror or error}") from error
-    except UnicodeDecodeError as error:
-        raise FaultError(f"{path} is damaged: it is no text") from error
-
-
-def _parse(text: str, types: Types, where: str) -> dict[str, Any]:
-    try:
-        content = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise FaultError(f"{where} is damaged: {error}") from error
-    _check(content, types, where)
-    return content
-
-
-def _check(content: Any, types: Types, where: str) -> None:
-    if not isinstance(content, dict):
-        raise FaultError(f"{where} is damaged: it holds no named values")
-    for name, kind in types.items():
-        if name not in content or not isinstance(content[name], kind):
-            found = repr(content[name]) if name in content else "missing"
-            raise FaultError(f"{where} is damaged or no run's: {name} is {found}")
 
 
 # ------------------------------------------------------------------------------------------------------ grouping
@@ -281,24 +274,24 @@ def _effective_flags(run: Run) -> tuple[dict[str, Any], dict[str, Any]]:
     Epochs count as trained, however a script's flags divide them up.
     """
     skipped = flags.WITHOUT_EFFECT_ON_RESULTS | {"seed", "indicate_method", "epochs"}
-    skipped |= set() if run.flags["sparse"] else flags.SPARSE_FLAGS - {"sparse"}
+    skipped |= set() if run.config.sparse else flags.SPARSE_FLAGS - {"sparse"}
     effective = {name: value for name, value in run.flags.items() if name not in skipped}
     tickets = {name: value for name, value in effective.items() if name in flags.TICKET_FLAGS}
     recipe = {name: value for name, value in effective.items() if name not in tickets}
-    recipe["epochs"] = run.metrics[-1]["epoch"] + 1
+    recipe["epochs"] = run.metrics[-1].epoch + 1
     ticket_flags = {} if run.is_plain else tickets
     if start := _start(run):
-        (recipe if run.flags["pre_train"] else ticket_flags)["resume"] = start
+        (recipe if run.config.pre_train else ticket_flags)["resume"] = start
     return recipe, ticket_flags
 
 
 def _start(run: Run) -> str | None:
     """Path of the weights that the run started from, but for seeds in it; None: it started from scratch."""
-    given = run.flags
-    takes_masks = given["sparse"] and given.get("sparse_init") in FROM_TRAINED_WEIGHTS
-    if (given["pre_train"] and not takes_masks) or not given.get("resume"):
+    given = run.config
+    takes_masks = given.sparse and given.sparse_init in FROM_TRAINED_WEIGHTS
+    if (given.pre_train and not takes_masks) or not given.resume:
         return None
-    return SEED_FOLDER.sub("seedN", str(given["resume"]))
+    return SEED_FOLDER.sub("seedN", given.resume)
 
 
 def _label(groups: Sequence[Group]) -> None:

@@ -2,13 +2,14 @@
 
 import csv
 import io
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
 from statistics import fmean, stdev
 from typing import Any
 
+from sparselearning.analysis import ENSEMBLE, Matrix, Pairs, ticket_name
+from sparselearning.records import Environment, Summary
 from sparselearning.runs import Group, Run, differing_flags
 
 Figure = Callable[[Group, Run], float | None]
@@ -60,12 +61,12 @@ class Column:
         return f"{mean:{'+' if self.signed else ''}.{self.digits}f}{std}"
 
 
-def _summary(key: str, scale: float = 1.0) -> Figure:
+def _summary(entry: Callable[[Summary], float | None], scale: float = 1.0) -> Figure:
     """Entry of ``summary.json``."""
 
     def value(group: Group, run: Run) -> float | None:
-        entry = (run.summary or {}).get(key)
-        return None if entry is None else scale * entry
+        figure = entry(run.summary) if run.summary else None
+        return None if figure is None else scale * figure
 
     return value
 
@@ -76,13 +77,14 @@ def _of_tickets(value: Figure) -> Figure:
 
 
 def _last_ticket(group: Group, run: Run) -> float:
-    return 100 * run.tickets[-1]["ticket_acc"]
+    return 100 * run.tickets[-1].ticket_acc
 
 
 def final_accuracy(run: Run) -> float:
     """Accuracy in percent of the network that a run ends with: on the test set, if that was kept for the end."""
     assert run.summary is not None
-    return 100 * run.summary.get("test_acc", run.summary["final_acc"])
+    test_acc = run.summary.test_acc
+    return 100 * (run.summary.final_acc if test_acc is None else test_acc)
 
 
 def _pairs_with_control(group: Group) -> bool:
@@ -98,22 +100,30 @@ def _gain_over_plain(group: Group, run: Run) -> float | None:
 
 
 COLUMNS = (
-    Column("density", "density", _summary("density"), digits=4, has_std=lambda group: False),
-    Column("pretrain_acc_percent", "pre-trained [%]", _of_tickets(_summary("pretrain_acc", 100))),
+    Column("density", "density", _summary(lambda of: of.density), digits=4, has_std=lambda group: False),
+    Column("pretrain_acc_percent", "pre-trained [%]", _of_tickets(_summary(lambda of: of.pretrain_acc, 100))),
     Column("last_ticket_acc_percent", "last ticket [%]", _of_tickets(_last_ticket)),
-    Column("final_acc_percent", "final [%]", _summary("final_acc", 100)),
-    Column("test_acc_percent", "final on test set [%]", _summary("test_acc", 100)),
-    Column("gain_points", "gain over pre-training [points]", _of_tickets(_summary("gain")), signed=True),
-    Column("gain_over_ticket_points", "over last ticket [points]", _summary("gain_over_ticket"), signed=True),
+    Column("final_acc_percent", "final [%]", _summary(lambda of: of.final_acc, 100)),
+    Column("test_acc_percent", "final on test set [%]", _summary(lambda of: of.test_acc, 100)),
+    Column("gain_points", "gain over pre-training [points]", _of_tickets(_summary(lambda of: of.gain)), signed=True),
+    Column(
+        "gain_over_ticket_points", "over last ticket [points]", _summary(lambda of: of.gain_over_ticket), signed=True
+    ),
     Column(
         "gain_over_plain_points", "over plain training [points]", _gain_over_plain,
         signed=True, has_std=_pairs_with_control,
     ),
-    Column("explored", "ever active, R_s", _summary("explored"), digits=3),
-    Column("parameters_of_dense", "parameters [of dense]", _summary("parameters_of_dense"), digits=3),
-    Column("inference_flops_of_dense", "inference FLOPs [of dense]", _summary("inference_flops_of_dense"), digits=3),
-    Column("training_flops_of_dense", "training FLOPs [of dense]", _summary("training_flops_of_dense"), digits=3),
-    Column("total_minutes", "time [min]", _summary("total_seconds", 1 / 60), digits=1),
+    Column("explored", "ever active, R_s", _summary(lambda of: of.explored), digits=3),
+    Column("parameters_of_dense", "parameters [of dense]", _summary(lambda of: of.parameters_of_dense), digits=3),
+    Column(
+        "inference_flops_of_dense", "inference FLOPs [of dense]", _summary(lambda of: of.inference_flops_of_dense),
+        digits=3,
+    ),
+    Column(
+        "training_flops_of_dense", "training FLOPs [of dense]", _summary(lambda of: of.training_flops_of_dense),
+        digits=3,
+    ),
+    Column("total_minutes", "time [min]", _summary(lambda of: of.total_seconds, 1 / 60), digits=1),
 )  # fmt: skip
 
 
@@ -152,7 +162,7 @@ def averages_table(groups: Sequence[Group]) -> str:
     """Accuracies of kept tickets, their ensemble and other averages, where ``analyze_tickets.py`` measured them."""
     looked_at = [group for group in groups if _is_analysed(group)]
     titles = dict.fromkeys(title for group in looked_at for run in group.runs for title in _averages(run))
-    parts = {run.analysis["evaluated_on"]["part"] for group in looked_at for run in group.runs if run.analysis}
+    parts = {run.analysis.evaluated_on.part for group in looked_at for run in group.runs if run.analysis}
     rows = [Column(title, title, partial(_average, title)) for title in titles]
     return _column_per_group(f"accuracy on the {' or '.join(sorted(parts))} [%]", looked_at, rows)
 
@@ -177,7 +187,7 @@ def _average(title: str, group: Group, run: Run) -> float | None:
 def _is_analysed(group: Group) -> bool:
     """Whether all runs were analysed, and alike."""
     looks = [
-        (run.analysis["settings"], [line["share"] for line in run.analysis["lines"][:1]]) if run.analysis else None
+        (run.analysis.settings, [line.share for line in run.analysis.lines[:1]]) if run.analysis else None
         for run in group.runs
     ]
     return looks[0] is not None and all(other == looks[0] for other in looks)
@@ -186,62 +196,62 @@ def _is_analysed(group: Group) -> bool:
 def _averages(run: Run) -> dict[str, float]:
     """Accuracies in percent of the tickets, of their ensemble, and of every way to superpose them."""
     assert run.analysis is not None
-    networks = {row["name"]: 100 * row["accuracy"] for row in run.analysis["networks"]}
-    numbers = run.analysis["settings"]["tickets"]
-    tickets = [networks[f"ticket {number}"] for number in numbers]
+    networks = {row.name: 100 * row.accuracy for row in run.analysis.networks}
+    names = [ticket_name(number) for number in run.analysis.settings.tickets]
+    tickets = [networks[name] for name in names]
     found = {
-        "pre-trained" if numbers[0] == 0 else f"ticket {numbers[0]}": tickets[0],
+        "pre-trained" if names[0] == ticket_name(0) else names[0]: tickets[0],
         "tickets, their mean": fmean(tickets[1:]),
         "last ticket": tickets[-1],
         "best ticket, chosen on these images": max(tickets[1:]),
-        "ensemble of all (mean of logits)": networks["logit ensemble"],
+        "ensemble of all (mean of logits)": networks[ENSEMBLE],
     }
-    for row in run.analysis.get("grid", []):
-        factor = row["CIMA_factor"]
-        name = row["superposing_method"] + ("" if factor is None else f" {factor:g}")
-        found[f"{name}, BatchNorm re-estimated"] = 100 * row["bn_re_estimated"]["accuracy"]
-        found[f"{name}, BatchNorm averaged"] = 100 * row["bn_averaged"]["accuracy"]
+    for row in run.analysis.grid or []:
+        name = row.superposing_method + ("" if row.CIMA_factor is None else f" {row.CIMA_factor:g}")
+        found[f"{name}, BatchNorm re-estimated"] = 100 * row.bn_re_estimated.accuracy
+        found[f"{name}, BatchNorm averaged"] = 100 * row.bn_averaged.accuracy
     return found
 
 
-def _over_pairs(key: str, scale: float = 1.0) -> Figure:
+def _over_pairs(measure: Callable[[Pairs], Matrix], scale: float = 1.0) -> Figure:
     """Mean over all pairs of tickets of a matrix in the analysis."""
 
     def value(group: Group, run: Run) -> float:
         assert run.analysis is not None
-        pairs = run.analysis["pairs"]
-        tickets = [i for i, name in enumerate(pairs["names"]) if name.startswith("ticket ")]
-        return scale * fmean(pairs[key][i][j] for i in tickets for j in tickets if i < j)
+        pairs = run.analysis.pairs
+        names = {ticket_name(number) for number in run.analysis.settings.tickets}
+        tickets = [place for place, name in enumerate(pairs.names) if name in names]
+        return scale * fmean(measure(pairs)[i][j] for i in tickets for j in tickets if i < j)
 
     return value
 
 
-def _steps(run: Run) -> list[Mapping[str, Any]]:
-    """Straight lines from one ticket to the next."""
-    assert run.analysis is not None
-    steps = {(f"ticket {a}", f"ticket {b}") for a, b in pairwise(run.analysis["settings"]["tickets"])}
-    return [line for line in run.analysis["lines"] if (line["from"], line["to"]) in steps]
-
-
 def _middle(group: Group, run: Run) -> float | None:
     """By how many points the middle of a line is above the better of its ends; None if nobody looked there."""
+    assert run.analysis is not None
     gains = []
-    for line in _steps(run):
-        if 0.5 not in line["share"]:
+    for line in run.analysis.steps():
+        if 0.5 not in line.share:
             return None
-        accuracy = line["accuracy"]
-        gains.append(accuracy[line["share"].index(0.5)] - max(accuracy[0], accuracy[-1]))
+        gains.append(line.accuracy[line.share.index(0.5)] - max(line.accuracy[0], line.accuracy[-1]))
     return 100 * fmean(gains)
 
 
 def _barrier(group: Group, run: Run) -> float:
     """By how many points a line falls, at worst, below what its ends promise."""
-    return 100 * max(line["accuracy_barrier"] for line in _steps(run))
+    assert run.analysis is not None
+    return 100 * max(line.accuracy_barrier for line in run.analysis.steps())
 
 
 DIFFERENCES = (
-    Column("disagreement_percent", "images predicted unlike, mean over pairs [%]", _over_pairs("disagreement", 100)),
-    Column("overlap", "overlap of masks (Jaccard), mean over pairs", _over_pairs("overlap"), digits=3),
+    Column(
+        "disagreement_percent",
+        "images predicted unlike, mean over pairs [%]",
+        _over_pairs(lambda pairs: pairs.disagreement, 100),
+    ),
+    Column(
+        "overlap", "overlap of masks (Jaccard), mean over pairs", _over_pairs(lambda pairs: pairs.overlap), digits=3
+    ),
     Column("middle_points", "middle between successive ones, over the better, mean [points]", _middle, signed=True),
     Column("barrier_points", "accuracy barrier between successive ones, largest [points]", _barrier),
 )
@@ -295,11 +305,10 @@ def csv_of_runs(groups: Sequence[Group]) -> str:
     rows = [
         [
             group.label, run.seed, *(_number(column.value(group, run)) for column in columns),
-            first.get("device"), first.get("versions", {}).get("torch"), run.folder.path,
+            run.config.device, run.config.versions.get("torch"), run.folder.path,
         ]
         for group in groups
         for run in group.runs
-        for first in run.environments[:1]
     ]  # fmt: skip
     return _csv(["method", "seed", *(column.name for column in columns), "device", "torch", "folder"], rows)
 
@@ -325,7 +334,7 @@ def markdown_report(groups: Sequence[Group], left_out: Sequence[str] = ()) -> st
         )
     if any(run.analysis for run in runs):
         notes.append("the best of several, picked on the images that it is measured on, overstates its accuracy")
-    if any("test_acc" in (run.summary or {}) for run in runs):
+    if any(run.summary and run.summary.test_acc is not None for run in runs):
         notes.append("gains over plain training are those on the test set, the other gains those on the held-out set")
     notes += [note for note in (_missing_control(group, groups) for group in groups) if note]
     notes += [f"left out: {sentence}" for sentence in left_out]
@@ -345,15 +354,15 @@ def _missing_control(group: Group, groups: Sequence[Group]) -> str | None:
     return f"{group.label} has no plain training to compare with: {plain[nearest].label} differs in {listed}"
 
 
-def _machines(environments: Iterable[Mapping[str, Any]]) -> str:
+def _machines(environments: Iterable[Environment]) -> str:
     """Every hardware and version once, and the commits that ran on it."""
     commits: dict[str, set[str]] = {}
     for known in environments:
-        device, threads = str(known.get("device") or "an unknown device"), known.get("threads")
-        parts = [device] + ([f"threads: {threads}"] if device.startswith("cpu") and threads else [])
-        parts.append(f"PyTorch {known.get('versions', {}).get('torch', 'of unknown version')}")
+        device = known.device or "an unknown device"
+        parts = [device] + ([f"threads: {known.threads}"] if device.startswith("cpu") and known.threads else [])
+        parts.append(f"PyTorch {known.versions.get('torch', 'of unknown version')}")
         own = commits.setdefault(", ".join(parts), set())
-        if known.get("commit"):
-            own.add(known["commit"])
+        if known.commit:
+            own.add(known.commit)
     named = {machine: f" ({', '.join(sorted(own))})" if own else "" for machine, own in commits.items()}
     return "; ".join(f"{machine}{named[machine]}" for machine in sorted(named))

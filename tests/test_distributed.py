@@ -504,7 +504,8 @@ def run_toy(folder, stop_after=None, stopper=1):
     outcome = as_numpy(trainer.model.state_dict())
     outcome |= {f"superposed {name}": array for name, array in as_numpy(trainer.superposition).items()}
     outcome |= {f"mask {name}": array for name, array in as_numpy(trainer.masking.masks).items()}
-    return position, outcome, without_times(trainer.metrics), without_times(trainer.tickets)
+    rows = ([row.as_dict() for row in rows] for rows in (trainer.metrics, trainer.tickets))
+    return position, outcome, *map(without_times, rows)
 
 
 @pytest.fixture(scope="module")

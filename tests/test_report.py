@@ -105,13 +105,22 @@ def write_analysis(folder, shift, tickets=(0, 1, 2), share=0.5):
     far = 0.3 + 3 * shift
     accuracies = {"ticket 0": 0.80, "ticket 1": 0.85, "ticket 2": 0.84, "superposition 1": 0.9, "logit ensemble": 0.90}
     content = {
-        "settings": {"tickets": list(tickets)},
+        "run": str(folder),
+        "settings": {
+            "tickets": list(tickets), "superposing_method": "CIMA", "CIMA_factor": 0.5, "final_density": 0.1,
+            "update_bn": True, "line_bn": False,
+        },
+        "same_as_run": True,
         "evaluated_on": {"part": "test set", "images": 100},
-        "networks": [{"name": name, "accuracy": accuracy + shift} for name, accuracy in accuracies.items()],
+        "networks": [
+            {"name": name, "accuracy": accuracy + shift, "loss": 1.0, "density": 0.1, "forward_passes": 1}
+            for name, accuracy in accuracies.items()
+        ],
         "grid": [
             {
                 "superposing_method": method, "CIMA_factor": factor,
-                "bn_re_estimated": {"accuracy": accuracy + shift}, "bn_averaged": {"accuracy": accuracy - 0.1},
+                "bn_re_estimated": {"accuracy": accuracy + shift, "loss": 1.0},
+                "bn_averaged": {"accuracy": accuracy - 0.1, "loss": float("nan")},  # a network that overflows
             }
             for method, factor, accuracy in (("CAA", None, 0.88), ("CIMA", 0.25, 0.87))
         ],
@@ -119,9 +128,19 @@ def write_analysis(folder, shift, tickets=(0, 1, 2), share=0.5):
             "names": ["ticket 0", "ticket 1", "ticket 2", "superposition 1"],
             "disagreement": [[0, 0.1, 0.2, 1], [0.1, 0, far, 1], [0.2, far, 0, 1], [1, 1, 1, 0]],
             "overlap": [[1, 0.5, 0.25, 0], [0.5, 1, 0.75, 0], [0.25, 0.75, 1, 0], [0, 0, 0, 1]],
+            "kl": [[0.0] * 4] * 4,
         },
+        "layers": [
+            {
+                "name": "fc.weight", "weights": 10, "densities": [0.1] * 3, "overlap": [[1.0] * 3] * 3,
+                "mean_overlap": 1.0, "chance": 0.1,
+            }
+        ],
         "lines": [
-            {"from": a, "to": b, "share": [0.0, share, 1.0], "accuracy": accuracy, "accuracy_barrier": barrier}
+            {
+                "from": a, "to": b, "share": [0.0, share, 1.0], "accuracy": accuracy, "loss": [1.0] * 3,
+                "accuracy_barrier": barrier, "loss_barrier": 0.0,
+            }
             for a, b, accuracy, barrier in (
                 ("ticket 0", "ticket 1", [0.80, 0.86, 0.85], 0.0),
                 ("ticket 1", "ticket 2", [0.85, 0.82 + shift, 0.84], 0.025 - shift),
@@ -517,6 +536,10 @@ def test_wrong_calls_are_told_in_a_sentence(tmp_path):
         main([str(tmp_path / "1"), "--no-plots", "--out", str(tmp_path / "1/config.json")])
 
 
+def ticket_line(number):
+    return json.dumps({"ticket": number, "ticket_acc": 0.85, "superposed_acc": 0.88}) + "\n"
+
+
 @pytest.mark.parametrize(
     ("file", "text", "sentence"),
     [
@@ -525,8 +548,17 @@ def test_wrong_calls_are_told_in_a_sentence(tmp_path):
         ("metrics.jsonl", "", "metrics.jsonl holds no finished epoch"),
         ("metrics.jsonl", "[1]\n", "metrics.jsonl, line 1, is damaged: it holds no named values"),
         ("metrics.jsonl", '{"epoch": "one"}\n', "line 1, is damaged or no run's: epoch is 'one'"),
-        ("tickets.jsonl", '{"ticket": 9, "ticket_acc": 1, "superposed_acc": 1}\n', "it has no epoch of ticket 9"),
-        ("summary.json", '{"pretrain_acc": 0.5}', "summary.json is damaged or no run's: final_acc is missing"),
+        (
+            "tickets.jsonl",
+            '{"ticket": 9, "ticket_acc": 1, "superposed_acc": 1}\n',
+            "line 1, is damaged: ticket is 9, not 1",
+        ),
+        (
+            "tickets.jsonl",
+            "".join(map(ticket_line, (1, 2, 3))),
+            "metrics.jsonl is damaged: it has no epoch of ticket 3",
+        ),
+        ("summary.json", '{"pretrain_acc": 0.5}', "summary.json is damaged or no run's: ticket_acc is missing"),
     ],
 )
 def test_damaged_files_are_named(tmp_path, file, text, sentence):

@@ -232,7 +232,7 @@ def test_a_folder_with_a_run_of_other_flags_is_left_alone(out):
     with pytest.raises(UsageError, match=r"seed7 holds a run with other flags \(epochs 2 there, 9 here\)"):
         run_sweep(out, "--seeds", 6, 7, "--methods", "rigl", shared=[*SHARED, "--epochs", "9"])
     (folder / "config.json").write_text("{")
-    with pytest.raises(FaultError, match=r"config\.json cannot be read"):
+    with pytest.raises(FaultError, match=r"config\.json is damaged"):
         run_sweep(out, "--seeds", 7, "--methods", "rigl")
     assert not journal(out)
 
