@@ -93,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line. What replaces a flag of the run is there only if it was given."""
-    parser = flags.Parser(description=__doc__.splitlines()[0])
+    parser = flags.Parser(__doc__)
     parser.add_argument("run", type=flags.path, metavar="RUN", help="folder of a run made with --keep-tickets")
     again = parser.add_argument_group("superposing again", "what is not given is as it was in the run")
     again.add_argument(

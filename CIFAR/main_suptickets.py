@@ -71,7 +71,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def make_parser() -> flags.Parser:
     """All flags of this script."""
-    parser = flags.Parser(description=__doc__.splitlines()[0])
+    parser = flags.Parser(__doc__)
     parser.add_argument(
         "--demo", action="store_true", help=f"a complete small run on digits; puts before the other flags: {DEMO}"
     )

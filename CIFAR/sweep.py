@@ -100,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Read what stands before ``--``."""
-    parser = flags.Parser(description=__doc__.splitlines()[0])
+    parser = flags.Parser(__doc__)
     parser.usage = "%(prog)s --seeds N [N …] --methods NAME [NAME …] [options] -- FLAGS OF main_suptickets.py"
     parser.add_argument(
         "--seeds", type=flags.seed, nargs="+", required=True, metavar="N", help="one run per seed and method"

@@ -95,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def make_parser() -> flags.Parser:
     """All flags of this script."""
-    parser = flags.Parser(description=__doc__.splitlines()[0])
+    parser = flags.Parser(__doc__)
     parser.add_argument("data", type=flags.path, metavar="DIR", help="folder with train/CLASS/* and val/CLASS/*")
     recipe = parser.add_argument_group("recipe")
     recipe.add_argument("--arch", choices=ARCHS, default="resnet50", help="network")

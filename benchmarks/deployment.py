@@ -220,7 +220,7 @@ def megabytes(size: int) -> str:
 @torch.inference_mode()
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure, print the table, write the file."""
-    parser = Parser(description=__doc__.splitlines()[0])
+    parser = Parser(__doc__)
     parser.add_argument("--out", type=path, metavar="FILE.json", help="write all figures there, too")
     args = parser.parse_args(argv)
     warnings.filterwarnings("ignore", message="Sparse (CSR|invariant)")

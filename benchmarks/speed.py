@@ -461,7 +461,7 @@ def markdown_of(path: Path) -> str:
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Read the command line."""
-    parser = flags.Parser(description=__doc__.splitlines()[0])
+    parser = flags.Parser(__doc__)
     parser.add_argument("--model", default="ResNet50", help=f"one of {model_names()}")
     parser.add_argument("--classes", type=flags.positive, default=100, help="of the classifier")
     parser.add_argument("--batch-size", type=flags.positive, default=128, help="images per step")

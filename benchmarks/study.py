@@ -182,7 +182,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
-    parser = flags.Parser(description=__doc__.splitlines()[0])
+    parser = flags.Parser(__doc__)
     parser.add_argument("study", choices=STUDIES, help=f"one of {', '.join(STUDIES)}")
     parser.add_argument("--data", default="cifar100", help="CIFAR-100: to be downloaded, or an .npz file of it")
     parser.add_argument("--data-dir", type=flags.path, default=Path("data"), metavar="DIR", help="where downloads go")

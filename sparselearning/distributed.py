@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from sparselearning.errors import FaultError, UsageError
+from sparselearning.errors import FaultError, UsageError, first_line
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 
@@ -57,9 +57,7 @@ def start(use_cuda: bool) -> torch.device:
             raise UsageError(f"the environment does not say which of {world} processes this one is: {error}") from error
         except RuntimeError as error:
             where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-            raise FaultError(
-                f"the {world} processes cannot find each other at {where}: {_first_line(error)}"
-            ) from error
+            raise FaultError(f"the {world} processes cannot find each other at {where}: {first_line(error)}") from error
     return device
 
 
@@ -77,10 +75,6 @@ def _join(backend: str, device: torch.device, one_machine: bool) -> None:
         timeout=COLLECTIVE_TIMEOUT,
         device_id=device if device.type == "cuda" else None,
     )
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
 def restarts() -> int:

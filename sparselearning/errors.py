@@ -15,3 +15,8 @@ class FaultError(RuntimeError):
     """The call is right, but the world is not: damaged files, full disks, a loss that turned NaN."""
 
     exit_code = 1
+
+
+def first_line(error: BaseException) -> str:
+    """First line of what an error says, or its name if it says nothing."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__

@@ -32,11 +32,16 @@ class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """Shows defaults in ``--help``, takes no abbreviations, and says what is wrong in one sentence."""
+    """Shows defaults in ``--help``, takes no abbreviations, and says what is wrong in one sentence.
 
-    def __init__(self, description: str, epilog: str | None = None) -> None:
+    Args:
+        doc: whose first line says what the script does; None where Python drops docstrings.
+        epilog: what ``--help`` ends with.
+    """
+
+    def __init__(self, doc: str | None, epilog: str | None = None) -> None:
         super().__init__(
-            description=description,
+            description=doc.splitlines()[0] if doc else None,
             epilog=epilog,
             formatter_class=_Formatter,
             allow_abbrev=False,

@@ -25,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         UsageError: if a path is no run, or matplotlib is missing.
         FaultError: if a file is damaged or cannot be written.
     """
-    parser = Parser(__doc__.splitlines()[0])
+    parser = Parser(__doc__)
     parser.prog = "python -m sparselearning.report"
     parser.add_argument(
         "runs", nargs="+", type=path, metavar="RUN", help="a run's folder, or a folder under which runs lie"
