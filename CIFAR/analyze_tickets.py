@@ -27,7 +27,7 @@ from sparselearning import experiment, flags
 from sparselearning.costs import overall_density
 from sparselearning.errors import FaultError, UsageError
 from sparselearning.files import RunFolder, load_torch, save_torch, write_json
-from sparselearning.masking import maskable_parameters
+from sparselearning.layers import maskable_parameters
 from sparselearning.passes import Passes
 from sparselearning.progress import print_notes
 from sparselearning.runs import find_runs, read_run

@@ -31,7 +31,7 @@ from sparselearning.distributions import active_count
 from sparselearning.export import save_sparse
 from sparselearning.files import write_json
 from sparselearning.flags import Parser, path
-from sparselearning.masking import maskable_parameters
+from sparselearning.layers import maskable_parameters
 from sparselearning.provenance import environment
 from sparselearning.script import run_script
 

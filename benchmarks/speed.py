@@ -42,7 +42,8 @@ from sparselearning.engine import Sources, Trainer
 from sparselearning.errors import UsageError
 from sparselearning.experiment import SparseTraining
 from sparselearning.files import RunFolder, write_json
-from sparselearning.masking import Masking, maskable_parameters
+from sparselearning.layers import maskable_parameters
+from sparselearning.masking import Masking
 from sparselearning.plan import EpochBudget, Plan
 from sparselearning.provenance import environment
 from sparselearning.runtime import Runtime

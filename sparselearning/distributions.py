@@ -1,11 +1,12 @@
 """How a density budget is shared out over layers: from shapes to densities to exact integer counts."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from sparselearning.errors import UsageError
 from sparselearning.selection import SelectionError
 
 
@@ -129,6 +130,40 @@ def layer_counts(shapes: Mapping[str, Sequence[int]], densities: Mapping[str, fl
     quotas = [densities[name] * size for name, size in sizes.items()]
     counts = _largest_remainder(quotas, active_count(sum(sizes.values()), density))
     return dict(zip(shapes, counts, strict=True))
+
+
+def shared_counts(
+    shapes: Mapping[str, Sequence[int]],
+    density: float,
+    distribution: Callable[[Mapping[str, Sequence[int]], float], dict[str, float]],
+    fixed: Mapping[str, float],
+) -> dict[str, int]:
+    """Exact number of active weights per layer, adding up to ``round(total · density)``, some layers' density given.
+
+    Args:
+        shapes: layer name to weight shape.
+        density: overall share of active weights, in (0, 1].
+        distribution: how the layers that are not ``fixed`` share what is left of the budget.
+        fixed: layer name to density in (0, 1]; such a layer gets ``round(n · d)`` of its ``n`` weights.
+
+    Raises:
+        UsageError: if the other layers would get no weight, or more than they have.
+    """
+    sizes = {name: math.prod(shape) for name, shape in shapes.items()}
+    counts = {name: active_count(sizes[name], given) for name, given in fixed.items()}
+    others = {name: shape for name, shape in shapes.items() if name not in fixed}
+    if fixed:
+        budget, taken = active_count(sum(sizes.values()), density), sum(counts.values())
+        left, room = budget - taken, sum(sizes[name] for name in others)
+        if not (0 < left <= room if others else left == 0):
+            raise UsageError(
+                f"the given layers' densities come to {taken:,} active weights, and a density of {density} over all "
+                f"layers to {budget:,}: the other layers, of {room:,} weights, cannot make up for it"
+            )
+        density = left / room if others else density
+    if others:
+        counts |= layer_counts(others, distribution(others, density), density)
+    return {name: counts[name] for name in shapes}
 
 
 def random_mask(shape: Sequence[int], count: int, generator: torch.Generator) -> Tensor:

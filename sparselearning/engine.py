@@ -19,7 +19,8 @@ from sparselearning.costs import CostMeter, cost_summary, layer_densities, overa
 from sparselearning.data import Batch, BatchSource
 from sparselearning.errors import FaultError
 from sparselearning.files import RunFolder, copy_whole, save_torch, write_jsonl
-from sparselearning.masking import Masking, maskable_parameters
+from sparselearning.layers import maskable_parameters
+from sparselearning.masking import Masking
 from sparselearning.optimizer_state import take_step
 from sparselearning.passes import Passes, Tally, keeping_buffers
 from sparselearning.plan import Plan

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from sparselearning import distributed
 from sparselearning.distributions import active_count, nonzero_counts
 from sparselearning.errors import FaultError, UsageError
+from sparselearning.layers import EMBEDDINGS, fixed_densities, maskable_parameters
 from sparselearning.optimizer_state import KEEPS_ZEROS, DenseMomentum, has_momentum, per_weight_state, take_step
 from sparselearning.schedules import DECAYS, gradual_density
 from sparselearning.seeding import derive_seed
@@ -32,17 +33,6 @@ from sparselearning.topology import (
     prune_and_grow,
     steer_threshold,
 )
-
-
-def maskable_parameters(model: nn.Module, keep_first_dense: bool = False) -> dict[str, nn.Parameter]:
-    """Return every 2-D and 4-D parameter by its name in the user's own model, in model order.
-
-    Names are the same on one GPU, on many, and for a compiled model. ``keep_first_dense`` leaves out the first.
-    """
-    named = distributed.unwrap(model).named_parameters()
-    found = {name.replace("_orig_mod.", ""): p for name, p in named if p.dim() in (2, 4)}
-    return dict(list(found.items())[1:]) if keep_first_dense else found
-
 
 HOOKS: weakref.WeakKeyDictionary[torch.optim.Optimizer, weakref.finalize] = weakref.WeakKeyDictionary()
 """What removes the hook that a Masking has put on an optimizer."""
@@ -181,8 +171,14 @@ class Masking:
         *,
         pruning_rate: float = 0.5,
         keep_first_dense: bool = False,
+        dense_layers: Sequence[str] = (),
+        layer_densities: Mapping[str, float] | None = None,
+        mask_embeddings: bool = False,
     ) -> None:
-        """Draw the first masks for every 2-D and 4-D parameter of ``model`` and apply them.
+        """Draw the first masks for the weights of ``model`` and apply them.
+
+        Masked are all weights that :func:`maskable_parameters` finds, but for those that are frozen or not in the
+        optimizer, of which a warning tells. Patterns match names as :func:`layers.matching` says.
 
         Args:
             model: wrapped for data-parallel training, compiled, or plain.
@@ -190,17 +186,27 @@ class Masking:
                 one batch: run a backward pass first.
             pruning_rate: share of the trained weights that the ``prune_*`` modes drop, in [0, 1].
             keep_first_dense: leave the first layer without a mask.
+            dense_layers: patterns of layers to leave without masks, such as ``"fc"``.
+            layer_densities: pattern, such as ``"layer4.*"``, to the density of each such layer at the start, in (0, 1];
+                the others share what is left of ``init_density``. For ``ERK`` and ``uniform``.
+            mask_embeddings: mask embeddings as well.
 
         Raises:
-            UsageError: if nothing is maskable, the optimizer is not this model's, gradients are missing, or a model
-                was added before.
+            UsageError: if nothing is maskable, the optimizer is not this model's, gradients are missing, a model was
+                added before, patterns match nothing or contradict each other, or the budget is impossible.
         """
         _check_choice("sparse_init", sparse_init, SPARSE_INITS)
         if not 0 <= pruning_rate <= 1:
             raise UsageError(f"pruning_rate lies in [0, 1], not {pruning_rate}")
         if self.masks:
             raise UsageError("this Masking already has a model: make one Masking per model")
-        parameters = self._trained(maskable_parameters(model, keep_first_dense))
+        if layer_densities and not SPARSE_INITS[sparse_init].shares_density:
+            sharing = ", ".join(name for name, init in SPARSE_INITS.items() if init.shares_density)
+            raise UsageError(f"layer_densities are for sparse_init {sharing}: {sparse_init!r} chooses by weights")
+        parameters = maskable_parameters(model, keep_first_dense, dense_layers, mask_embeddings)
+        _check_values(distributed.unwrap(model), parameters)
+        parameters = self._trained(parameters)
+        fixed = fixed_densities(layer_densities or {}, parameters, model, dense_layers)
         total = sum(weight.numel() for weight in parameters.values())
         if METHODS[self.method].shrink and active_count(total, self.final_density) == 0:
             raise UsageError(f"final_density {self.final_density} leaves none of {total:,} weights active")
@@ -209,7 +215,8 @@ class Masking:
         self.seed = distributed.broadcast_object(self.seed)
         generator = torch.Generator().manual_seed(derive_seed(self.seed, "first masks"))
         with torch.no_grad():
-            drawn = SPARSE_INITS[sparse_init].draw(parameters, InitSettings(self.init_density, pruning_rate, generator))
+            settings = InitSettings(self.init_density, pruning_rate, generator, fixed)
+            drawn = SPARSE_INITS[sparse_init].draw(parameters, settings)
             if not any(nonzero_counts(drawn.values())):
                 raise UsageError(
                     f"sparse_init {sparse_init!r} leaves none of {total:,} weights active (init_density "
@@ -533,11 +540,29 @@ class Masking:
                 raise UsageError(
                     f"the masked model's {name!r} was replaced after add_module: make a new optimizer and Masking"
                 )
+        for name, weight in self._parameters.items():
+            if weight.grad is not None and weight.grad.is_sparse:
+                raise UsageError(f"{name} has a sparse gradient, which masks cannot be applied to")
 
     def gradients_are_finite(self) -> bool:
         """Whether all gradients of the optimizer's parameters are finite; a loss scaler skips steps where not."""
         parameters = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
         return bool(torch.stack([p.grad.isfinite().all() for p in parameters]).all())
+
+
+def _check_values(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:
+    """Refuse weights that masks cannot be applied to."""
+    for name, weight in parameters.items():
+        if weight.is_meta:
+            raise UsageError(
+                f"{name} has no values on the meta device: move the model with to_empty() and fill it first"
+            )
+    masked = set(parameters.values())
+    for path, module in model.named_modules():
+        if getattr(module, "sparse", False) and isinstance(module, EMBEDDINGS) and module.weight in masked:
+            raise UsageError(
+                f"{path} has sparse gradients, which masks cannot be applied to: make it with sparse=False"
+            )
 
 
 def _links(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> list[tuple[Mapping[str, Any], str, Any]]:

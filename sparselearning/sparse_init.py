@@ -1,16 +1,19 @@
 """How the first masks are drawn.
 
+A neuron, here and in growth, is a slice of a weight along its first dimension: an output channel, a unit, one gate of a
+recurrent unit, of a transposed convolution an input channel.
+
 Each mode is one function from the layers and an :class:`InitSettings` to masks, and one line in
 :data:`SPARSE_INITS`. Masks are boolean, on the weights' device, in the weights' shape.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from sparselearning.distributions import DENSITIES, active_count, layer_counts, random_mask
+from sparselearning.distributions import DENSITIES, active_count, random_mask, shared_counts
 from sparselearning.errors import UsageError
 from sparselearning.selection import select_largest
 from sparselearning.topology import classifier
@@ -26,22 +29,23 @@ class InitSettings:
     density: float
     pruning_rate: float
     generator: torch.Generator
+    layer_densities: Mapping[str, float] = field(default_factory=dict)  # of layers that the modes are not to decide on
 
 
 @dataclass(frozen=True)
 class SparseInit:
-    """One mode: its function, and what must be there before it can run."""
+    """One mode: its function, what must be there first, and whether single layers' densities can be given."""
 
     draw: Draw
     needs_trained_weights: bool = False
     needs_gradients: bool = False
+    shares_density: bool = False
 
 
 def _random(distribution: str) -> Draw:
     def draw(weights: Mapping[str, Tensor], settings: InitSettings) -> Masks:
         shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
-        densities = DENSITIES[distribution](shapes, settings.density)
-        counts = layer_counts(shapes, densities, settings.density)
+        counts = shared_counts(shapes, settings.density, DENSITIES[distribution], settings.layer_densities)
         return {
             name: random_mask(shapes[name], counts[name], settings.generator).to(weight.device)
             for name, weight in weights.items()
@@ -113,8 +117,8 @@ def _prune_and_grow_structured(weights: Mapping[str, Tensor], settings: InitSett
 
 
 SPARSE_INITS = {
-    "ERK": SparseInit(_random("ERK")),
-    "uniform": SparseInit(_random("uniform")),
+    "ERK": SparseInit(_random("ERK"), shares_density=True),
+    "uniform": SparseInit(_random("uniform"), shares_density=True),
     "GMP": SparseInit(_dense),
     "snip": SparseInit(_snip, needs_gradients=True),
     "resume": SparseInit(_non_zero, needs_trained_weights=True),

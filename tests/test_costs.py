@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sparselearning.costs import cost_summary, inference_flops, layer_densities, layer_flops, training_flops
 from sparselearning.distributions import erk_densities, uniform_densities
-from sparselearning.masking import maskable_parameters
+from sparselearning.layers import maskable_parameters
 from sparselearning.schedules import gradual_density
 
 

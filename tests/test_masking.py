@@ -1265,22 +1265,6 @@ def test_counts_are_exact_in_any_precision(dtype):
             assert sum(counts(masking).values()) == round(SIZE * density)
 
 
-def test_only_matrices_and_kernels_are_masked():
-    model = nn.ModuleDict(
-        {
-            "conv1d": nn.Conv1d(2, 3, 3),
-            "embedding": nn.Embedding(5, 4),
-            "conv": nn.Conv2d(2, 3, 3),
-            "norm": nn.BatchNorm2d(3),
-            "conv3d": nn.Conv3d(2, 3, 3),
-            "fc": nn.Linear(3, 2),
-        }
-    )
-    masking = Masking(sgd(model))
-    masking.add_module(model)
-    assert list(masking.masks) == ["embedding.weight", "conv.weight", "fc.weight"]
-
-
 def test_a_layer_without_active_weights_does_no_harm():
     model = SmallNet()
     masking = Masking(sgd(model), update_frequency=1, init_density=1 / SIZE)

@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from sparselearning.errors import UsageError
+from sparselearning.layers import maskable_parameters
 
 FAMILY_MEMBERS = {
     "wrn-D-K": ["wrn-28-10", "wrn-16-8", "wrn-16-10", "wrn-10-1"],
@@ -33,6 +34,13 @@ def count(model, dims=(1, 2, 4)):
 
 def maskable(model):
     return [p for p in model.parameters() if p.dim() in (2, 4)]
+
+
+@pytest.mark.parametrize("name", [*ALL_NAMES, *imagenet_resnet.ARCHS])
+def test_masks_are_for_every_matrix_and_kernel(name):
+    with torch.device("meta"):
+        model = build_model(name, 10) if name in ALL_NAMES else imagenet_resnet.build_model(name, 10)
+    assert list(maskable_parameters(model).values()) == maskable(model)
 
 
 def test_every_family_has_members_here():
