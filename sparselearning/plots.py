@@ -318,7 +318,7 @@ def _log_scale(axes: Axes) -> None:
     if not len(values) or values.min() <= 0 or values.max() < 4 * values.min():
         return
     axes.set_yscale("log")
-    decades = math.log10(values.max() / values.min())
+    decades = math.log10(values.max()) - math.log10(values.min())
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7) if decades < 1 else (1, 2, 5)))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, place: f"{value:g}"))
     axes.yaxis.set_minor_locator(NullLocator())

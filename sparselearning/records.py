@@ -4,6 +4,7 @@ The names of the fields are those of the files, in their order. A field without 
 one with a default may be missing from those of earlier versions, and is None then.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Annotated, Any, Literal
@@ -123,8 +124,21 @@ class Summary(Record):
         tickets, superpositions = len(self.ticket_acc), len(self.superposed_acc)
         if tickets != superpositions:
             raise Mismatch(f"ticket_acc is of {tickets} tickets, and superposed_acc of {superpositions}")
-        if (self.gain_over_ticket is None) != (tickets == 0):
-            raise Mismatch(f"gain_over_ticket is {self.gain_over_ticket}, but ticket_acc is of {tickets} tickets")
+        *_, (name, last) = (
+            ("pretrain_acc", self.pretrain_acc),
+            *(("superposed_acc", acc) for acc in self.superposed_acc),
+        )
+        if self.final_acc != last:
+            raise Mismatch(f"final_acc is {self.final_acc}, but {name} ends at {last}")
+        self._check_gain("gain", self.gain, "pretrain_acc", self.pretrain_acc)
+        if tickets:
+            self._check_gain("gain_over_ticket", self.gain_over_ticket, "ticket_acc", self.ticket_acc[-1])
+        elif self.gain_over_ticket is not None:
+            raise Mismatch(f"gain_over_ticket is {self.gain_over_ticket}, but ticket_acc is empty")
+
+    def _check_gain(self, name: str, gain: float | None, start: str, before: float) -> None:
+        if gain is None or not math.isclose(gain, 100 * (self.final_acc - before), abs_tol=1e-9):
+            raise Mismatch(f"{name} is {gain}, but {start} is {before} and final_acc {self.final_acc}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -33,7 +33,7 @@ class Between:
 
     def allows(self, value: float) -> bool:
         """Whether a number is within them."""
-        return not self.finite or self.low <= value <= self.high
+        return self.low <= value <= self.high or (not self.finite and isinstance(value, float))
 
     def __str__(self) -> str:
         if self.high == LARGEST:
@@ -157,7 +157,7 @@ def _fits(kind: Any, value: Any) -> bool:
         return _is_number(kind, value) and Between().allows(value)
     if kind is str:
         return isinstance(value, str) and not any("\ud800" <= letter <= "\udfff" for letter in value)
-    return kind is Any or isinstance(value, kind)
+    return kind is Any or isinstance(value, get_origin(kind) or kind)
 
 
 def _is_number(kind: type, value: Any) -> bool:

@@ -1,0 +1,140 @@
+"""Every entry of every JSON file of a run, damaged in every way: one sentence that names file and entry, or no harm."""
+
+import json
+
+import pytest
+from test_report import save_networks, write_analysis, write_run
+
+from sparselearning.errors import FaultError
+from sparselearning.progress import run_table
+from sparselearning.report import main
+from sparselearning.runs import group_runs, read_run
+from sparselearning.tables import csv_of_runs, csv_table, latex_table, markdown_report
+
+DAMAGE = {
+    "removed": None, "null": "null", "true": "true", "text": '"text"', "empty text": '""',
+    "lone surrogate": '"\\ud800"', "minus": "-1", "fraction": "0.5", "large": "1e300", "float32": "3.3e38",
+    "tiny": "5e-324", "huge": "9" * 400, "thousands of digits": "9" * 5000, "beyond floats": "1e999",
+    "minus infinity": "-Infinity", "nan": "NaN", "list": "[]", "object": "{}", "list of text": '["a"]',
+    "nested": "[" * 50 + "]" * 50, "nested too deep": "[" * 99_999 + "]" * 99_999,
+}  # fmt: skip
+"""Name to the JSON that an entry is replaced by."""
+UNREADABLE = {"thousands of digits", "nested too deep"}
+"""What no JSON parser takes in: no entry can be named then."""
+
+
+def write_whole_run(folder):
+    """A finished run with all that reports read; returns its JSON files."""
+    environment = {"commit": "abc1234", "versions": {"torch": "2.11"}, "device": "cpu: Fast", "threads": 2}
+    write_run(
+        folder, explored=0.4, summary={"test_acc": 0.8, "training_flops_of_dense": 0.3}, resume=None, sparse_init="ERK",
+        **environment, world_size=1, resumed=[environment | {"commit": "def5678"}],
+    )  # fmt: skip
+    write_analysis(folder, 0.0)
+    save_networks(folder)
+    return [folder / name for name in ("config.json", "metrics.jsonl", "tickets.jsonl", "summary.json")] + [
+        folder / "analysis" / "analysis.json"
+    ]
+
+
+def entries(value, place=()):
+    """Places of all entries, outer ones first; of a list, the last alone."""
+    if place:
+        yield place
+    items = list(value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ())
+    for key, inner in items[-1:] if isinstance(value, list) else items:
+        yield from entries(inner, (*place, key))
+
+
+def spoilt(content, place, damage):
+    """The JSON text of ``content`` with one entry damaged."""
+    content = json.loads(json.dumps(content))
+    holder = content
+    for key in place[:-1]:
+        holder = holder[key]
+    if DAMAGE[damage] is None:
+        del holder[place[-1]]
+    else:
+        holder[place[-1]] = "@@"
+    return json.dumps(content).replace('"@@"', DAMAGE[damage] or "")
+
+
+def damages(text, lines):
+    """(place, damage, damaged text) for each way to damage a file."""
+    content = [json.loads(line) for line in text.splitlines()] if lines else json.loads(text)
+    for place in entries(content):
+        for damage in DAMAGE:
+            if lines:
+                rows = [json.dumps(row) for row in content]
+                first, *inner = place
+                if inner:
+                    rows[first] = spoilt(content[first], inner, damage)
+                elif DAMAGE[damage] is None:
+                    del rows[first]
+                else:
+                    rows[first] = DAMAGE[damage]
+                yield place, damage, "\n".join(rows) + "\n"
+            else:
+                yield place, damage, spoilt(content, place, damage)
+
+
+def names(sentence, place):
+    """Whether a sentence names an entry, or one that it is in or that belongs to it."""
+    keys = [key for key in place if isinstance(key, str)]
+    return not keys or any(key in sentence for key in keys)
+
+
+def refusal(look, *arguments):
+    """The sentence that something ends with; None if it does not mind."""
+    try:
+        look(*arguments)
+    except FaultError as fault:
+        return str(fault)
+    return None
+
+
+def tables(folder):
+    """All that a report writes and prints but pictures."""
+    run = read_run(folder)
+    groups, left_out = group_runs([run])
+    if run.summary:
+        run_table(run.summary, folder)
+    texts = [markdown_report(groups, left_out), csv_table(groups), latex_table(groups), csv_of_runs(groups)]
+    "".join(texts).encode()
+    return run
+
+
+@pytest.mark.parametrize("number", range(5), ids=["config", "metrics", "tickets", "summary", "analysis"])
+def test_damaged_entries_are_named_or_harmless(tmp_path, number):
+    plots = pytest.importorskip("sparselearning.plots")
+    folder = tmp_path / "run"
+    path = write_whole_run(folder)[number]
+    text, seen = path.read_text(), set()
+
+    def report():
+        run = tables(folder)
+        shown = repr((run.metrics, run.tickets, run.summary, run.config.cycle_lr))
+        for figure in (plots.curves(run), plots.schedules(run)) if shown not in seen else ():
+            figure.set_dpi(40)
+            figure.canvas.draw()
+        seen.add(shown)
+
+    assert refusal(report) is None
+    for place, damage, damaged in damages(text, lines=path.suffix == ".jsonl"):
+        path.write_text(damaged)
+        if sentence := refusal(report):
+            assert str(path) in sentence, (place, damage, sentence)
+            assert len(sentence) < 600, (place, damage)
+            assert damage in UNREADABLE or names(sentence, place), (place, damage, sentence)
+        assert path.read_text() == damaged
+
+
+def test_a_damaged_run_ends_the_command_with_one_sentence(tmp_path):
+    path = write_whole_run(tmp_path / "run")[1]
+    path.write_text(path.read_text().replace('"lr": 0.1', '"lr": [0.1]', 1))
+    before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+    with pytest.raises(
+        FaultError, match=r"metrics\.jsonl, line 1, is damaged or no run's: lr is \[0\.1\], not a number"
+    ):
+        main([str(tmp_path / "run"), "--no-plots"])
+    assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == before
