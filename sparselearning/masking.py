@@ -10,6 +10,7 @@ from warnings import warn
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
 
 from sparselearning import distributed
 from sparselearning.distributions import active_count, nonzero_counts
@@ -308,15 +309,14 @@ class Masking:
         """Mask what the optimizer has just changed, and update the topology when it is due."""
         self._check_has_model()
         # A fused optimizer runs, without effect, in a step that its loss scaler skips; others are not run at all.
-        matters = self._tracks_momentum or self.update_due
-        skipped = matters and bool(getattr(self.optimizer, "found_inf", False))
-        if self._tracks_momentum and not skipped:
-            self._dense_momentum.age(self._parameters)
+        found_inf: Tensor | None = getattr(self.optimizer, "found_inf", None)
+        if self._tracks_momentum:
+            self._dense_momentum.age(self._parameters, found_inf)
         if self._gradients_masked:
             self._versions = self._weight_versions()
         else:
             self.apply_masks()
-        self._count_step(skipped)
+        self._count_step(skipped=self.update_due and found_inf is not None and bool(found_inf))
 
     def _count_step(self, skipped: bool) -> None:
         due = self.update_due
@@ -546,8 +546,8 @@ class Masking:
 
     def gradients_are_finite(self) -> bool:
         """Whether all gradients of the optimizer's parameters are finite; a loss scaler skips steps where not."""
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
-        return bool(torch.stack([p.grad.isfinite().all() for p in parameters]).all())
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        return math.isfinite(get_total_norm([p.grad for p in parameters if p.grad is not None], math.inf))
 
 
 def _check_values(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:

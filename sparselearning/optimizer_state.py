@@ -32,8 +32,22 @@ def take_step(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler | N
     if scaler is None:
         optimizer.step()
     else:
+        _begin_fused_momentum(optimizer)
         scaler.step(optimizer)
         scaler.update()
+
+
+def _begin_fused_momentum(optimizer: torch.optim.Optimizer) -> None:
+    """Let the momentum of fused SGD start at zero.
+
+    PyTorch (2.14) allocates it and leaves the first values to a kernel that writes nothing when gradients overflow.
+    """
+    for group in optimizer.param_groups:
+        if not (group.get("fused") and group.get("momentum")):
+            continue
+        for weight in group["params"]:
+            if weight.grad is not None and optimizer.state[weight].get("momentum_buffer") is None:
+                optimizer.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
 
 
 class DenseMomentum:
@@ -51,14 +65,24 @@ class DenseMomentum:
         self.optimizer = optimizer
         self._off_mask: dict[str, dict[str, Tensor]] = {}  # parameter name, state name
 
-    def age(self, parameters: Mapping[str, nn.Parameter]) -> None:
-        """Let the momentum of inactive weights shrink; call it after an optimizer step, before :meth:`keep`."""
+    def age(self, parameters: Mapping[str, nn.Parameter], skipped: Tensor | None = None) -> None:
+        """Let the momentum of inactive weights shrink; call it after an optimizer step, before :meth:`keep`.
+
+        Args:
+            parameters: by name.
+            skipped: one number on their device, above 0 if the loss scaler skipped the step; None: it did not.
+        """
         decays = self._decays()
+        shrinking: dict[float, list[Tensor]] = {}
         for name, weight in parameters.items():
             kept = self._off_mask.setdefault(name, {})
             for key, state in per_weight_state(self.optimizer, weight):
                 if key in decays[weight]:
-                    kept.setdefault(key, torch.zeros_like(state)).mul_(decays[weight][key])
+                    if key not in kept:
+                        kept[key] = torch.zeros_like(state)
+                    shrinking.setdefault(decays[weight][key], []).append(kept[key])
+        for decay, states in shrinking.items():
+            torch._foreach_mul_(states, decay if skipped is None else torch.where(skipped > 0, 1.0, decay))
 
     def keep(self, name: str, weight: nn.Parameter, mask: Tensor) -> None:
         """Take over the optimizer's momentum where ``mask`` is false, and forget what was kept of active weights."""

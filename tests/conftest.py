@@ -1,7 +1,11 @@
-"""Settings that all tests share: one thread, and property tests that run the same way every time."""
+"""Settings that all tests share: one thread, no GPU, and property tests that run the same way every time."""
 
+import os
+
+import pytest
 import torch
 from hypothesis import HealthCheck, settings
+from pretended_gpu import Kernels, PretendedGpu
 
 torch.set_num_threads(1)
 settings.register_profile(
@@ -13,3 +17,32 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow],
 )
 settings.load_profile("tests")
+
+
+def pytest_addoption(parser):
+    """``--gpu``: the machine's own GPU in place of the pretended one."""
+    parser.addoption("--gpu", action="store_true", help="run the tests about GPUs, and only those, on a real one")
+
+
+def pytest_configure(config):
+    """Hide GPUs, from child processes too: bits are compared, and the other tests are about the CPU."""
+    if not config.getoption("--gpu"):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    elif not torch.cuda.is_available():
+        raise pytest.UsageError("--gpu needs a GPU, and PyTorch sees none here")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leave the other tests out of ``--gpu``."""
+    if config.getoption("--gpu"):
+        others = [item for item in items if "gpu" not in item.fixturenames]
+        config.hook.pytest_deselected(others)
+        items[:] = [item for item in items if item not in others]
+
+
+@pytest.fixture
+def gpu(pytestconfig):
+    """A GPU, ``cuda:0``, and the counts of its kernels: pretended, or with ``--gpu`` real."""
+    with Kernels() if pytestconfig.getoption("--gpu") else PretendedGpu() as kernels:
+        yield kernels
+    torch.use_deterministic_algorithms(False)

@@ -668,6 +668,18 @@ def test_a_stopped_run_resumes_to_the_same_bits(
     assert os.listdir() == ["run"]
 
 
+@pytest.mark.parametrize("flags", ["--amp off", "--fp16 --growth momentum", "--amp bf16 --growth random"])
+def test_on_a_gpu_too(gpu, script, monkeypatch, flags):
+    call = f"{WHOLE_METHOD} --deterministic {flags}"
+    assert script(call, "--save whole") == 0
+    with monkeypatch.context() as context:
+        stop_in(context, 5, signal.SIGINT)
+        assert script(call, "--save run") == 130
+    assert script(call, "--save run --resume run") == 0
+    assert_same_outcome("whole", "run")
+    assert "GPU" in json.loads(Path("run/config.json").read_text())["device"]
+
+
 def test_a_finished_run_resumes_to_itself(script):
     assert script(WHOLE_METHOD, "--save run") == 0
     before, files = outcome("run"), set(os.listdir("run"))

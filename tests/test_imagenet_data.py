@@ -576,9 +576,8 @@ def test_arguments_out_of_range(clean, options, sentence):
         load(clean, **options)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("workers", [0, 2])
-def test_batches_on_a_gpu_are_the_same(clean, workers):
+def test_batches_on_a_gpu_are_the_same(gpu, clean, workers):
     loader = load(clean, workers=workers, device="cuda").train
     assert next(loader.host_batches(0)).images.is_pinned()
     assert next(loader.host_batches(0)).images.is_contiguous(memory_format=torch.channels_last)

@@ -270,6 +270,14 @@ def trained(home):
     return RunFolder(home / "trained")
 
 
+def test_on_a_gpu_too(gpu, home, tmp_path):
+    flags = [*SMALL[1:], "--deterministic", home / "imagenet2012"]
+    assert run(*flags, "--gather-checkpoints", "--save", tmp_path / "whole") == 0
+    whole = RunFolder(tmp_path / "whole")
+    assert run(*flags, "--save", tmp_path / "again", "--resume", whole.epoch_checkpoint(2)) == 0
+    assert_identical(results(tmp_path / "again"), results(whole.path))
+
+
 def test_config_says_what_was_left_out_on_the_command_line(trained):
     config = trained.read_config()
     assert (config["density"], config["final_density"], config["epochs"]) == (0.1, 0.1, 3)

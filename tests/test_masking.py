@@ -14,6 +14,7 @@ from torch import nn
 from sparselearning import Masking, gradual_density
 from sparselearning.distributions import erk_densities, layer_counts
 from sparselearning.errors import UsageError
+from sparselearning.optimizer_state import take_step
 from sparselearning.seeding import derive_seed
 from sparselearning.selection import select_largest
 from sparselearning.topology import GROWTH, METHODS, PRUNE, REDISTRIBUTION, Mode
@@ -729,6 +730,27 @@ def test_threshold_pruning_recovers_from_a_first_update_among_zeros():
 
 def grad_scaler():
     return torch.amp.GradScaler("cpu", init_scale=4.0, growth_interval=1000)
+
+
+@pytest.fixture
+def garbage():
+    """Memory that nothing was written to reads as NaN, not as what an earlier test left there."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.usefixtures("garbage")
+@pytest.mark.parametrize("fused", [True, False])
+def test_momentum_is_zero_after_a_first_step_that_overflows(fused):
+    weight = nn.Parameter(torch.ones(2, 4))
+    optimizer, scaler = torch.optim.SGD([weight], lr=1.0, momentum=0.5, fused=fused), grad_scaler()
+    for gradient, momentum in ((math.inf, 0.0), (1.0, 1.0), (1.0, 1.5)):
+        optimizer.zero_grad()
+        scaler.scale((weight * gradient).sum()).backward()
+        take_step(optimizer, scaler)
+        assert optimizer.state[weight].get("momentum_buffer", torch.zeros(1)).eq(momentum).all()
+    assert weight.eq(1 - 1.0 - 1.5).all()
 
 
 GROW_4 = [0.0, 0, 0, 0, 9, 1, 1, 1]
