@@ -22,6 +22,7 @@ from sparselearning.errors import FaultError, UsageError
 from sparselearning.seeding import derive_seed
 
 DIGITS_TEST_SIZE = 599  # a third of scikit-learn's 1,797 digits
+MOST_EMPTY_CLASSES = 1000  # without a training image, in a file of one's own; more are a mistake that costs memory
 
 
 class Arrays(NamedTuple):
@@ -308,15 +309,25 @@ def _validated(arrays: Arrays, name: str, num_classes: int | None) -> tuple[Arra
             f"{name}: the images of x_train and x_test must have one shape, but they are "
             f"{x_train.shape[1:]} and {x_test.shape[1:]} (height, width, channels)"
         )
+    present = np.unique(y_train)
+    if len(present) == 1:
+        raise FaultError(f"{name}: all training images are of one class, {present[0]}: there is nothing to learn")
     if num_classes is None:
-        num_classes = int(y_train.max()) + 1
+        num_classes = int(present[-1]) + 1
+        empty = num_classes - len(present)
+        if empty > MOST_EMPTY_CLASSES:
+            first = np.setdiff1d(np.arange(5 + len(present)), present)[:5]
+            raise FaultError(
+                f"{name}: {empty} of the classes 0 to {num_classes - 1} of y_train have no image "
+                f"({', '.join(map(str, first))} and {empty - 5} more): number them without gaps"
+            )
     for array, labels in (("y_train", y_train), ("y_test", y_test)):
         if labels.max() >= num_classes:
             raise FaultError(
                 f"{name}: {array} holds the label {labels.max()}, "
                 f"outside the training set's class range 0 to {num_classes - 1}"
             )
-    return Arrays(x_train, y_train, x_test, y_test), num_classes
+    return Arrays(x_train, y_train.astype(np.int64), x_test, y_test.astype(np.int64)), num_classes
 
 
 def _validated_part(x: np.ndarray, y: np.ndarray, part: str, name: str) -> tuple[np.ndarray, np.ndarray]:
@@ -335,7 +346,7 @@ def _validated_part(x: np.ndarray, y: np.ndarray, part: str, name: str) -> tuple
         raise FaultError(f"{name}: x_{part} has {len(x)} images, but y_{part} has {len(y)} labels")
     if x.size == 0:
         raise FaultError(f"{name}: x_{part} has no images (shape {x.shape})")
-    y = y.reshape(-1).astype(np.int64)
+    y = y.reshape(-1)  # still of its own type: not every label fits into int64
     if y.min() < 0:
         raise FaultError(f"{name}: y_{part} holds the negative label {y.min()}; classes count from 0")
     return x, y

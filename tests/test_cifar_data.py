@@ -354,6 +354,11 @@ BLACK = np.zeros((20, 8, 8, 3), np.uint8)
         ({"x_train": BLACK[:, :0, :0]}, "x_train has no images"),
         ({"y_train": np.arange(20) - 1}, "y_train holds the negative label -1"),
         ({"y_test": np.arange(10)}, "y_test holds the label 9, outside the training set's class range 0 to 4"),
+        ({"y_test": np.full(10, 2**64 - 1, np.uint64)}, "y_test holds the label 18446744073709551615, outside"),
+        ({"y_train": np.arange(20) % 5 + 10**6}, r"1000000 of .* no image \(0, 1, 2, 3, 4 and 999995 more"),
+        ({"y_train": np.arange(20) % 2 * (2**63 - 1)}, r"9223372036854775806 of .* no image \(1, 2, 3, 4, 5 and"),
+        ({"y_train": np.arange(20, dtype=np.uint64) + 2**63}, r"9223372036854775808 of .* \(0, 1, 2, 3, 4 and"),
+        ({"y_train": np.full(20, 3)}, "all training images are of one class, 3"),
         ({"y_train": np.array([None] * 20)}, "cannot be read"),
     ],
 )
@@ -379,6 +384,15 @@ def damaged_files(tmp_path):
         "bare array": array.read_bytes(),
         "unreadable header": (tmp_path / "header.npz").read_bytes(),
     }
+
+
+def test_some_classes_may_have_no_image(tmp_path):
+    """As in a part of a larger set: the letters of EMNIST count from 1, ten classes of ImageNet from anywhere."""
+    labels = np.arange(20) % 2 * cifar_data.MOST_EMPTY_CLASSES + 1
+    data = load(write_npz(tmp_path / "part.npz", y_train=labels, y_test=labels[:10]))
+    assert data.num_classes == cifar_data.MOST_EMPTY_CLASSES + 2
+    with pytest.raises(FaultError, match=r"1001 of .* no image \(0, 2, 3, 4, 5 and 996 more"):
+        load(write_npz(tmp_path / "more.npz", y_train=labels + (labels > 1)))
 
 
 @pytest.mark.parametrize("damage", ["empty", "text", "cut off", "flipped bits", "bare array", "unreadable header"])
