@@ -17,7 +17,7 @@ from multiprocessing import forkserver, resource_tracker
 from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 from warnings import catch_warnings, simplefilter
 
 import numpy as np
@@ -25,8 +25,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
-from torchvision.datasets import ImageFolder
-from torchvision.datasets.folder import IMG_EXTENSIONS, pil_loader
+from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import v2
 from tqdm import tqdm
 
@@ -41,6 +40,7 @@ STD = (0.229, 0.224, 0.225)
 PRELOADED = ["__main__", "torchvision.datasets", "torchvision.transforms.v2", "sparselearning.experiment"]
 JOB_SIGNALS = {signal.SIGINT, signal.SIGTERM}  # sent to all processes of a job at once
 LAYOUT = "images as DIR/train/CLASS/NAME.JPEG and DIR/val/CLASS/NAME.JPEG"
+LONGEST_SIDE = 16  # in shorter sides: of a longer image, evaluation leaves out both ends before it is resized
 
 View = Callable[[Image.Image], Tensor]  # RGB image -> uint8, 3 x H x W
 
@@ -52,7 +52,29 @@ def training_view(size: int) -> View:
 
 def evaluation_view(size: int, resize: int) -> View:
     """Return the map from an RGB image, its shorter side scaled to ``resize``, to its centre 3 x size x size uint8."""
-    return v2.Compose([v2.Resize(resize), v2.CenterCrop(size), v2.PILToTensor()])
+    return v2.Compose([_without_far_ends, v2.Resize(resize), v2.CenterCrop(size), v2.PILToTensor()])
+
+
+def _without_far_ends(image: Image.Image) -> Image.Image:
+    """Shorten a very long image about its centre: resized whole, one of 1 x 20,000 pixels would fill the memory."""
+    longest = LONGEST_SIDE * min(image.size)
+    left, top = (max(0, (side - longest) // 2) for side in image.size)
+    return image.crop((left, top, image.width - left, image.height - top)) if left or top else image
+
+
+def load_rgb(path: str | os.PathLike[str]) -> Image.Image:
+    """Read an image as RGB with 8 bits per channel: of 16 the upper 8, which Pillow keeps of colours but not of grey.
+
+    Raises:
+        Exception: of a dozen kinds, if it is damaged; ValueError, if its pixels are of 32 bits.
+    """
+    with open(path, "rb") as file:
+        image = Image.open(file)
+        if image.mode == "F" or (image.mode == "I" and image.format == "TIFF"):
+            raise ValueError("pixels of 32 bits, whose range it does not say")
+        if image.mode.startswith("I"):
+            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        return image.convert("RGB")
 
 
 class ImageFiles:
@@ -65,37 +87,62 @@ class ImageFiles:
 
     Raises:
         UsageError: ``folder`` is no folder, or holds no class folders.
-        FaultError: ``folder`` cannot be read, or a class folder holds no image.
+        FaultError: ``folder`` cannot be read, a class folder holds no image, or links lead to one folder twice.
     """
 
     def __init__(self, folder: Path) -> None:
-        if not os.path.isdir(folder):
-            raise UsageError(f"there is no folder {folder}: an ImageNet data set holds {LAYOUT}")
+        seen: dict[str, str] = {}
         try:
-            found = ImageFolder(folder, allow_empty=True)
-        except FileNotFoundError as error:
-            raise UsageError(f"{folder} holds no class folders: an ImageNet data set holds {LAYOUT}") from error
+            with os.scandir(folder) as entries:
+                self.classes = sorted(entry.name for entry in entries if entry.is_dir())
+            found = [_images_under(os.path.join(folder, name), seen) for name in self.classes]
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise UsageError(f"there is no folder {error.filename}: an ImageNet data set holds {LAYOUT}") from error
         except OSError as error:
-            raise FaultError(f"{folder} cannot be read: {error.strerror}") from error
-        self.folder = folder
-        self.classes = found.classes
-        self.labels = torch.tensor(found.targets, dtype=torch.int64)
-        self.damaged: dict[str, str] = {}
-
-        counts = self.labels.bincount(minlength=len(self.classes)).tolist()
-        empty = [name for name, count in zip(self.classes, counts, strict=True) if count == 0]
+            raise FaultError(f"{error.filename} cannot be read: {error.strerror}") from error
+        if not self.classes:
+            raise UsageError(f"{folder} holds no class folders: an ImageNet data set holds {LAYOUT}")
+        empty = [name for name, paths in zip(self.classes, found, strict=True) if not paths]
         if empty:
             raise FaultError(
                 f"no images in {_listed(empty)} under {folder}: add some ({', '.join(IMG_EXTENSIONS)}) or remove "
                 "the folders from train/ and val/ alike"
             )
-        self._paths = np.array([os.fsencode(path) for path, _ in found.samples])  # one block, not a million strings
+        self.folder = folder
+        self.labels = torch.arange(len(found)).repeat_interleave(torch.tensor([len(paths) for paths in found]))
+        self.damaged: dict[str, str] = {}
+        self._paths = np.array([os.fsencode(path) for paths in found for path in paths])  # not a million strings
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def __getitem__(self, index: int) -> "ImageFile":
         return ImageFile(index, os.fsdecode(self._paths[index]), int(self.labels[index]))
+
+
+def _images_under(folder: str, seen: dict[str, str]) -> list[str]:
+    """Return the paths of all images in a folder and those below it, in the order of torchvision's ImageFolder.
+
+    Args:
+        folder: of one class.
+        seen: what each folder that was walked before, by its real path, was found as; those walked now are added.
+
+    Raises:
+        FaultError: if symbolic links lead to a folder twice, or around in a circle.
+        OSError: if a folder cannot be read.
+    """
+
+    def fail(error: OSError) -> NoReturn:
+        raise error
+
+    found = []
+    for place, _, names in os.walk(folder, followlinks=True, onerror=fail):
+        real = os.path.realpath(place)
+        if real in seen:
+            raise FaultError(f"{place} is {seen[real]} once more, by a symbolic link: remove one of them")
+        seen[real] = place
+        found.append((place, sorted(name for name in names if name.lower().endswith(IMG_EXTENSIONS))))
+    return [os.path.join(place, name) for place, names in sorted(found) for name in names]
 
 
 class ImageFile(NamedTuple):
@@ -133,7 +180,7 @@ class _Views(Dataset):
         try:
             with catch_warnings():
                 simplefilter("ignore")  # a few ImageNet files have damaged EXIF data around sound pixels
-                image = pil_loader(file.path)
+                image = load_rgb(file.path)
         except Exception as error:  # Pillow's decoders raise a dozen kinds
             return Damage(file.path, _reason(error))
         with torch.random.fork_rng(devices=[]):
@@ -446,14 +493,14 @@ def load_imagenet(
 
     Raises:
         UsageError: a folder is missing or laid out differently, or an argument is out of range.
-        FaultError: a folder cannot be read, a class has no images, or train and val disagree on the classes.
+        FaultError: a folder cannot be read, a class has no images, there is but one, or train and val disagree on them.
     """
     if batch_size < 1 or workers < 0:
         raise UsageError(f"batch size {batch_size}, {workers} workers: at least 1 and 0 are needed")
     if not 1 <= image_size <= resize:
         raise UsageError(f"a centre of {image_size} pixels cannot be cut out of images resized to {resize}")
     root = Path(root)
-    if not os.path.isdir(root):
+    if not root.is_dir():
         raise UsageError(f"{root} is not a folder: an ImageNet data set holds {LAYOUT}")
     train_files, val_files = ImageFiles(root / "train"), ImageFiles(root / "val")
     _check_classes(train_files, val_files)
@@ -487,6 +534,8 @@ def load_imagenet(
 
 
 def _check_classes(train: ImageFiles, val: ImageFiles) -> None:
+    if len(train.classes) == 1:
+        raise FaultError(f"{train.folder} has one class alone, {train.classes[0]}: there is nothing to learn")
     differences = [
         f"{there.folder} has no folder {_listed(missing)} while {here.folder} has"
         for here, there in ((train, val), (val, train))

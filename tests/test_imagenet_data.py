@@ -9,15 +9,26 @@ import signal
 import subprocess
 import sys
 from itertools import chain
+from pathlib import Path
 
 import imagenet_data
 import numpy as np
 import pytest
 import torch
-from imagenet_data import FolderLoader, ImageFiles, load_imagenet, rank_share, training_view
+from imagenet_data import (
+    FolderLoader,
+    ImageFiles,
+    evaluation_view,
+    load_imagenet,
+    load_rgb,
+    rank_share,
+    training_view,
+)
 from PIL import Image
 from test_distributed import marked_processes, on_linux, wait_until
 from torch.utils.data import DistributedSampler
+from torchvision.datasets import ImageFolder
+from torchvision.transforms import v2
 
 from sparselearning.errors import FaultError, UsageError
 
@@ -32,6 +43,14 @@ def write_images(folder, classes=CLASSES, per_class=PER_CLASS):
         for number in range(per_class):
             corners = Image.fromarray(rng.integers(0, 256, (3, 4, 3), dtype=np.uint8))
             corners.resize((40, 30)).save(folder / name / f"{number}.jpg")
+
+
+def write_same(root, image):
+    """Two classes, each with this one picture for training and evaluation."""
+    for split in ("train", "val"):
+        for name in ("one", "other"):
+            (root / split / name).mkdir(parents=True)
+            image.save(root / split / name / "0.png")
 
 
 @pytest.fixture(scope="module")
@@ -72,28 +91,54 @@ def assert_same(batches, expected):
 
 
 def test_normalisation_of_one_colour(tmp_path):
-    for split in ("train", "val"):
-        (tmp_path / split / "only").mkdir(parents=True)
-        Image.new("RGB", (30, 30), (255, 0, 51)).save(tmp_path / split / "only" / "0.png")
+    write_same(tmp_path, Image.new("RGB", (30, 30), (255, 0, 51)))
     # (1 - 0.485) / 0.229, (0 - 0.456) / 0.224, (0.2 - 0.406) / 0.225
-    expected = torch.tensor([2.248908, -2.035714, -0.915556]).view(1, 3, 1, 1).expand(1, 3, SIZE, SIZE)
+    expected = torch.tensor([2.248908, -2.035714, -0.915556]).view(1, 3, 1, 1).expand(2, 3, SIZE, SIZE)
     data = load(tmp_path)
     for loader in (data.train, data.train_once, data.evaluation):
         (batch,) = loader.epoch(0)
         torch.testing.assert_close(batch.images, expected, atol=1e-5, rtol=0, check_stride=False)
-        assert batch.labels.tolist() == [0]
+        assert sorted(batch.labels.tolist()) == [0, 1]
         assert batch.weight == 1.0
 
 
 def test_evaluation_is_the_centre_of_the_resized_image(tmp_path):
     # 16 x 8: five columns of 10, six of 20, five of 30. Resized to itself, the centre 8 x 8 has columns 4 to 11.
     columns = np.repeat([10, 20, 30], [5, 6, 5]).astype(np.uint8)
-    for split in ("train", "val"):
-        (tmp_path / split / "only").mkdir(parents=True)
-        Image.fromarray(np.tile(columns, (8, 1))).save(tmp_path / split / "only" / "0.png")
+    write_same(tmp_path, Image.fromarray(np.tile(columns, (8, 1))))
     (batch,) = load(tmp_path, image_size=8, resize=8).evaluation.host_batches(0)
     assert batch.images[0, 0, 0].tolist() == [10, 20, 20, 20, 20, 20, 20, 30]
     assert (batch.images == batch.images[:, :1, :1]).all()  # grey became RGB, all rows alike
+
+
+def test_pictures_of_16_bits_keep_their_upper_8(tmp_path):
+    levels = np.array([[0, 255, 256, 32768, 65535]], dtype=np.uint16)
+    Image.fromarray(levels).save(tmp_path / "a.png")
+    (tmp_path / "a.pgm").write_bytes(b"P5 5 1 65535\n" + levels.astype(">u2").tobytes())
+    for name in ("a.png", "a.pgm"):
+        image = load_rgb(tmp_path / name)
+        assert image.mode == "RGB"
+        assert np.asarray(image)[0].tolist() == [[level] * 3 for level in (0, 0, 1, 128, 255)]
+
+
+@pytest.mark.parametrize("kind", [np.int32, np.float32])
+def test_pixels_of_an_unknown_range_are_damage(folder, kind, capfd):
+    (folder / "val" / "ant" / "0.jpg").unlink()
+    Image.fromarray(np.full((30, 30), 200, kind)).save(folder / "val" / "ant" / "0.tif")
+    assert len(collect(load(folder).evaluation.epoch(0))[1]) == 19
+    assert "0.tif (pixels of 32 bits, whose range it does not say)" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("size", [(40, 30), (30, 30), (8, 64), (400, 26), (1, 41), (2, 998), (1000, 4)])
+def test_evaluation_views_are_torchvisions(size):
+    """The last three are so long that their ends are cut off first; their sides divide, or it would round otherwise."""
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8))
+    plain = v2.Compose([v2.Resize(28), v2.CenterCrop(24), v2.PILToTensor()])
+    assert torch.equal(evaluation_view(24, 28)(picture), plain(picture))
+
+
+def test_a_very_long_picture_is_not_resized_whole():
+    assert evaluation_view(224, 256)(Image.new("RGB", (1, 60_000))).shape == (3, 224, 224)  # not through 4 GB
 
 
 def test_default_sizes_are_imagenets(clean):
@@ -137,6 +182,16 @@ def test_labels_are_the_classes_of_the_images(clean):
     for indices, batch in zip(data.train.batches(0), data.train.epoch(0), strict=True):
         names = [os.path.basename(os.path.dirname(files[index].path)) for index in indices]
         assert [CLASSES[label] for label in batch.labels] == names
+
+
+def test_images_come_in_the_order_of_torchvisions_folder(clean, tmp_path):
+    root = shutil.copytree(clean / "train", tmp_path / "train")
+    for name in ("ant/b", "ant/a/c", "bee/0.jpg.d"):
+        (root / name).mkdir(parents=True)
+        for image in ("9.jpg", "10.PNG", "notes.txt"):
+            (root / name / image).touch()
+    files = ImageFiles(root)
+    assert [(file.path, file.label) for file in files] == ImageFolder(root).samples
 
 
 # --- determinism
@@ -194,8 +249,8 @@ def test_global_generators_are_left_alone(clean, workers):
 
 def test_batches_before_the_start_are_not_decoded(clean, monkeypatch):
     read = []
-    decode = imagenet_data.pil_loader
-    monkeypatch.setattr(imagenet_data, "pil_loader", lambda path: read.append(path) or decode(path))
+    decode = imagenet_data.load_rgb
+    monkeypatch.setattr(imagenet_data, "load_rgb", lambda path: read.append(path) or decode(path))
     list(load(clean).train.epoch(0, start=4))
     assert len(read) == 32 - 4 * 6
 
@@ -261,12 +316,11 @@ def test_the_exact_pass_over_training_images_shuffles_and_augments(clean):
 
 
 def test_a_rank_without_images_has_empty_passes(tmp_path):
-    write_images(tmp_path / "train", classes=("ant",), per_class=1)
-    write_images(tmp_path / "val", classes=("ant",), per_class=1)
-    data = load(tmp_path, rank=1, world_size=2)
+    write_same(tmp_path, Image.new("RGB", (30, 30)))
+    data = load(tmp_path, rank=2, world_size=3)
     assert len(data.evaluation) == 0
     assert list(data.evaluation.epoch(0)) == []
-    assert [batch.labels.tolist() for batch in data.train.epoch(0)] == [[0]]
+    assert [len(batch.labels) for batch in data.train.epoch(0)] == [1]
 
 
 # --- damaged images
@@ -533,6 +587,21 @@ def other_classes(root):
     (root / "val" / "ant").rename(root / "val" / "ape")
 
 
+def one_class(root):
+    for name in CLASSES[1:]:
+        shutil.rmtree(root / "train" / name)
+        shutil.rmtree(root / "val" / name)
+
+
+def loop(root):
+    (root / "train" / "bee" / "again").symlink_to(root / "train" / "bee")
+    (root / "train" / "bee" / "and_again").symlink_to(root / "train" / "bee")
+
+
+def class_of_two_names(root):
+    (root / "train" / "wasp").symlink_to("bee")
+
+
 def many_missing(root):
     for number in range(7):
         shutil.copytree(root / "train" / "ant", root / "train" / f"ant{number}")
@@ -553,12 +622,28 @@ def many_missing(root):
             r"same class folders, but .*val has no folder ant while .*train has; "
             r".*train has no folder ape while .*val has$",
         ),
+        (one_class, FaultError, r"data/train has one class alone, ant: there is nothing to learn"),
+        (loop, FaultError, r"train/bee/(and_)?again is .*train/bee once more"),
+        (class_of_two_names, FaultError, r"train/wasp is .*train/bee once more, by a symbolic link: remove"),
         (many_missing, FaultError, r"val has no folder ant0, ant1, ant2, ant3, ant4 and 2 more while .*train has$"),
     ],
 )
 def test_a_spoilt_folder_is_refused_with_a_sentence(folder, spoil, error, sentence):
     spoil(folder)
     with pytest.raises(error, match=sentence):
+        load(folder)
+
+
+@pytest.mark.parametrize("locked", ["train", "train/bee"])
+def test_a_folder_without_permission_is_no_folder_without_images(folder, monkeypatch, locked):
+    def scandir(path):
+        if Path(path) == folder / locked:
+            raise PermissionError(13, "Permission denied", str(path))
+        return look(path)
+
+    look = os.scandir
+    monkeypatch.setattr(os, "scandir", scandir)  # tests may run as root, who may look everywhere
+    with pytest.raises(FaultError, match=rf"{locked} cannot be read: Permission denied"):
         load(folder)
 
 
