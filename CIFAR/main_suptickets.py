@@ -120,6 +120,8 @@ def run(args: argparse.Namespace, argv: Sequence[str] | None) -> None:
     warnings += flags.check_budget(args, budget) + flags.pruning_window_warning(args, budget.pretrain_epochs)
     device, runtime = flags.runtime(args).start()
     print_notes(*warnings)
+    if distributed.is_main():
+        print(runtime.description(device), flush=True)
 
     data, model = load(args, runtime, device)
     values = flags.values(args)

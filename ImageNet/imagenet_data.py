@@ -39,6 +39,7 @@ STD = (0.229, 0.224, 0.225)
 # last entry stands for what the script imports.
 PRELOADED = ["__main__", "torchvision.datasets", "torchvision.transforms.v2", "sparselearning.experiment"]
 JOB_SIGNALS = {signal.SIGINT, signal.SIGTERM}  # sent to all processes of a job at once
+LOST_WORKER = ("DataLoader worker", "Pin memory thread")  # how PyTorch's sentences about a worker that died begin
 LAYOUT = "images as DIR/train/CLASS/NAME.JPEG and DIR/val/CLASS/NAME.JPEG"
 LONGEST_SIDE = 16  # in shorter sides: of a longer image, evaluation leaves out both ends before it is resized
 
@@ -392,7 +393,7 @@ class FolderLoader:
         try:
             yield from loader
         except (RuntimeError, MemoryError, EOFError, ConnectionError) as error:
-            if isinstance(error, RuntimeError) and not str(error).startswith("DataLoader worker"):
+            if isinstance(error, RuntimeError) and not str(error).startswith(LOST_WORKER):
                 raise
             reason = (str(error).splitlines() or [type(error).__name__])[-1]  # a worker's traceback stands before it
             raise FaultError(

@@ -39,6 +39,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
     device, runtime = flags.runtime(args).start()
     print_notes(*warnings)
+    if distributed.is_main():
+        print(runtime.description(device), flush=True)
 
     seed_everything(args.seed)
     data = load_imagenet(

@@ -28,10 +28,15 @@ def environment(device: torch.device) -> dict[str, Any]:
             "torchvision": version("torchvision"),
             "numpy": np.__version__,
         },
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu: {cpu_name()}",
+        "device": device_name(device),
         "threads": torch.get_num_threads(),
         "world_size": distributed.world_size(),
     }
+
+
+def device_name(device: torch.device) -> str:
+    """What a person calls the device."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu: {cpu_name()}"
 
 
 def commit() -> str | None:

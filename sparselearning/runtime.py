@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from sparselearning import distributed
+from sparselearning import distributed, provenance
 from sparselearning.errors import UsageError
 from sparselearning.passes import Precision
 
@@ -45,21 +45,30 @@ class Runtime:
         Raises:
             UsageError: if the device cannot do what is asked.
         """
+        if self.deterministic:  # first: the process group's NCCL reads it once
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            torch.use_deterministic_algorithms(True)
         device = distributed.start(self.use_cuda and torch.cuda.is_available())
         if self.amp == "fp16" and device.type != "cuda":
             raise UsageError("float16 training needs a GPU, and none is in use here: try --amp bf16")
         torch.set_float32_matmul_precision("high" if self.tf32 else "highest")
         torch.backends.cudnn.allow_tf32 = self.tf32
         torch.backends.cudnn.benchmark = not self.deterministic
-        if self.deterministic:
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-            torch.use_deterministic_algorithms(True)
         return device, self.resolved(device)
 
     def resolved(self, device: torch.device) -> "Runtime":
         """The same with ``auto`` replaced by what suits the device."""
-        has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
+        has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         return replace(self, amp="bf16" if has_bf16 else "off") if self.amp == "auto" else self
+
+    def description(self, device: torch.device) -> str:
+        """One line about where and how a run computes; ``self`` is :meth:`resolved`."""
+        numbers = {"off": "float32", "bf16": "bfloat16", "fp16": "float16"}[self.amp]
+        layout = "channels-last" if self.channels_last else "channels-first"
+        threads = torch.get_num_threads()
+        return (
+            f"computing on {provenance.device_name(device)}: {numbers}, {layout}, {threads} thread{'s'[: threads != 1]}"
+        )
 
     @property
     def memory_format(self) -> torch.memory_format:

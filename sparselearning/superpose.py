@@ -3,7 +3,9 @@
 Networks travel as state dicts, in memory, on whatever device they are.
 """
 
+import itertools
 from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -138,7 +140,7 @@ def update_bn(loader: Iterable, model: nn.Module, device: torch.device | str | N
     momenta = {norm: norm.momentum for norm in norms}
     for norm in norms:
         norm.reset_running_stats()
-        norm.momentum = None  # PyTorch's sign for a cumulative average
+    counting = [norm.register_forward_pre_hook(_average_cumulatively()) for norm in norms]
     model.train()
     try:
         for batch in loader:
@@ -147,10 +149,25 @@ def update_bn(loader: Iterable, model: nn.Module, device: torch.device | str | N
         for norm in norms:
             _pool_over_ranks(norm)
     finally:
+        for hook in counting:
+            hook.remove()
         for norm, momentum in momenta.items():
             norm.momentum = momentum
         for module, mode in modes.items():
             module.training = mode
+
+
+def _average_cumulatively() -> Callable[[nn.modules.batchnorm._BatchNorm, Any], None]:
+    """Hook that gives a BatchNorm's n-th forward pass the momentum 1/n.
+
+    That is what PyTorch does for a momentum of None, too, but by the counter on the device, which it waits for.
+    """
+    numbers = itertools.count(1)
+
+    def hook(norm: nn.modules.batchnorm._BatchNorm, inputs: Any) -> None:
+        norm.momentum = 1 / next(numbers)
+
+    return hook
 
 
 def _pool_over_ranks(norm: nn.modules.batchnorm._BatchNorm) -> None:

@@ -37,6 +37,7 @@ from sparselearning.engine import Sources
 from sparselearning.errors import FaultError, UsageError
 from sparselearning.files import RunFolder, load_torch
 from sparselearning.plan import EpochBudget, Plan
+from sparselearning.provenance import cpu_name
 from sparselearning.runtime import Runtime
 from sparselearning.script import run_script
 from sparselearning.seeding import seed_everything
@@ -805,3 +806,26 @@ def test_cifar_on_all_gpus_needs_one(monkeypatch, capsys):
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     assert status_of(lambda: main_suptickets.main([*DIGITS, "--mgpu"])) == 2
     assert "--mgpu uses all GPUs" in capsys.readouterr().err
+
+
+def test_a_run_says_where_it_computes_and_is_deterministic_before_it_joins_the_others(monkeypatch):
+    # NCCL's choice of algorithms is made when the process group is.
+    found = []
+
+    def start(use_cuda):
+        found.append(torch.are_deterministic_algorithms_enabled())
+        return CPU
+
+    monkeypatch.setattr(distributed, "start", start)
+    device, runtime = Runtime(use_cuda=False, deterministic=True, channels_last=False).start()
+    torch.use_deterministic_algorithms(False)
+    assert found == [True]
+    assert runtime.description(device) == f"computing on cpu: {cpu_name()}: float32, channels-first, 1 thread"
+
+
+@pytest.mark.parametrize(("has_units", "amp"), [(True, "bf16"), (False, "off")])
+def test_bf16_is_not_chosen_where_it_is_emulated(gpu, monkeypatch, has_units, amp):
+    monkeypatch.setattr(
+        torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or has_units
+    )
+    assert Runtime().resolved(torch.device("cuda", 0)).amp == amp

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from cifar_models import build_model
 
-from sparselearning import Masking
+from sparselearning import Masking, prune_to_density, superpose, update_bn
 from sparselearning.topology import GROWTH, PRUNE
 
 CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
@@ -155,3 +155,23 @@ def test_every_update_chooses_what_a_cpu_chooses(gpu, prune, growth):
     for name, mask in masking.masks.items():
         assert other.masks[name].device == CUDA
         assert torch.equal(other.masks[name].cpu(), mask), name
+
+
+# ---------------------------------------------------------------------------------------------- superposing
+
+
+def test_a_superposition_is_what_a_cpu_makes_and_seldom_waits(gpu):
+    results = []
+    for device in (CPU, CUDA):
+        (model, masking), (other, _) = (make(device, seed=seed) for seed in (1, 2))
+        batches = [torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(n)).to(device) for n in range(4)]
+        with gpu.counting() as counts:
+            averaged = superpose(model.state_dict(), other.state_dict(), 0.5)
+            pruned, masks = prune_to_density(averaged, masking.masks, 0.2)
+            model.load_state_dict(pruned)
+            update_bn(batches, model)
+        results.append([tensor.cpu() for tensor in [*model.state_dict().values(), *masks.values()]])
+    for here, there in zip(*results, strict=True):
+        torch.testing.assert_close(there, here)
+    assert counts.waits.total() <= 1, counts.waits
+    assert counts.launches.total() < 600, counts.launches

@@ -509,14 +509,14 @@ def raise_anything(image):
     raise RuntimeError("a mistake of one's own")
 
 
-def loader_of(clean, view):
+def loader_of(clean, view, device="cpu"):
     return FolderLoader(
         ImageFiles(clean / "train"),
         view,
         batch_size=4,
         workers=1,
         seed=0,
-        device=torch.device("cpu"),
+        device=torch.device(device),
         shuffle=True,
         padded=True,
     )
@@ -526,6 +526,13 @@ def loader_of(clean, view):
 def test_a_worker_that_dies_or_has_no_room_is_a_fault(clean, view):
     with pytest.raises(FaultError, match="a process that decodes images died or cannot send them, as a rule because"):
         list(loader_of(clean, view).epoch(0))
+
+
+def test_pinning_that_ends_early_is_a_fault(gpu, clean, monkeypatch):
+    # What a worker that dies while it hands a batch over does to the thread that pins batches for a GPU.
+    monkeypatch.setattr("torch.utils.data._utils.pin_memory._pin_memory_loop", lambda *arguments: None)
+    with pytest.raises(FaultError, match=r"a process that decodes images died.*\(Pin memory thread exited"):
+        list(loader_of(clean, raise_anything, "cuda").epoch(0))
 
 
 def test_other_errors_of_a_worker_come_as_they_are(clean):
