@@ -65,6 +65,11 @@ class Data:
     channels: int
     image_size: int  # height = width, in pixels
 
+    def use_memory_format(self, memory_format: torch.memory_format) -> None:
+        """Let all image batches have this layout from now on (at first they are channels-last)."""
+        for loader in (self.train, self.evaluation, self.test):
+            loader.use_memory_format(memory_format)
+
 
 def load_data(
     name: str,
@@ -77,7 +82,6 @@ def load_data(
     device: torch.device | str,
     rank: int = 0,
     world_size: int = 1,
-    memory_format: torch.memory_format = torch.contiguous_format,
 ) -> Data:
     """Load a data set onto the device.
 
@@ -91,7 +95,6 @@ def load_data(
         seed: decides the order, crops and flips of training, and nothing else: all splits are fixed.
         device: where the images are kept and the batches are made.
         rank, world_size: this process and the number of processes that share each batch.
-        memory_format: layout of the image batches, ``torch.contiguous_format`` or ``torch.channels_last``.
 
     The pixels are normalised by the per-channel mean and standard deviation of the images trained on.
 
@@ -112,7 +115,6 @@ def load_data(
         device=device,
         rank=rank,
         world_size=world_size,
-        memory_format=memory_format,
     )
     *_, channels = arrays.x_train.shape
     augmentation = DATASETS.get(name, NPZ_FILE).augmentation
@@ -168,7 +170,6 @@ class TensorLoader:
         device: torch.device | str = "cpu",
         rank: int = 0,
         world_size: int = 1,
-        memory_format: torch.memory_format = torch.contiguous_format,
     ) -> None:
         """Put images (uint8, [N, H, W, C]) and labels (int64, [N]) on the device.
 
@@ -190,11 +191,15 @@ class TensorLoader:
         mode = augmentation.padding if augmentation else "constant"
         padded = torch.from_numpy(np.pad(images, ((0, 0), margin, margin, (0, 0)), mode=mode))
         # Stored in the layout that batches leave in: indexing and arithmetic preserve it, at no extra pass.
-        self._padded = padded.permute(0, 3, 1, 2).to(device=device, memory_format=memory_format)
+        self._padded = padded.permute(0, 3, 1, 2).to(device=device, memory_format=torch.channels_last)
         self._labels = torch.from_numpy(labels).to(device)
         # pixel * scale + shift = (pixel - mean) / std, in one fused pass from uint8 to float32
         self._scale = torch.tensor(1 / std, dtype=torch.float32, device=device).view(-1, 1, 1)
         self._shift = torch.tensor(-mean / std, dtype=torch.float32, device=device).view(-1, 1, 1)
+
+    def use_memory_format(self, memory_format: torch.memory_format) -> None:
+        """Let image batches have this layout from now on."""
+        self._padded = self._padded.to(memory_format=memory_format)  # strides that say so, with one channel too
 
     def __len__(self) -> int:
         """Batches per epoch, the same number on every process."""

@@ -191,12 +191,12 @@ def load(args: argparse.Namespace, runtime: Runtime, device: torch.device) -> tu
             device=device,
             rank=distributed.rank(),
             world_size=distributed.world_size(),
-            memory_format=runtime.memory_format,
         )
     model = build_model(args.model, data.num_classes, data.channels, data.image_size)
     check_smallest_batch(model, data, args.batch_size)
-    model = model.to(device, memory_format=runtime.memory_format)
-    return data, model
+    memory_format = runtime.memory_format(model)
+    data.use_memory_format(memory_format)
+    return data, model.to(device, memory_format=memory_format)
 
 
 def check_smallest_batch(model: nn.Module, data: Data, batch_size: int) -> None:

@@ -273,7 +273,7 @@ def rank_share(order: Tensor, rank: int, world_size: int, padded: bool) -> Tenso
 class FolderLoader:
     """One process's passes over the images of a split: a :class:`sparselearning.data.BatchSource`.
 
-    Images arrive on ``device`` as B x 3 x H x W float32 in ``memory_format``, normalised by ImageNet's mean and
+    Images arrive on ``device`` as B x 3 x H x W float32, channels-last at first, normalised by ImageNet's mean and
     standard deviation; labels as int64, B. A damaged image is named on stderr once, noted in ``damaged`` and left
     out of its batch; a batch of nothing but damaged images is left out whole, if this is the only process.
 
@@ -290,7 +290,6 @@ class FolderLoader:
         rank: number of this process.
         world_size: number of processes that share the images.
         strict_data: whether a damaged image is an error.
-        memory_format: of the images on the device.
     """
 
     def __init__(
@@ -307,17 +306,20 @@ class FolderLoader:
         rank: int = 0,
         world_size: int = 1,
         strict_data: bool = False,
-        memory_format: torch.memory_format = torch.channels_last,
     ) -> None:
         self._files, self._view = files, view
         self._batch_size, self._workers, self._seed = batch_size, workers, seed
         self._shuffle, self._padded, self._strict_data = shuffle, padded, strict_data
         self._rank, self._world_size = rank, world_size
-        self._device, self._memory_format = device, memory_format
+        self._device, self._memory_format = device, torch.channels_last
         # pixel * scale + shift = (pixel / 255 - mean) / std, in one fused pass from uint8 to float32
         mean, std = (torch.tensor(values, device=device).view(3, 1, 1) for values in (MEAN, STD))
         self._scale, self._shift = 1 / (255 * std), -mean / std
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def use_memory_format(self, memory_format: torch.memory_format) -> None:
+        """Let images have this layout on the device from now on."""
+        self._memory_format = memory_format
 
     @property
     def num_samples(self) -> int:
@@ -462,6 +464,11 @@ class ImageNetData:
     image_size: int  # pixels per side
     channels: int = 3
 
+    def use_memory_format(self, memory_format: torch.memory_format) -> None:
+        """Let all images have this layout on the device from now on (at first they are channels-last)."""
+        for loader in (self.train, self.train_once, self.evaluation):
+            loader.use_memory_format(memory_format)
+
 
 def load_imagenet(
     root: str | os.PathLike[str],
@@ -475,7 +482,6 @@ def load_imagenet(
     strict_data: bool = False,
     image_size: int = 224,
     resize: int = 256,
-    memory_format: torch.memory_format = torch.channels_last,
 ) -> ImageNetData:
     """Open the folder ``root``, laid out as ``train/CLASS/*`` and ``val/CLASS/*``.
 
@@ -490,7 +496,6 @@ def load_imagenet(
         strict_data: whether a damaged image stops the run; else it is named, left out and counted.
         image_size: height and width of what the model sees, in pixels.
         resize: shorter side of a validation image before its centre is cut out, at least ``image_size`` pixels.
-        memory_format: of the images on the device.
 
     Raises:
         UsageError: a folder is missing or laid out differently, or an argument is out of range.
@@ -521,7 +526,6 @@ def load_imagenet(
             rank=rank,
             world_size=world_size,
             strict_data=strict_data,
-            memory_format=memory_format,
         )
 
     augmented = training_view(image_size)

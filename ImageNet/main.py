@@ -52,10 +52,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         rank=distributed.rank(),
         world_size=distributed.world_size(),
         strict_data=args.strict_data,
-        memory_format=runtime.memory_format,
     )
     model = build_model(args.arch, data.num_classes, args.model_config)
-    model = model.to(device, memory_format=runtime.memory_format)
+    memory_format = runtime.memory_format(model)
+    data.use_memory_format(memory_format)
+    model = model.to(device, memory_format=memory_format)
     if args.pretrained_weights:
         experiment.load_weights(model, load_torch(args.pretrained_weights), args.pretrained_weights)
     values = flags.values(args)

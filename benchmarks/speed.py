@@ -60,7 +60,6 @@ BF16 = Runtime(amp="bf16")
 FP32 = Runtime(amp="off")
 COMPILED = replace(BF16, compile=True)
 NCHW = torch.contiguous_format
-DEFAULT_LAYOUT = Runtime().memory_format
 
 
 @dataclass(frozen=True)
@@ -80,6 +79,12 @@ class Setting:
     def steps(self) -> int:
         """Training steps that are timed together: on a GPU many, which queue up as they do in a run."""
         return 20 if self.device.type == "cuda" else 1
+
+    @property
+    def layout(self) -> torch.memory_format:
+        """Memory format that a run gives the network and its images."""
+        with torch.device("meta"):
+            return Runtime().memory_format(build_model(self.model, self.classes))
 
     def measure(self, *sides: Side) -> list[list[float]]:
         """Per side, the seconds per unit of work of every round."""
@@ -129,7 +134,7 @@ def make_loader(setting: Setting, memory_format: torch.memory_format) -> TensorL
     """Training batches, as for CIFAR-100."""
     images, labels = synthetic_images(setting)
     mean, std = channel_statistics(images)
-    return TensorLoader(
+    loader = TensorLoader(
         images,
         labels,
         mean=mean,
@@ -137,8 +142,9 @@ def make_loader(setting: Setting, memory_format: torch.memory_format) -> TensorL
         batch_size=setting.batch_size,
         augmentation=DATASETS["cifar100"].augmentation,
         device=setting.device,
-        memory_format=memory_format,
     )
+    loader.use_memory_format(memory_format)
+    return loader
 
 
 def endless(loader: TensorLoader) -> Iterator[Batch]:
@@ -164,8 +170,8 @@ def make_optimizer(model: nn.Module, fused: bool) -> torch.optim.SGD:
 
 def make_trainer(setting: Setting, runtime: Runtime, sparse: bool = True) -> Trainer:
     """The training engine, in a static topology."""
-    model = make_model(setting, runtime.memory_format)
-    loader = make_loader(setting, runtime.memory_format)
+    model = make_model(setting, setting.layout)
+    loader = make_loader(setting, setting.layout)
     density = {"init_density": setting.density, "final_density": setting.density}
     trainer = experiment.prepare(
         experiment.Recipe(
@@ -206,7 +212,7 @@ class SparseNetwork:
         seed: int = 0,
         fused: bool = True,
     ) -> None:
-        self.model = make_model(setting, memory_format or DEFAULT_LAYOUT)
+        self.model = make_model(setting, memory_format or setting.layout)
         self.optimizer = make_optimizer(self.model, fused)
         density = density or setting.density
         self.masking = Masking(
@@ -239,7 +245,7 @@ def case_step(setting: Setting) -> Iterator[Row]:
     runtimes = {"masked step / dense step": BF16}
     if setting.compile:
         runtimes["masked step / dense step, compiled"] = COMPILED
-    batch = first_batch(setting, DEFAULT_LAYOUT)
+    batch = first_batch(setting, setting.layout)
 
     def steps(trainer: Trainer) -> None:
         for _ in range(setting.steps):
@@ -290,7 +296,7 @@ def case_prune_and_grow(setting: Setting) -> Iterator[Row]:
 
 def case_global_prune(setting: Setting) -> Iterator[Row]:
     """A dense network cut to the density by global magnitude."""
-    ours, theirs = (make_model(setting, layout) for layout in (DEFAULT_LAYOUT, NCHW))
+    ours, theirs = (make_model(setting, layout) for layout in (setting.layout, NCHW))
     names = list(maskable_parameters(ours))
     sides = (
         Side(lambda: prune_to_density(ours.state_dict(), names, setting.density)),
@@ -321,7 +327,7 @@ def case_superpose(setting: Setting) -> Iterator[Row]:
     """Two tickets averaged and pruned back to the density."""
     ours, theirs = (
         [SparseNetwork(setting, seed=seed, memory_format=layout).model.state_dict() for seed in (1, 2)]
-        for layout in (DEFAULT_LAYOUT, NCHW)
+        for layout in (setting.layout, NCHW)
     )
     names = list(maskable_parameters(make_model(setting, NCHW)))
     sides = (
@@ -334,7 +340,7 @@ def case_superpose(setting: Setting) -> Iterator[Row]:
 def case_bn(setting: Setting) -> Iterator[Row]:
     """BatchNorm statistics of resident batches: bf16 channels-last against PyTorch's own pass in fp32 NCHW."""
     trainer, model = make_trainer(setting, BF16), make_model(setting, NCHW)
-    ours = [first_batch(setting, DEFAULT_LAYOUT)] * setting.steps
+    ours = [first_batch(setting, setting.layout)] * setting.steps
     theirs = [first_batch(setting, NCHW).images] * setting.steps
     images = setting.steps * setting.batch_size
     sides = (
@@ -346,7 +352,7 @@ def case_bn(setting: Setting) -> Iterator[Row]:
 
 def case_input(setting: Setting) -> Iterator[Row]:
     """Augmented batches on the device: whole epochs against a per-image PIL pipeline in one process."""
-    loader = make_loader(setting, DEFAULT_LAYOUT)
+    loader = make_loader(setting, setting.layout)
     epochs = itertools.count()
     images, labels = (array[:PER_IMAGE_SAMPLE] for array in synthetic_images(setting))
     per_image = DataLoader(references.PerImageData(images, labels), setting.batch_size, shuffle=True)
@@ -382,7 +388,7 @@ def case_training(setting: Setting) -> Iterator[Row]:
 
         return Side(steps, setting.steps * setting.batch_size)
 
-    sides = [side(trainer.train_batch, DEFAULT_LAYOUT) for trainer in trainers]
+    sides = [side(trainer.train_batch, setting.layout) for trainer in trainers]
     *ours, theirs = setting.measure(*sides, side(reference.step, NCHW))
     for what, seconds in zip(runtimes, ours, strict=True):
         yield Row.of_rates(what, seconds, theirs)
@@ -392,7 +398,7 @@ def case_memory(setting: Setting) -> Iterator[Row]:
     """Memory for masks: on a GPU, the peak of masked training over dense training; on a CPU, the tensors' bytes."""
     trainer = make_trainer(setting, BF16)
     assert trainer.masking is not None
-    trainer.train_batch(first_batch(setting, DEFAULT_LAYOUT))
+    trainer.train_batch(first_batch(setting, setting.layout))
     masks = tensor_bytes(trainer.masking.state_dict())
     trained = tensor_bytes([list(trainer.model.parameters()), trainer.optimizer.state_dict()])
     if setting.device.type == "cuda":
@@ -411,7 +417,7 @@ def tensor_bytes(tree: Any) -> int:
 
 def peak_bytes(setting: Setting, sparse: bool) -> int:
     """Most GPU memory that training held at once, a topology update included."""
-    batch = first_batch(setting, DEFAULT_LAYOUT)
+    batch = first_batch(setting, setting.layout)
     gc.collect()
     before = torch.cuda.memory_allocated()
     trainer = make_trainer(setting, BF16, sparse)

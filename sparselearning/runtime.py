@@ -4,7 +4,7 @@ import os
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sparselearning import distributed, provenance
 from sparselearning.errors import UsageError
@@ -21,7 +21,7 @@ class Runtime:
     Attributes:
         use_cuda: use a GPU if there is one.
         amp: number format of forward passes, a name in :data:`AMP`; ``auto``: bf16 on a GPU that has it, else off.
-        channels_last: memory format of images and convolutions.
+        channels_last: memory format of images and convolutions, where :meth:`memory_format` can grant it.
         compile: compile the network's forward and backward pass.
         tf32: let float32 products on a GPU round their inputs to TensorFloat-32.
         deterministic: only algorithms whose result repeats bit by bit on a GPU.
@@ -64,16 +64,17 @@ class Runtime:
     def description(self, device: torch.device) -> str:
         """One line about where and how a run computes; ``self`` is :meth:`resolved`."""
         numbers = {"off": "float32", "bf16": "bfloat16", "fp16": "float16"}[self.amp]
-        layout = "channels-last" if self.channels_last else "channels-first"
         threads = torch.get_num_threads()
-        return (
-            f"computing on {provenance.device_name(device)}: {numbers}, {layout}, {threads} thread{'s'[: threads != 1]}"
-        )
+        return f"computing on {provenance.device_name(device)}: {numbers}, {threads} thread{'s'[: threads != 1]}"
 
-    @property
-    def memory_format(self) -> torch.memory_format:
-        """Memory format of images and convolutions."""
-        return torch.channels_last if self.channels_last else torch.contiguous_format
+    def memory_format(self, model: nn.Module) -> torch.memory_format:
+        """Memory format that the convolutions of a network are to have, and its images with them.
+
+        It depends on the network alone, not on the processor, so that a run goes on elsewhere as it began.
+        """
+        if self.channels_last and not any(_breaks_in_channels_last(layer) for layer in model.modules()):
+            return torch.channels_last
+        return torch.contiguous_format
 
     def precision(self) -> Precision:
         """Number formats of the forward pass."""
@@ -81,6 +82,22 @@ class Runtime:
         if self.amp == "fp16":
             scaler = StaticScaler(self.static_loss_scale) if self.static_loss_scale else torch.amp.GradScaler()
         return Precision(AMP[self.amp], scaler)
+
+
+def _breaks_in_channels_last(layer: nn.Module) -> bool:
+    """Whether training a layer in channels-last memory can write outside its buffers.
+
+    On x86 processors with AVX2 but without AVX-512, oneDNN's weight gradient of such a 1x1 convolution does: it packs
+    the pixels that the stride keeps eight channels apart, into space for no more than there are
+    (https://github.com/uxlfoundation/oneDNN/issues/6035). PyTorch 2.11 to 2.14 have it; this rule can go with the last
+    of those that pyproject.toml accepts.
+    """
+    return (
+        isinstance(layer, nn.Conv2d)
+        and layer.kernel_size == (1, 1)
+        and layer.stride != (1, 1)
+        and layer.in_channels < 8
+    )
 
 
 class StaticScaler(torch.amp.GradScaler):

@@ -158,8 +158,8 @@ def test_both_layouts_hold_the_same_images(augmentation):
             std=np.full(3, 60.0),
             batch_size=8,
             augmentation=augmentation,
-            memory_format=memory_format,
         )
+        loader.use_memory_format(memory_format)
         every = [*loader.epoch(0), loader.class_balanced_batch(6, seed=0)]
         assert all(batch.images.is_contiguous(memory_format=memory_format) for batch in every)
         assert all(batch.images.dtype == torch.float32 for batch in every)

@@ -820,7 +820,7 @@ def test_a_run_says_where_it_computes_and_is_deterministic_before_it_joins_the_o
     device, runtime = Runtime(use_cuda=False, deterministic=True, channels_last=False).start()
     torch.use_deterministic_algorithms(False)
     assert found == [True]
-    assert runtime.description(device) == f"computing on cpu: {cpu_name()}: float32, channels-first, 1 thread"
+    assert runtime.description(device) == f"computing on cpu: {cpu_name()}: float32, 1 thread"
 
 
 @pytest.mark.parametrize(("has_units", "amp"), [(True, "bf16"), (False, "off")])

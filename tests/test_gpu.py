@@ -84,7 +84,7 @@ def test_kernels_are_counted(gpu, name):
 
 
 def test_views_parameters_and_copies_lie_where_their_memory_does(gpu):
-    model = build_model("cifar_resnet_8_4", 10, 3, 8).to(CUDA)
+    model = build_model("cifar_resnet_8_8", 10, 3, 8).to(CUDA)
     assert {tensor.device for tensor in [*model.parameters(), *model.buffers()]} == {CUDA}
     assert {tensor.device for tensor in copy.deepcopy(model).state_dict().values()} == {CUDA}
     assert {tensor.cpu().device for tensor in model.parameters()} == {CPU}
@@ -104,7 +104,7 @@ OPTIMIZERS = {
 def make(device, optimizer="sgd", seed=1, **options):
     """A network of ten layers, its first gradients taken and its masks drawn, and its Masking."""
     torch.manual_seed(seed)
-    model = build_model("cifar_resnet_8_4", 10, 3, 8).to(device, memory_format=torch.channels_last)
+    model = build_model("cifar_resnet_8_8", 10, 3, 8).to(device, memory_format=torch.channels_last)
     masking = Masking(OPTIMIZERS[optimizer](model.parameters()), init_density=0.3, final_density=0.3, **options)
     masking.add_module(model)
     return model, masking

@@ -159,7 +159,9 @@ def test_batches_travel_as_channels_last_bytes(clean, workers):
 
 @pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format])
 def test_batches_arrive_as_float_in_the_asked_memory_format(clean, memory_format):
-    batch = next(load(clean, memory_format=memory_format).train.epoch(0))
+    data = load(clean)
+    data.use_memory_format(memory_format)
+    batch = next(data.train.epoch(0))
     assert batch.images.dtype == torch.float32
     assert batch.images.is_contiguous(memory_format=memory_format)
     assert_same([batch], [next(load(clean).train.epoch(0))])
