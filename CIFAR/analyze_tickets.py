@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     folder, args = rebuilt_flags(given)
     bench = Bench.of(args)
     numbers = given.tickets or kept_tickets(folder)
-    members = [bench.load_ticket(folder, number, keep_first_dense=args.rm_first) for number in numbers]
+    members = [bench.load_ticket(folder, number) for number in numbers]
     if len(members) < 2:
         raise UsageError(f"superposing takes at least two tickets, and there is one: ticket {numbers[0]}")
     names = list(members[0].masks)
@@ -206,7 +206,7 @@ class Bench:
         labels = torch.cat([batch.labels for batch in data.evaluation.epoch(0)])
         return cls(Passes(model, network, runtime.precision()), data, labels)
 
-    def load_ticket(self, folder: RunFolder, number: int, keep_first_dense: bool) -> Network:
+    def load_ticket(self, folder: RunFolder, number: int) -> Network:
         """Read a ticket that a run kept. A dense one counts as masked where its weights are zero.
 
         Raises:
@@ -220,7 +220,7 @@ class Bench:
         experiment.load_weights(self.passes.model, saved, path)
         state = self.passes.state()
         masks = {name: mask.to(self.passes.device) for name, mask in saved["masks"].items()}
-        masks = masks or nonzero(state, maskable_parameters(self.passes.model, keep_first_dense))
+        masks = masks or nonzero(state, maskable_parameters(self.passes.model))
         return Network(f"ticket {number}", state, masks, saved["epoch"] - 1)
 
     def logits(self, state: State) -> Tensor:

@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     takes_over_masks = args.sparse and SPARSE_INITS[args.sparse_init].needs_trained_weights
     if args.iters > 1 and args.resume and args.pre_train and not takes_over_masks:
         raise UsageError("--resume goes on with one run: give its --seed in place of --iters")
-    for i in range(args.iters):
+    for i in range(1 if args.show_layers else args.iters):
         one = copy.copy(args)
         one.seed = args.seed + i
         if args.save and args.iters > 1:
@@ -66,7 +66,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line, after the presets of ``--demo`` if it is there."""
     words = sys.argv[1:] if argv is None else argv
-    return make_parser().parse_args([*shlex.split(DEMO), *words] if "--demo" in words else words)
+    args = make_parser().parse_args([*shlex.split(DEMO), *words] if "--demo" in words else words)
+    args.pre_train = args.pre_train or (args.show_layers and not args.cyclic_train)
+    return args
 
 
 def make_parser() -> flags.Parser:
@@ -147,7 +149,8 @@ def run(args: argparse.Namespace, argv: Sequence[str] | None) -> None:
         sample_shape=(data.channels, data.image_size, data.image_size),
         class_balanced_batch=lambda: data.train.class_balanced_batch(args.batch_size, args.seed),
     )
-    experiment.run(
+    start = experiment.show_layers if args.show_layers else experiment.run
+    start(
         recipe,
         flags.plan(args, budget, pretrain_lr(args, budget)),
         flags.sparse_training(args, len(data.train), budget.total_epochs),

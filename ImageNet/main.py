@@ -93,7 +93,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             trainer, training=args.benchmark_training, inference=args.benchmark_inference, profile=args.prof
         )
     else:
-        experiment.run(recipe, plan, sparse, runtime, output)
+        start = experiment.show_layers if args.show_layers else experiment.run
+        start(recipe, plan, sparse, runtime, output)
 
 
 def make_parser() -> flags.Parser:
@@ -162,7 +163,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     args = make_parser().parse_args(argv)
     args.density = args.final_density = resolve_density(args.density, args.final_density)
     args.epochs = args.epochs or args.pretrain_epoch + args.cyclic_epochs
-    if args.evaluate or measures_only(args):
+    if args.evaluate or args.show_layers or measures_only(args):
         args.pre_train = args.pre_train or not args.cyclic_train
     return args
 

@@ -1,7 +1,7 @@
 """What both scripts do with a recipe: masks, resuming, and the run itself."""
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -11,23 +11,24 @@ import torch
 from torch import nn
 
 from sparselearning import distributed
-from sparselearning.costs import layer_flops
+from sparselearning.costs import layer_densities, layer_flops, overall_density
 from sparselearning.data import Batch
 from sparselearning.distributions import active_count
 from sparselearning.engine import Sources, Trainer
 from sparselearning.errors import UsageError
 from sparselearning.files import RunFolder, find_checkpoint, load_torch, saved_state, write_json
+from sparselearning.layers import maskable_parameters
 from sparselearning.masking import Masking
 from sparselearning.passes import Passes, keeping_buffers
 from sparselearning.plan import Plan
-from sparselearning.progress import Progress, print_notes, run_table
+from sparselearning.progress import Progress, layer_table, print_notes, run_table
 from sparselearning.provenance import ENVIRONMENT
 from sparselearning.records import Summary
 from sparselearning.runtime import Runtime
 from sparselearning.signals import Stopped, stop_signals
 from sparselearning.sparse_init import SPARSE_INITS
 from sparselearning.superpose import differing_entries
-from sparselearning.topology import METHODS
+from sparselearning.topology import METHODS, REDISTRIBUTION, Layer, classifier, shrink_globally
 
 CHECKPOINT_KEYS = {"config", "masking", "optimizer", "ranks"}
 """Keys that tell a file of :meth:`Trainer.save_checkpoint` from any other."""
@@ -41,6 +42,8 @@ class SparseTraining:
     sparse_init: str = "ERK"
     pruning_rate: float = 0.5
     keep_first_dense: bool = False
+    dense_layers: Sequence[str] = ()
+    layer_densities: Mapping[str, float] = field(default_factory=dict)
     frozen: bool = False
 
 
@@ -139,6 +142,7 @@ def prepare(
         elif not plan.pre_train and is_checkpoint and keeps_pattern:
             trainer.load_training_state(saved)
     if masking:
+        _check_budget(masking, plan)
         _note_density(masking, plan)
         _note_unfinished_pruning(masking, plan, len(recipe.sources.train))
     return trainer
@@ -169,6 +173,42 @@ def run(recipe: Recipe, plan: Plan, sparse: SparseTraining | None, runtime: Runt
     return summary
 
 
+def show_layers(recipe: Recipe, plan: Plan, sparse: SparseTraining | None, runtime: Runtime, output: Output) -> None:
+    """Print a table of the layers of a run, as it would start or go on; nothing is trained or written.
+
+    Raises:
+        UsageError: if what ``resume`` names does not fit.
+        FaultError: if it cannot be read.
+    """
+    masking = prepare(recipe, plan, sparse, runtime, replace(output, tensorboard=None)).masking
+    if not distributed.is_main():
+        return
+    shapes = {name: tuple(weight.shape) for name, weight in maskable_parameters(recipe.model).items()}
+    now = layer_densities(masking.masks) | {"all": masking.density()} if masking else {}
+    at_end = _densities_at_end(masking) if masking else {}
+    print(layer_table(shapes, layer_flops(recipe.model, recipe.sample_shape), now, at_end))
+    if masking and plan.cyclic_train and plan.budget.tickets:
+        print(f"superpositions are pruned to density {plan.final_density} over all masked layers, by magnitude")
+
+
+def _densities_at_end(masking: Masking) -> dict[str, float | None]:
+    """Density of every masked layer, and of ``all``, after the last update; None where the weights will decide."""
+    method, last = METHODS[masking.method], classifier(masking.masks)
+    layers = {
+        name: Layer(mask.flatten().float(), mask.flatten().clone(), is_classifier=name == last)
+        for name, mask in masking.masks.items()
+    }
+    if masking.updates_enabled and method.shrink:
+        method.shrink(list(layers.values()), masking.final_density)
+    found: dict[str, float | None] = dict(layer_densities({name: layer.mask for name, layer in layers.items()}))
+    total = overall_density(layer.mask for layer in layers.values())
+    prunes_anywhere = method.shrink is shrink_globally and total < masking.density()
+    redistributes = method.grows and REDISTRIBUTION[masking.redistribution] is not None
+    if masking.updates_enabled and (prunes_anywhere or redistributes):
+        found = dict.fromkeys(found)
+    return found | {"all": total}
+
+
 def _mask(recipe: Recipe, sparse: SparseTraining, init: str) -> Masking:
     """Make the masking and draw its first masks."""
     masking = Masking(recipe.optimizer, **sparse.masking)
@@ -178,7 +218,14 @@ def _mask(recipe: Recipe, sparse: SparseTraining, init: str) -> Masking:
         recipe.model.train()
         with keeping_buffers(recipe.model):
             nn.functional.cross_entropy(recipe.model(batch.images), batch.labels).backward()
-    masking.add_module(recipe.model, init, pruning_rate=sparse.pruning_rate, keep_first_dense=sparse.keep_first_dense)
+    masking.add_module(
+        recipe.model,
+        init,
+        pruning_rate=sparse.pruning_rate,
+        keep_first_dense=sparse.keep_first_dense,
+        dense_layers=sparse.dense_layers,
+        layer_densities=sparse.layer_densities if SPARSE_INITS[init].shares_density else {},
+    )
     recipe.optimizer.zero_grad()
     return masking
 
@@ -190,6 +237,13 @@ def _first_masks(plan: Plan, sparse: SparseTraining, continues: bool) -> str:
     if plan.pre_train or SPARSE_INITS[sparse.sparse_init].needs_trained_weights:
         return sparse.sparse_init
     return "resume"  # cycles alone start from trained weights, which random masks would destroy
+
+
+def _check_budget(masking: Masking, plan: Plan) -> None:
+    """Refuse superpositions without any weight."""
+    total = sum(mask.numel() for mask in masking.masks.values())
+    if plan.final_density and active_count(total, plan.final_density) == 0:
+        raise UsageError(f"a final density of {plan.final_density} leaves none of {total:,} weights active")
 
 
 def _note_density(masking: Masking, plan: Plan) -> None:
@@ -232,7 +286,7 @@ def _continues(
         UsageError: if it is neither.
     """
     starts_from_weights = not plan.pre_train or (sparse and SPARSE_INITS[sparse.sparse_init].needs_trained_weights)
-    there = {name: value for name, value in saved["config"].items() if name in output.identity} if is_checkpoint else {}
+    there = {name: saved["config"].get(name) for name in output.identity} if is_checkpoint else {}
     if is_checkpoint and there == output.identity:
         assert output.resume is not None
         own = RunFolder.of(output.resume).path.resolve() == output.folder.path.resolve()

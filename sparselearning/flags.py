@@ -22,7 +22,7 @@ from sparselearning.topology import GROWTH, METHODS, PRUNE, REDISTRIBUTION, chos
 WITHOUT_EFFECT_ON_RESULTS = {
     "benchmark_inference", "benchmark_training", "data_dir", "demo", "evaluate", "gather_checkpoints",
     "indicate_method", "iters", "keep_tickets", "local_rank", "log_interval", "master_port", "mgpu", "print_freq",
-    "prof", "resume", "save", "tensorboard", "test_batch_size", "workers",
+    "prof", "resume", "save", "show_layers", "tensorboard", "test_batch_size", "workers",
 }  # fmt: skip
 
 
@@ -109,6 +109,15 @@ def path(text: str) -> Path:
     return Path(os.path.expanduser(text))  # as a text: Path takes ./~ for ~
 
 
+def layer_density(text: str) -> str:
+    """Check a pattern of layers and their density, ``GLOB=D``."""
+    pattern, equals, value = text.rpartition("=")
+    if not (pattern and equals):
+        raise argparse.ArgumentTypeError(f"it is written GLOB=D, such as fc=0.1, not {text!r}")
+    density(value)
+    return text
+
+
 def _number(text: str, kind: Callable[[str], Any], valid: Callable[[Any], bool], rule: str) -> Any:
     try:
         value = kind(text)
@@ -140,6 +149,10 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
         default=1,
         help="stretch epochs, milestones, warm-up and pruning window this many times",
     )
+    group.add_argument(
+        "--show-layers", action="store_true",
+        help="print every layer's shape, density now and at the end, and FLOPs, in place of training",
+    )  # fmt: skip
     group.add_argument("--no-cuda", action="store_true", help="train on the CPU even if there is a GPU")
     group = parser.add_argument_group("speed")
     group.add_argument(
@@ -209,6 +222,14 @@ def add_sparse_flags(parser: argparse.ArgumentParser) -> None:
         help="gradual pruning reaches the final density here",
     )  # fmt: skip
     group.add_argument("--rm-first", action="store_true", help="keep the first layer dense, outside the masks")
+    group.add_argument(
+        "--dense-layers", nargs="+", metavar="GLOB",
+        help="keep the layers dense whose names match, such as fc or 'layer4.*' (--show-layers lists names)",
+    )  # fmt: skip
+    group.add_argument(
+        "--layer-density", nargs="+", type=layer_density, metavar="GLOB=D",
+        help="density of the layers that match at the start; the others share what is left of --init-density",
+    )  # fmt: skip
 
 
 def add_ticket_flags(parser: argparse.ArgumentParser) -> None:
@@ -284,6 +305,9 @@ def check(args: argparse.Namespace, momentum_is_zero: bool, has_weights: bool) -
         raise UsageError("--fix freezes the topology and --re_explore changes it: give one of them")
     if SPARSE_INITS[args.sparse_init].needs_trained_weights and not has_weights:
         raise UsageError(f"--sparse-init {args.sparse_init} starts from trained weights: give --resume PATH")
+    if layer_densities(args) and not (args.pre_train and SPARSE_INITS[args.sparse_init].shares_density):
+        sharing = ", ".join(name for name, init in SPARSE_INITS.items() if init.shares_density)
+        raise UsageError(f"--layer-density is about first masks: it needs --pre_train and --sparse-init {sharing}")
     modes = chosen_modes(args.prune, args.growth, args.redistribution)
     if momentum_is_zero and any(mode.reads_momentum for mode in modes):
         raise UsageError("--growth and --redistribution by momentum need a --momentum above 0")
@@ -360,6 +384,20 @@ def check_budget(args: argparse.Namespace, budget: EpochBudget) -> list[str]:
     return [f"the cyclic part is shorter than one cycle ({cycle}): all epochs pre-train, no tickets"]
 
 
+def layer_densities(args: argparse.Namespace) -> dict[str, float]:
+    """Pattern to density, as ``--layer-density`` gives them.
+
+    Raises:
+        UsageError: if one pattern is given two densities.
+    """
+    densities: dict[str, float] = {}
+    for text in args.layer_density or ():
+        pattern, _, value = text.rpartition("=")
+        if densities.setdefault(pattern, float(value)) != float(value):
+            raise UsageError(f"--layer-density gives {pattern!r} two densities: {densities[pattern]} and {value}")
+    return densities
+
+
 def sparse_training(args: argparse.Namespace, steps_per_epoch: int, total_epochs: int) -> SparseTraining | None:
     """What the sparse flags mean in steps; None for dense training."""
     if not args.sparse:
@@ -383,6 +421,8 @@ def sparse_training(args: argparse.Namespace, steps_per_epoch: int, total_epochs
         sparse_init=args.sparse_init,
         pruning_rate=args.pruning_rate,
         keep_first_dense=args.rm_first,
+        dense_layers=args.dense_layers or (),
+        layer_densities=layer_densities(args),
         frozen=args.fix,
     )
 

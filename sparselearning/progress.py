@@ -1,8 +1,9 @@
 """What a person sees while a run goes on: a bar on a terminal, plain lines elsewhere, nothing on other ranks."""
 
+import math
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 from tqdm import tqdm
 
 from sparselearning import distributed
+from sparselearning.costs import inference_flops
 from sparselearning.errors import FaultError, UsageError
 from sparselearning.records import EpochRow, Summary, TicketRow
 
@@ -144,3 +146,44 @@ def run_table(summary: Summary, folder: Path) -> str:
         lines.append(f"of the dense network: {', '.join(known)}")
     lines.append(f"{summary.total_seconds:.0f} s; files in {folder}")
     return "\n".join(lines)
+
+
+def layer_table(
+    shapes: Mapping[str, Sequence[int]],
+    flops: Mapping[str, float],
+    now: Mapping[str, float],
+    at_end: Mapping[str, float | None],
+) -> str:
+    """The table of ``--show-layers``: a line per layer, and one for all of them.
+
+    Args:
+        shapes: of the layers' weights, by name.
+        flops: dense forward FLOPs of one sample, by name.
+        now: densities of the layers that have masks, and of all of these together under ``all``.
+        at_end: the same after the last topology update; None where the weights' magnitudes are to decide.
+    """
+    sizes = {name: math.prod(shape) for name, shape in shapes.items()}
+    cells = [("layer", "shape", "weights", "density now", "at the end", "MFLOPs dense", "MFLOPs now")]
+    for name in [*shapes, "all"]:
+        dense_flops = flops.get(name, 0.0) if name in shapes else inference_flops(flops)
+        flops_now = dense_flops * now.get(name, 1.0) if name in shapes else inference_flops(flops, now)
+        final = at_end.get(name, 1.0)
+        cells.append(
+            (
+                name,
+                "x".join(map(str, shapes.get(name, ()))),
+                f"{sizes[name] if name in sizes else sum(sizes.values()):,}",
+                f"{now[name]:.4f}" if name in now else "dense",
+                "dense" if name not in at_end else "by magnitude" if final is None else f"{final:.4f}",
+                f"{dense_flops / 1e6:,.3f}",
+                f"{flops_now / 1e6:,.3f}",
+            )
+        )
+    names, shape_texts, *figures = zip(*cells, strict=True)
+    columns = [_padded(names, str.ljust), _padded(shape_texts, str.ljust), *(_padded(c, str.rjust) for c in figures)]
+    return "\n".join("  ".join(line) for line in zip(*columns, strict=True))
+
+
+def _padded(texts: Sequence[str], justify: Callable[[str, int], str]) -> list[str]:
+    width = max(map(len, texts))
+    return [justify(text, width) for text in texts]

@@ -444,6 +444,78 @@ def test_the_first_layer_can_stay_dense(script):
     assert lines("run/tickets.jsonl")[1]["density"] == round(rest * 0.3) / rest
 
 
+def test_single_layers_stay_dense_or_start_at_their_own_density(script):
+    layers = "--dense-layers fc --layer-density stages.2.*=0.1 conv1=0.5"
+    assert script("--pre_train --epochs 1 --method DST", SPARSE, "--init-density 0.2", layers, "--save run") == 0
+    saved = load_torch(Path("run/model_current.pth"))
+    sizes = {name: weight.numel() for name, weight in maskable().items() if name != "fc.weight"}
+    assert saved["masks"].keys() == sizes.keys()
+    active = {name: int(mask.sum()) for name, mask in saved["masks"].items()}
+    assert sum(active.values()) == round(sum(sizes.values()) * 0.2)
+    for name, size in sizes.items():
+        given = 0.1 if name.startswith("stages.2") else 0.5 if name == "conv1.weight" else None
+        assert given is None or active[name] == round(size * given)
+    assert saved["state_dict"]["fc.weight"].all()
+
+
+def test_the_table_of_layers_is_all_that_show_layers_makes(script, capsys):
+    layers = "--sparse --init-density 0.5 --dense-layers fc --layer-density conv1=0.25 --iters 3"
+    assert script(BOTH, "--show-layers", layers) == 0
+    assert os.listdir() == []
+    printed = capsys.readouterr().out
+    *table, last = printed[printed.index("layer ") :].splitlines()
+    assert last == "superpositions are pruned to density 0.05 over all masked layers, by magnitude"
+    rows = {cells[0]: [cell.strip() for cell in cells[1:] if cell.strip()] for cells in (r.split("  ") for r in table)}
+    assert list(rows) == ["layer", *maskable(), "all"]
+    # conv1: 8x8 pixels, 3·9·4 = 108 multiply-adds each.
+    assert rows["conv1.weight"] == ["4x3x3x3", "108", "0.2500", "by magnitude", "0.014", "0.003"]
+    assert rows["fc.weight"][2:4] == ["dense", "dense"]
+    assert rows["all"][:3] == [f"{TOTAL:,}", "0.5000", "0.0500"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "now", "at_end"),
+    [
+        ("", "dense", "dense"),
+        ("--sparse --method DST --sparse-init uniform", "0.5000", "0.5000"),
+        ("--sparse --method DST --sparse-init uniform --redistribution nonzeros", "0.5000", "by magnitude"),
+        ("--sparse --method GMP_uniform --sparse-init uniform --final-density 0.25", "0.5000", "0.2500"),
+        ("--sparse --method GraNet --sparse-init uniform --final-density 0.5", "0.5000", "0.5000"),
+        ("--sparse --method GraNet --sparse-init uniform --fix", "0.5000", "0.5000"),
+    ],
+)
+def test_densities_at_the_end_are_shown_where_they_are_known(script, capsys, flags, now, at_end):
+    assert script("--show-layers", flags) == 0
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("stages.0.0.conv1.weight"))
+    assert line.split("  ", 1)[1].replace("by magnitude", "by_magnitude").split()[2:4] == [
+        now,
+        at_end.replace(" ", "_"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        ("--dense-layers fcc", "nearest names are fc"),
+        ("--layer-density nothing=0.1", "no layer matches 'nothing'"),
+        ("--layer-density fc=0.1 fc*=0.2", "fc.weight gets density 0.1 from 'fc'"),
+        ("--layer-density fc=0.1 fc=0.2", "'fc' two densities"),
+        ("--layer-density fc=0.1 --dense-layers fc", "keeps it dense"),
+        ("--layer-density *=0.1", "cannot make up for it"),
+        ("--layer-density fc", "GLOB=D"),
+        ("--layer-density =0.1", "GLOB=D"),
+        ("--layer-density fc=2", r"(0, 1]"),
+        ("--layer-density fc=0.1 --sparse-init GMP", "--sparse-init ERK, uniform"),
+        ("--final-density 0.00001", "leaves none of"),
+        ("--final-density 0.00001 --method DST", "leaves none of"),
+    ],
+)
+def test_layers_that_cannot_be_are_refused_before_anything_is_written(script, capsys, flags, told):
+    assert script(WHOLE_METHOD, "--save run", flags) == 2
+    assert told in one_sentence(capsys.readouterr().err)
+    assert os.listdir() == []
+
+
 # -------------------------------------------------------------------------------------------------- superposing
 
 

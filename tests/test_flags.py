@@ -491,15 +491,8 @@ def test_every_flag_is_looked_at(workplace, monkeypatch):
 
 def test_every_choice_is_taken_from_its_table():
     """A new entry of a table is a new choice at once, and nothing else is one."""
-    parser_choices = {}
-    original = argparse.ArgumentParser.parse_args
-    try:
-        argparse.ArgumentParser.parse_args = lambda self, argv=None: parser_choices.update(
-            {action.dest: action.choices for action in self._actions if action.choices}
-        )
-        parse("")
-    finally:
-        argparse.ArgumentParser.parse_args = original
+    actions = main_suptickets.make_parser()._actions
+    parser_choices = {action.dest: action.choices for action in actions if action.choices}
     tables = {
         "growth": GROWTH, "prune": PRUNE, "redistribution": REDISTRIBUTION, "sparse_init": SPARSE_INITS,
         "method": METHODS, "decay_schedule": DECAYS, "superposing_method": AVERAGING,

@@ -355,10 +355,14 @@ def test_a_run_goes_back_to_one_of_its_checkpoints(home, trained, tmp_path, epoc
     [
         (["--benchmark-training", "--benchmark-inference"], ["training step", "loader", "evaluation step", "images/s"]),
         (["--prof", *SMALL], ["aten::", "convolution"]),
+        (
+            ["--sparse", "--dense-layers", "fc", "--show-layers"],
+            ["layer4.1.conv2.weight", "512x512x3x3", "by magnitude"],
+        ),
     ],
-    ids=["benchmarks", "profile"],
+    ids=["benchmarks", "profile", "layers"],
 )
-def test_measuring_speed_writes_nothing(home, tmp_path, monkeypatch, capsys, flags, printed):
+def test_what_is_done_in_place_of_training_writes_nothing(home, tmp_path, monkeypatch, capsys, flags, printed):
     monkeypatch.setattr(profiling, "WARMUP_STEPS", 1)
     monkeypatch.setattr(profiling, "STEPS", 1)
     monkeypatch.chdir(tmp_path)
