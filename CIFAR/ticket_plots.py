@@ -101,6 +101,7 @@ def lines(results: Results) -> Figure:
             look = {
                 "color": f"C{number % 10}",
                 "linestyle": ("-", "--", ":")[number % 3],
+                "linewidth": 3 - 2 * number / max(1, len(shown) - 1),  # the first ones show beneath equal ones
                 "marker": ".",
                 "markersize": 4,
             }
@@ -123,14 +124,14 @@ def grid(results: Results) -> Figure:
     axes = figure.subplots()
     cima = sorted((row for row in results["grid"] if row["CIMA_factor"] is not None), key=lambda r: r["CIMA_factor"])
     caa = next(row for row in results["grid"] if row["CIMA_factor"] is None)
-    for key, label, color, marker in (
-        ("bn_re_estimated", "BatchNorm re-estimated", plots.GREEN, "D"),
-        ("bn_averaged", "BatchNorm averaged", plots.ORANGE, "o"),
+    for key, label, color, marker, offset in (  # the dashes of equal lines take turns
+        ("bn_re_estimated", "BatchNorm re-estimated", plots.GREEN, "D", 0),
+        ("bn_averaged", "BatchNorm averaged", plots.ORANGE, "o", 4),
     ):
         accuracies = [100 * row[key]["accuracy"] for row in cima]
         factors = [row["CIMA_factor"] for row in cima]
         axes.plot(factors, accuracies, color=color, marker=marker, markersize=4.5, label=f"CIMA, {label}")
-        axes.axhline(100 * caa[key]["accuracy"], color=color, linestyle="--", label=f"CAA, {label}")
+        axes.axhline(100 * caa[key]["accuracy"], color=color, linestyle=(offset, (4, 4)), label=f"CAA, {label}")
     axes.set(xlabel="CIMA's factor: weight of each new ticket", xlim=(0, 1))
     axes.set(ylabel=f"accuracy [%]\non the {results['evaluated_on']['part']}")
     axes.legend(**ABOVE)

@@ -4,7 +4,7 @@ import math
 import textwrap
 from collections.abc import Sequence
 from functools import partial
-from itertools import groupby
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +12,14 @@ import numpy as np
 from matplotlib import style
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from sparselearning.costs import layer_densities, overall_density
 from sparselearning.distributions import erk_densities
 from sparselearning.files import write_whole
-from sparselearning.runs import Group, Run, masked_weights
+from sparselearning.records import EpochRow
+from sparselearning.runs import Group, Run, legend, masked_weights
 from sparselearning.schedules import cyclic_lr
 from sparselearning.tables import COLUMNS
 
@@ -31,15 +33,18 @@ TICKET: dict[str, Any] = {
     "linestyle": "none",
 }
 SUPERPOSITION: dict[str, Any] = {"color": GREEN, "marker": "D", "markersize": 4.5, "linestyle": "none"}
-PARTS = (("training", BLUE, "-"), ("evaluation", ORANGE, "--"))
+PARTS = (("training", BLUE, "-", 2.4), ("evaluation", ORANGE, "--", 1.4))  # the wider one shows beneath an equal one
 COMPARED = {
     "pretrain_acc_percent": (GREY, "s"),
     "last_ticket_acc_percent": (VERMILION, "^"),
     "final_acc_percent": (GREEN, "D"),
     "test_acc_percent": (ORANGE, "o"),
 }
+DIPS = "(the density dips where an epoch ends with an update: what grows starts at zero)"
 DENSITY_TICKS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 1)
 WIDTH = 6.4  # inches
+LABEL_WIDTH, NOTE_WIDTH = 34, 130  # characters
+MANY = 12  # groups, from which on they have to move together
 STYLE: Any = [
     "default",
     {
@@ -97,8 +102,8 @@ def curves(run: Run) -> Figure:
         accuracy: ([100 * row.train_acc for row in run.metrics], [100 * row.eval_acc for row in run.metrics]),
     }
     for axes, curves_of_parts in shown.items():
-        for (label, color, dashes), values in zip(PARTS, curves_of_parts, strict=True):
-            axes.plot(_epochs_done(run), values, dashes, color=color, label=label, marker=_dot(run))
+        for (label, color, dashes, width), values in zip(PARTS, curves_of_parts, strict=True):
+            axes.plot(_epochs_done(run), values, dashes, color=color, label=label, marker=_dot(run), linewidth=width)
         _shade_cycles(axes, run)
     _log_scale(loss)
     loss.set(ylabel="loss [nats per sample]", xlabel="epochs")
@@ -150,28 +155,52 @@ def schedules(run: Run) -> Figure:
         axes.set(ylabel=f"{name}\n[share of maskable weights]", ylim=(0, 1.1 * max(values) or 1))
     for axes in (rate, *others):
         _shade_cycles(axes, run)
-    others[-1].set(xlabel="epochs")
+    others[-1].set(xlabel=f"epochs\n{DIPS}" if _density_dips(run) else "epochs")
     _legend_above(figure, rate)
     return figure
 
 
+def _density_dips(run: Run) -> bool:
+    """Whether the density rises after an epoch: no schedule does that."""
+    return any(later.density > row.density for row, later in pairwise(run.metrics))
+
+
 def _draw_learning_rate(axes: Axes, run: Run) -> None:
-    """Draw the rate of every step, and on it what short runs recorded at each epoch's last step."""
-    cycle_lr = run.config.cycle_lr
-    for row in run.metrics:
-        if row.ticket is None or not cycle_lr:
-            axes.plot([row.epoch, row.epoch + 1], [row.lr] * 2, color=BLUE)
-    if cycle_lr:
-        times = np.linspace(0, 1, 201)
+    """Draw the rate of every step, and on it what short runs recorded of each epoch's last step."""
+    cycle_lr, times = run.config.cycle_lr, np.linspace(0, 1, 201)
+    cycles = _cycles(run)[: len(run.tickets)]  # of an unfinished one, nobody knows the length
+    if cycle_lr is not None:
         rates = [cyclic_lr(t % 1, *cycle_lr) for t in times]
-        for start, end in _cycles(run)[: len(run.tickets)]:
+        for start, end in cycles:
             axes.plot(start + times * (end - start), rates, color=BLUE)
+    places = [float(done) for done in _epochs_done(run)]
+    for number, row in enumerate(run.metrics):
+        if row.ticket is None or cycle_lr is None:
+            axes.plot([row.epoch, row.epoch + 1], [row.lr] * 2, color=BLUE)
+        elif row.ticket <= len(cycles):
+            places[number] = _place_of_rate(row, *cycles[row.ticket - 1], *cycle_lr)
     axes.plot([], [], color=BLUE, label="every step")
     if _dot(run):
         recorded = [row.lr for row in run.metrics]
-        axes.plot(_epochs_done(run), recorded, ".", color=VERMILION, label="last step of each epoch")
+        axes.plot(places, recorded, ".", color=VERMILION, label="last step of each epoch")
     _log_scale(axes)
     axes.set(ylabel="learning rate")
+
+
+def _place_of_rate(row: EpochRow, start: int, end: int, lr_1: float, lr_2: float) -> float:
+    """Where in its epoch of a cycle the last step was: somewhat before the epoch's end, where the rate is the row's.
+
+    Args:
+        row: of an epoch in the cycle.
+        start: first epoch of the cycle.
+        end: epoch after its last one.
+        lr_1: at both ends.
+        lr_2: in the middle.
+    """
+    done = (row.epoch + 1 - start) / (end - start)
+    half = (row.lr - lr_1) / (2 * (lr_2 - lr_1)) if lr_1 != lr_2 else done
+    place = start + (half if done <= 0.5 else 1 - half) * (end - start)
+    return min(max(place, row.epoch), row.epoch + 1)
 
 
 @style.context(STYLE)
@@ -235,7 +264,12 @@ def comparison(groups: Sequence[Group]) -> Figure:
     A dashed line shows where plain training that is otherwise equal ends.
     """
     columns = [column for column in COLUMNS if column.name in COMPARED and any(map(column.spread, groups))]
-    figure = Figure(figsize=(WIDTH, 1.2 + len(groups) * (0.15 + 0.17 * len(columns))))
+    labels = [_wrapped(f"{group.label} (n = {len(group.runs)})", LABEL_WIDTH) for group in groups]
+    notes = [_wrapped(sentence, NOTE_WIDTH) for sentence in legend(groups)]
+    pitch = 0.13 + (0.17 if len(groups) <= MANY else 0.14) * len(columns)
+    pitch = max(pitch, 0.06 + 0.15 * max(label.count("\n") + 1 for label in labels))
+    below = 0.115 * sum(note.count("\n") + 1 for note in notes)
+    figure = Figure(figsize=(WIDTH, 1.2 + pitch * len(groups) + below))
     axes = figure.subplots()
     for row, column in enumerate(columns):
         color, marker = COMPARED[column.name]
@@ -247,7 +281,7 @@ def comparison(groups: Sequence[Group]) -> Figure:
                 axes.errorbar(spread.mean, y, xerr=spread.std, color=color, marker=marker, capsize=3, markersize=5)
                 singles = [single for run in group.runs if (single := column.value(group, run)) is not None]
                 if len(singles) > 1:
-                    axes.plot(singles, [y + 0.09] * len(singles), ".", color=color, markersize=3)
+                    axes.plot(singles, [y + 0.06 / pitch] * len(singles), ".", color=color, markersize=3)
     plain: dict[str, Any] = {"color": BLUE, "linestyle": "--", "linewidth": 1}
     if any(group.control for group in groups):
         axes.plot([], [], label="plain training, final (mean)", **plain)
@@ -256,18 +290,31 @@ def comparison(groups: Sequence[Group]) -> Figure:
             axes.plot([spread.mean] * 2, [place - 0.45, place + 0.45], **plain)
     for border in range(1, len(groups)):
         axes.axhline(border - 0.5, color=GREY, linewidth=0.5, alpha=0.4)
-    axes.set_yticks(range(len(groups)), [_wrapped(group) for group in groups])
+    axes.set_yticks(range(len(groups)), labels, parse_math=False)
     axes.grid(visible=False, axis="y")
     axes.set(ylim=(len(groups) - 0.5, -0.5), xlabel="accuracy [%]: mean ± sample standard deviation; dots: runs")
     _legend_above(figure, axes)
+    if notes:
+        _notes_below(figure, notes)
     return figure
 
 
-def _wrapped(group: Group) -> str:
-    """Label in lines that break between flags only."""
+def _notes_below(figure: Figure, notes: Sequence[str]) -> None:
+    """Write what the numbers of labels stand for below all panels."""
+    nothing = [Line2D([], [], linestyle="none") for _ in notes]
+    legend_below = figure.legend(
+        nothing, notes, loc="outside lower left", handlelength=0, handletextpad=0, labelspacing=0.25, frameon=False,
+        fontsize=6.5,
+    )  # fmt: skip
+    for text in legend_below.get_texts():
+        text.set_parse_math(False)
+
+
+def _wrapped(text: str, width: int) -> str:
+    """A text in lines that break between flags where they can."""
     hard = "\N{NO-BREAK SPACE}"
-    label = f"{group.label} (n = {len(group.runs)})".replace(" ", hard).replace(f",{hard}", ", ")
-    return textwrap.fill(label, 34, break_long_words=False, break_on_hyphens=False)
+    words = text.replace(" ", hard).replace(f",{hard}", ", ")
+    return textwrap.fill(words, width, break_on_hyphens=False)
 
 
 # ----------------------------------------------------------------------------------------------------- small parts

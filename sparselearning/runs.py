@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,6 +20,8 @@ from sparselearning.sparse_init import SPARSE_INITS
 
 Row = TypeVar("Row", EpochRow, TicketRow)
 FROM_TRAINED_WEIGHTS = {name for name, init in SPARSE_INITS.items() if init.needs_trained_weights}
+LONGEST_LABEL = 60
+"""Characters of a group's label; those that would be longer are numbered."""
 SET_ASIDE = re.compile(r"\.old-\d+$")
 SEED_FOLDER = re.compile(r"(?<![^/\\])seed\d+(?![^/\\])")
 
@@ -75,9 +78,9 @@ class Run:
 
     @property
     def name(self) -> str:
-        """What the user called the run with ``--indicate_method``, else its method."""
-        given = self.config.indicate_method
-        return self.method if given == "Results" else given
+        """What the user called the run with ``--indicate_method``, else its method; in one line."""
+        given = one_line(self.config.indicate_method)
+        return one_line(self.method) if given in ("Results", "") else given
 
 
 @dataclass
@@ -88,7 +91,8 @@ class Group:
         recipe: the flags of all its runs that took effect, seed and name apart; flags about tickets are in
             ``ticket_flags``.
         ticket_flags: empty for plain training.
-        label: short name that no other group has.
+        label: name that no other group has, of at most :data:`LONGEST_LABEL` characters.
+        full_label: the same, however long.
         control: plain training that is otherwise equal, if there is one.
     """
 
@@ -97,6 +101,7 @@ class Group:
     ticket_flags: Mapping[str, Any]
     runs: list[Run] = field(default_factory=list)
     label: str = ""
+    full_label: str = ""
     control: "Group | None" = None
 
     @property
@@ -295,16 +300,62 @@ def _start(run: Run) -> str | None:
 
 
 def _label(groups: Sequence[Group]) -> None:
-    """Name each group, and add what tells it from others of that name."""
-    for group in groups:
+    """Name each group, and add what tells it from others of that name; number it where that takes too many words."""
+    for number, group in enumerate(groups, start=1):
         namesakes = [other for other in groups if other.name == group.name]
         parts = [group.name]
         if not group.ticket_flags and any(other.ticket_flags for other in namesakes):
             parts.append("plain")
-        own = {**group.recipe, **group.ticket_flags}
-        parts += [f"{name} {_show(own[name])}" for name in differing_flags(namesakes) if name in own]
-        group.label = ", ".join(parts)
+        flags = [
+            f"{name} {_show(column)[namesakes.index(group)]}"
+            for name, column in differing_flags(namesakes).items()
+            if name in {**group.recipe, **group.ticket_flags}
+        ]
+        group.full_label = group.label = ", ".join([*parts, *flags])
+        if len(group.full_label) > LONGEST_LABEL:
+            ending = f" #{number}"
+            group.label = shortened(", ".join(parts), LONGEST_LABEL - len(ending)) + ending
 
 
-def _show(value: Any) -> str:
-    return {True: "on", False: "off"}[value] if isinstance(value, bool) else str(value)
+def legend(groups: Iterable[Group]) -> list[str]:
+    """What the numbers in labels stand for."""
+    return [
+        f"{group.label}: {group.full_label.removeprefix(group.label.rpartition(' #')[0] + ', ')}"
+        for group in groups
+        if group.label != group.full_label
+    ]
+
+
+def _show(column: Sequence[Any]) -> list[str]:
+    """Values of one flag for people: of paths, only the part that is not the same in all of them."""
+    given = [value for value in column if value is not None]
+    paths = [value.split("/") for value in given if isinstance(value, str)]
+    start = end = 0
+    if len(paths) == len(given) and min(map(len, paths)) > 1:
+        start = _shared(paths)
+        end = _shared([path[start:][::-1] for path in paths])
+    return [_show_one(value, start, end) for value in column]
+
+
+def _shared(paths: Sequence[Sequence[str]]) -> int:
+    """How many parts all of them have in common at the start."""
+    return sum(1 for _ in takewhile(lambda parts: len(set(parts)) == 1, zip(*paths, strict=False)))
+
+
+def _show_one(value: Any, start: int, end: int) -> str:
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    if isinstance(value, str) and start + end:
+        path = value.split("/")
+        value = "/".join(["…"] * (start > 0) + path[start : len(path) - end] + ["…"] * (end > 0))
+    return one_line(str(value))
+
+
+def one_line(text: str) -> str:
+    """A text without line breaks and other characters that would spoil a table."""
+    return " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())
+
+
+def shortened(text: str, length: int) -> str:
+    """A text of at most so many characters."""
+    return text if len(text) <= length else text[: length - 1].rstrip() + "…"

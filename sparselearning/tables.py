@@ -10,7 +10,7 @@ from typing import Any
 
 from sparselearning.analysis import ENSEMBLE, Matrix, Pairs, ticket_name
 from sparselearning.records import Environment, Summary
-from sparselearning.runs import Group, Run, differing_flags
+from sparselearning.runs import Group, Run, differing_flags, legend, one_line
 
 Figure = Callable[[Group, Run], float | None]
 """From one run of a group to a number; None if it has none."""
@@ -258,7 +258,7 @@ DIFFERENCES = (
 
 
 def _markdown(cells: Sequence[Sequence[str]]) -> str:
-    rows = [[cell.replace("|", r"\|") for cell in row] for row in cells]
+    rows = [[one_line(cell).replace("|", r"\|") for cell in row] for row in cells]
     widths = [max(3, *map(len, column)) for column in zip(*rows, strict=True)]
 
     def line(cells: Sequence[str]) -> str:
@@ -284,7 +284,8 @@ def latex_table(groups: Sequence[Group]) -> str:
     for label, *figures in rows:
         cells = [label.translate(LATEX_ESCAPES), *(f"${figure}$" if figure else "--" for figure in figures)]
         lines.append(" & ".join(cells) + r" \\")
-    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}"]) + "\n"
+    comments = [f"% {sentence}" for sentence in legend(groups)]
+    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", *comments]) + "\n"
 
 
 def csv_table(groups: Sequence[Group]) -> str:
@@ -295,7 +296,7 @@ def csv_table(groups: Sequence[Group]) -> str:
     for group in groups:
         spreads = [column.spread(group) for column in columns]
         figures = [figure for s in spreads for figure in ((s.mean, s.std) if s else (None, None))]
-        rows.append([group.label, len(group.runs), *map(_number, figures)])
+        rows.append([group.full_label, len(group.runs), *map(_number, figures)])
     return _csv(["method", "n", *names], rows)
 
 
@@ -304,7 +305,7 @@ def csv_of_runs(groups: Sequence[Group]) -> str:
     columns = _columns(groups)
     rows = [
         [
-            group.label, run.seed, *(_number(column.value(group, run)) for column in columns),
+            group.full_label, run.seed, *(_number(column.value(group, run)) for column in columns),
             run.config.device, run.config.versions.get("torch"), run.folder.path,
         ]
         for group in groups
@@ -326,7 +327,7 @@ def _csv(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 def markdown_report(groups: Sequence[Group], left_out: Sequence[str] = ()) -> str:
     """The table, and what one must know to read it."""
     runs = [run for group in groups for run in group.runs]
-    notes = ["mean ± sample standard deviation over n seeds; one run has no deviation"]
+    notes = [*legend(groups), "mean ± sample standard deviation over n seeds; one run has no deviation"]
     if any(group.control for group in groups):
         notes.append(
             "plain training has the same flags and epochs, and no tickets; groups of the same seeds are compared "
@@ -340,7 +341,7 @@ def markdown_report(groups: Sequence[Group], left_out: Sequence[str] = ()) -> st
     notes += [f"left out: {sentence}" for sentence in left_out]
     notes.append(f"ran on (commits): {_machines(known for run in runs for known in run.environments)}")
     tables = [markdown_table(groups), averages_table(groups), differences_table(groups)]
-    return "\n".join(filter(None, tables)) + "\n" + "".join(f"- {note}\n" for note in notes)
+    return "\n".join(filter(None, tables)) + "\n" + "".join(f"- {one_line(note)}\n" for note in notes)
 
 
 def _missing_control(group: Group, groups: Sequence[Group]) -> str | None:

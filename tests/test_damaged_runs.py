@@ -1,5 +1,6 @@
 """Every entry of every JSON file of a run, damaged in every way: one sentence that names file and entry, or no harm."""
 
+import io
 import json
 
 import pytest
@@ -19,6 +20,8 @@ DAMAGE = {
     "nested": "[" * 50 + "]" * 50, "nested too deep": "[" * 99_999 + "]" * 99_999,
 }  # fmt: skip
 """Name to the JSON that an entry is replaced by."""
+EXTREME = {"minus", "float32", "tiny"}
+"""What a picture may have no room for."""
 UNREADABLE = {"thousands of digits", "nested too deep"}
 """What no JSON parser takes in: no entry can be named then."""
 
@@ -109,20 +112,19 @@ def test_damaged_entries_are_named_or_harmless(tmp_path, number):
     plots = pytest.importorskip("sparselearning.plots")
     folder = tmp_path / "run"
     path = write_whole_run(folder)[number]
-    text, seen = path.read_text(), set()
+    text, drawn = path.read_text(), set()
 
-    def report():
+    def report(extreme=False):
         run = tables(folder)
-        shown = repr((run.metrics, run.tickets, run.summary, run.config.cycle_lr))
-        for figure in (plots.curves(run), plots.schedules(run)) if shown not in seen else ():
-            figure.set_dpi(40)
-            figure.canvas.draw()
-        seen.add(shown)
+        shown = repr((run.metrics, run.tickets, run.config.cycle_lr))
+        for figure in (plots.curves(run), plots.schedules(run)) if extreme and shown not in drawn else ():
+            figure.savefig(io.BytesIO(), format="png", dpi=30)
+        drawn.add(shown)
 
     assert refusal(report) is None
     for place, damage, damaged in damages(text, lines=path.suffix == ".jsonl"):
         path.write_text(damaged)
-        if sentence := refusal(report):
+        if sentence := refusal(report, damage in EXTREME):
             assert str(path) in sentence, (place, damage, sentence)
             assert len(sentence) < 600, (place, damage)
             assert damage in UNREADABLE or names(sentence, place), (place, damage, sentence)

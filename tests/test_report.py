@@ -2,6 +2,7 @@
 
 import csv
 import io
+import itertools
 import json
 import sys
 
@@ -10,8 +11,10 @@ import torch
 
 import sparselearning
 from sparselearning.errors import FaultError, UsageError
+from sparselearning.records import EpochRow
 from sparselearning.report import main
-from sparselearning.runs import find_runs, group_runs, masked_weights, read_run
+from sparselearning.runs import LONGEST_LABEL, find_runs, group_runs, legend, masked_weights, read_run
+from sparselearning.schedules import cyclic_lr
 from sparselearning.tables import (
     averages_table,
     csv_of_runs,
@@ -22,6 +25,7 @@ from sparselearning.tables import (
     markdown_table,
 )
 
+FIGURES = ("train_loss", "train_acc", "eval_loss", "eval_acc", "density")
 FLAGS = {
     "indicate_method": "Results", "seed": 1, "data": "digits", "model": "lenet5", "epochs": 4, "lr": 0.1,
     "sparse": True, "fix": False, "method": "GraNet", "growth": "gradient", "final_density": 0.1,
@@ -294,6 +298,38 @@ def test_labels_name_the_method_and_only_what_tells_groups_apart(tmp_path):
     assert labels[4:] == ["mine, lr_2 0.5", "mine, lr_2 0.01, re_explore on", "mine, lr_2 0.01, re_explore off"]
 
 
+def test_long_labels_are_numbered_and_explained(tmp_path):
+    long = {"pre_train": False, "large_death_rate": 0.5}
+    folders = [
+        write_run(tmp_path / "1", resume="study/main/seed1/checkpoint.pth", update_frequency=1000, **long),
+        write_run(tmp_path / "2", resume="study/other/seed1/checkpoint.pth", update_frequency=10, **long),
+        write_run(tmp_path / "3", indicate_method="a" * 300),
+        write_run(tmp_path / "4", tickets=0, final_density=0.2, update_frequency=10),
+    ]
+    groups, _ = groups_of(*folders)
+    assert [group.label for group in groups][:2] == ["GraNet #1", "GraNet #2"]
+    assert groups[2].label == "a" * (LONGEST_LABEL - 4) + "… #3"
+    assert groups[3].label == "GraNet, plain, final_density 0.2, update_frequency 10"
+    assert max(len(group.label) for group in groups) <= LONGEST_LABEL
+    assert legend(groups)[:2] == [
+        "GraNet #1: final_density 0.1, update_frequency 1000, resume …/main/…",
+        "GraNet #2: final_density 0.1, update_frequency 10, resume …/other/…",
+    ]
+    report = markdown_report(groups)
+    assert all(f"- {sentence}\n" in report for sentence in legend(groups))
+    assert f"% {legend(groups)[1]}\n" in latex_table(groups)
+    assert [row["method"] for row in csv.DictReader(io.StringIO(csv_table(groups)))] == [g.full_label for g in groups]
+
+
+def test_a_name_of_several_lines_breaks_no_table(tmp_path):
+    groups, _ = groups_of(write_run(tmp_path / "1", indicate_method="two\nlines\t|", device="cpu\n| x"))
+    assert groups[0].label == "two lines |"
+    table = markdown_report(groups).splitlines()
+    assert table[2].startswith("| two lines \\| |")
+    assert table[-1] == "- ran on (commits): cpu | x, PyTorch 2.11"
+    assert latex_table(groups).splitlines()[5].startswith("two lines | & $1$")
+
+
 def test_flags_that_took_no_effect_part_no_runs(tmp_path):
     folders = [
         write_run(tmp_path / "1", tickets=0, seed=1, save="here", lr_2=0.5),
@@ -439,6 +475,24 @@ def test_the_cyclic_rate_is_drawn_at_every_step(plots, tmp_path):
     assert (cycle.get_ydata()[0], cycle.get_ydata()[100], cycle.get_ydata()[-1]) == (0.001, 0.01, 0.001)
 
 
+@pytest.mark.parametrize(("epoch", "step"), [(10, 3), (11, 7), (12, 11)])
+def test_the_last_step_of_an_epoch_is_drawn_where_it_was(plots, epoch, step):
+    """A cycle of three epochs of four steps each, from epoch 10 on; the middle is in the second epoch."""
+    rate = cyclic_lr(step / 12, 0.001, 0.01)
+    row = EpochRow(epoch=epoch, ticket=1, lr=rate, **dict.fromkeys(FIGURES, 0.5))
+    assert plots._place_of_rate(row, 10, 13, 0.001, 0.01) == pytest.approx(10 + step / 4)
+
+
+@pytest.mark.parametrize("last", [0.1, 0.09])
+def test_dips_of_the_density_are_explained_where_there_are_any(plots, tmp_path, last):
+    folder = write_run(tmp_path / "run")
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    rows[2]["density"] = last
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    density = plots.schedules(read_run(folder)).axes[-1]
+    assert ("dips" in density.get_xlabel()) == (last < 0.1)
+
+
 @pytest.mark.parametrize(("explored", "panels"), [(None, 2), (0.4, 3)])
 def test_explored_weights_have_a_panel_where_they_were_recorded(plots, tmp_path, explored, panels):
     figure = plots.schedules(read_run(write_run(tmp_path / "run", explored=explored)))
@@ -468,6 +522,20 @@ def test_the_comparison_has_a_bar_where_there_is_a_deviation(plots, study):
         "RigL (n = 1)",
     ]
     assert [bar.has_xerr for bar in axes.containers] == [True, False, True, False, True, True, False]
+
+
+def test_labels_of_many_groups_keep_apart_and_within_the_picture(plots, tmp_path):
+    folders = [
+        write_run(tmp_path / str(i), indicate_method="my $name$ " + "x" * i, data=f"data/{i}/" + "y" * 50, seed=i)
+        for i in range(5)
+    ]
+    figure = plots.comparison(groups_of(*folders)[0])
+    figure.draw_without_rendering()
+    [axes] = figure.axes
+    boxes = [label.get_window_extent() for label in axes.get_yticklabels()]
+    assert all(lower.y1 < upper.y0 for upper, lower in itertools.pairwise(boxes))
+    for box in [*boxes, axes.xaxis.label.get_window_extent()]:
+        assert 0 <= box.x0 < box.x1 <= figure.bbox.width
 
 
 # ----------------------------------------------------------------------------------------------------- the program
