@@ -292,9 +292,9 @@ def _continues(
         own = RunFolder.of(output.resume).path.resolve() == output.folder.path.resolve()
         if starts_from_weights and saved["epoch"] == plan.end_epoch and not own:
             return False
-        if len(saved["ranks"]) != distributed.world_size():
+        if (processes := len(saved["ranks"])) != distributed.world_size():
             raise UsageError(
-                f"{output.resume} goes on with as many processes as wrote it, {len(saved['ranks'])}, "
+                f"{output.resume} was written by {processes} process{'es' * (processes > 1)}: go on with as many, "
                 f"not {distributed.world_size()}"
             )
         return True

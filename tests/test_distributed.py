@@ -796,7 +796,7 @@ def test_cifar_with_another_number_of_processes_is_refused(undisturbed_cifar, tm
     before = {path: path.read_bytes() for path in folder.iterdir()}
     resume = [*DIGITS, "--save", str(tmp_path / "run"), "--resume", str(folder)]
     assert status_of(lambda: main_suptickets.main(resume)) == 2
-    assert re.search(r"as many processes as wrote it, 2, not 1\n$", capsys.readouterr().err)
+    assert re.search(r"written by 2 processes: go on with as many, not 1\n$", capsys.readouterr().err)
     assert not (tmp_path / "run").exists()
     assert {path: path.read_bytes() for path in folder.iterdir()} == before
 
