@@ -162,7 +162,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """
     args = parse(argv)
     study = STUDIES[args.study]
-    data = args.data if args.data in cifar_data.DATASETS else os.path.relpath(args.data, ROOT)
+    data = args.data if args.data in cifar_data.DATASETS else os.path.relpath(os.path.expanduser(args.data), ROOT)
     data_dir = Path(os.path.relpath(args.data_dir, ROOT))
     os.chdir(ROOT)  # so that the commands that runs record work from the top of any checkout
     if not args.collect:

@@ -48,7 +48,7 @@ class Parser(argparse.ArgumentParser):
         )
 
     def given(self, argv: Sequence[str] | None = None) -> dict[str, str]:
-        """The flags that a command line gives, default or not: name in the parsed arguments → as it is written."""
+        """The flags that a command line itself gives, whatever their values: name in the parsed arguments → flag."""
         unset = object()
         names = vars(self.parse_args(argv, argparse.Namespace(**{action.dest: unset for action in self._actions})))
         return {

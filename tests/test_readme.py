@@ -1,5 +1,6 @@
 """The README keeps its promises: it names every flag, and its library example runs as printed."""
 
+import json
 import re
 import runpy
 import sys
@@ -9,6 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from sparselearning import report
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -65,3 +68,13 @@ def test_sweep_line_is_a_sweep(monkeypatch, capsys, tmp_path):
     assert (
         capsys.readouterr().out.count("main_suptickets.py") == 18
     )  # three methods, three seeds, each with its control
+
+
+def test_the_kept_demo_can_be_reported_and_is_what_the_readme_says(tmp_path):
+    folder = ROOT / "results" / "demo"
+    report.main([str(folder), "--out", str(tmp_path), "--no-plots"])
+    summary, config = (json.loads((folder / name).read_text()) for name in ("summary.json", "config.json"))
+    said = re.search(r"demo --seed 2.*?results/demo/curves", README, re.DOTALL)[0]
+    assert f"{summary['final_acc']:.1%} against {summary['ticket_acc'][-1]:.1%}" in said.replace(" %", "%")
+    assert f"PyTorch {config['versions']['torch'][:4]}, commit {config['commit']}" in said
+    assert config["command"] == "python CIFAR/main_suptickets.py --demo --seed 2"
