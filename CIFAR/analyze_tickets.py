@@ -23,16 +23,17 @@ from cifar_data import Data
 from ticket_tables import HELD_OUT, TEST_SET, grid_table, layers_table, lines_table, networks_table, pairs_tables
 from torch import Tensor
 
-from sparselearning import experiment, flags
+from sparselearning import flags
 from sparselearning.costs import overall_density
 from sparselearning.errors import FaultError, UsageError
-from sparselearning.files import RunFolder, load_torch, save_torch, write_json
+from sparselearning.files import RunFolder, write_json
 from sparselearning.layers import maskable_parameters
+from sparselearning.networks import SavedNetwork, load_weights
 from sparselearning.passes import Passes
 from sparselearning.progress import print_notes
 from sparselearning.runs import find_runs, read_run
 from sparselearning.script import run_script
-from sparselearning.superpose import AVERAGING, State, prune_to_density, superpose
+from sparselearning.superpose import AVERAGING, State, differing_entries, prune_to_density, superpose
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -45,13 +46,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     if len(members) < 2:
         raise UsageError(f"superposing takes at least two tickets, and there is one: ticket {numbers[0]}")
     names = list(members[0].masks)
+    for number, member in zip(numbers, members, strict=True):
+        if differing := differing_entries(members[0].masks, member.masks):
+            raise FaultError(
+                f"{folder.ticket(number)} is damaged: masks: {differing[0]} is not masked as in ticket {numbers[0]}"
+            )
     budget = args.final_density if args.sparse or "final_density" in given else None
     superposed = superpose_again(members, AVERAGING[args.superposing_method](args.CIMA_factor), names, budget)
     if args.update_bn:
         superposed = [bench.with_fresh_bn(network) for network in superposed]
     if given.save_network:
         final = superposed[-1]
-        save_torch(given.save_network, {"state_dict": final.state, "masks": final.masks, "epoch": final.epoch + 1})
+        SavedNetwork(final.state, final.masks, final.epoch + 1).write(given.save_network)
 
     results: dict[str, Any] = {
         "run": str(folder.path),
@@ -214,14 +220,12 @@ class Bench:
             FaultError: if the file is damaged.
         """
         path = folder.ticket(number)
-        saved = load_torch(path)
-        if not {"state_dict", "masks", "epoch"} <= saved.keys():
-            raise FaultError(f"{path} is no ticket: it lacks weights, masks or epoch")
-        experiment.load_weights(self.passes.model, saved, path)
+        saved = SavedNetwork.read(path)
+        load_weights(self.passes.model, vars(saved), path)
         state = self.passes.state()
-        masks = {name: mask.to(self.passes.device) for name, mask in saved["masks"].items()}
+        masks = {name: mask.to(self.passes.device) for name, mask in saved.masks.items()}
         masks = masks or nonzero(state, maskable_parameters(self.passes.model))
-        return Network(f"ticket {number}", state, masks, saved["epoch"] - 1)
+        return Network(f"ticket {number}", state, masks, saved.epoch - 1)
 
     def logits(self, state: State) -> Tensor:
         """Predictions of a network, in eval mode, on the evaluation set in its stored order: [N, classes], float32."""
@@ -334,7 +338,7 @@ def grid(
 
 def is_saved_network(network: Network, path: Path) -> bool:
     """Whether a file holds this network, to the bit."""
-    saved = load_torch(path)["state_dict"] if path.is_file() else {}
+    saved = SavedNetwork.read(path).state_dict if path.is_file() else {}
     state = network.state
     return saved.keys() == state.keys() and all(torch.equal(state[name].cpu(), saved[name]) for name in state)
 

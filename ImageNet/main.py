@@ -20,6 +20,7 @@ from sparselearning import distributed, experiment, flags, profiling, provenance
 from sparselearning.engine import Sources
 from sparselearning.errors import UsageError
 from sparselearning.files import RunFolder, load_torch
+from sparselearning.networks import load_weights
 from sparselearning.plan import EpochBudget, Plan
 from sparselearning.progress import print_notes
 from sparselearning.runtime import Runtime
@@ -58,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     data.use_memory_format(memory_format)
     model = model.to(device, memory_format=memory_format)
     if args.pretrained_weights:
-        experiment.load_weights(model, load_torch(args.pretrained_weights), args.pretrained_weights)
+        load_weights(model, load_torch(args.pretrained_weights), args.pretrained_weights)
     values = flags.values(args)
     network = {
         "builder": "imagenet_resnet:build_model",
@@ -243,7 +244,7 @@ def evaluate(recipe: experiment.Recipe, plan: Plan, runtime: Runtime, output: ex
     """Print loss and accuracy of saved weights; of a run's folder, those of its superposition."""
     if output.resume:
         path = RunFolder(output.resume).previous if output.resume.is_dir() else output.resume
-        experiment.load_weights(recipe.model, load_torch(path), path)
+        load_weights(recipe.model, load_torch(path), path)
     trainer = experiment.prepare(recipe, plan, None, runtime, dataclasses.replace(output, resume=None))
     loss, accuracy = trainer.evaluate()
     if distributed.is_main():

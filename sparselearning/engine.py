@@ -9,19 +9,22 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from sparselearning import distributed
+from sparselearning.checkpoint import CheckpointSchema
 from sparselearning.costs import CostMeter, cost_summary, layer_densities, overall_density
 from sparselearning.data import Batch, BatchSource
 from sparselearning.errors import FaultError
 from sparselearning.files import RunFolder, copy_whole, save_torch, write_jsonl
 from sparselearning.layers import maskable_parameters
 from sparselearning.masking import Masking
-from sparselearning.optimizer_state import take_step
+from sparselearning.networks import SavedNetwork
+from sparselearning.optimizer_state import optimizer_state, take_step
 from sparselearning.passes import Passes, Tally, keeping_buffers
 from sparselearning.plan import Plan
 from sparselearning.progress import Progress
@@ -117,6 +120,7 @@ class Trainer:
         self._costs = CostMeter(layer_flops)  # the same
         self._bad_batch = torch.full((), -1, device=self.device)  # first batch of the epoch with a loss not finite
         self._seconds = 0.0
+        self._schema = CheckpointSchema(passes, optimizer, masking, plan, len(sources.train))
         self._stop = distributed.AgreedFlag()
         self._last_checkpoint = float("-inf")
         self._earlier_seconds = 0.0  # of this run, before it was resumed
@@ -151,7 +155,7 @@ class Trainer:
                 _, test_acc = self.evaluate_superposition(self.sources.test)
                 summary = replace(summary, test_acc=test_acc, total_seconds=self._total_seconds())
         except _StopRequested as request:
-            self._check_finite()
+            self._check_finite(stopping=True)
             self.save_checkpoint()
             raise Stopped(request.number, self.folder.checkpoint) from None
         finally:
@@ -303,6 +307,8 @@ class Trainer:
                 self.passes.re_estimate_bn(self._guarded(self.sources.train_once))
             _, superposed_acc = self.evaluate()
             state = self.passes.state()
+        if not _all_finite(state):
+            raise FaultError(f"superposition {number} is not finite: its BatchNorm statistics overflow")
         self.superposition, self.superposition_masks = state, masks
         return TicketRow(
             ticket=number,
@@ -345,12 +351,16 @@ class Trainer:
             self._stop.collect()
             raise _StopRequested(number)
 
-    def _check_finite(self) -> None:
-        """Stop if a loss of this epoch was not finite or, after its last batch, if the weights are not."""
+    def _check_finite(self, stopping: bool = False) -> None:
+        """Stop if a loss of this epoch was not finite or, after its last batch, if the network is not.
+
+        Args:
+            stopping: the network is about to be written, after whatever batch.
+        """
         bad = int(self._bad_batch)
-        if self.trained:
+        if self.trained or stopping:
             bad = distributed.max_over_ranks(bad)
-            if bad < 0 and not all(parameter.isfinite().all() for parameter in self.model.parameters()):
+            if bad < 0 and not _all_finite(self.model.state_dict()):
                 bad = self.batch
         if bad >= 0:
             raise self._diverged(bad)
@@ -383,12 +393,11 @@ class Trainer:
 
     def _write_networks(self, ticket: int, epochs: int) -> None:
         assert self.superposition is not None
-        current = {"state_dict": self.model.state_dict(), "masks": self._masks(), "epoch": epochs}
-        previous = {"state_dict": self.superposition, "masks": self.superposition_masks, "epoch": epochs}
-        save_torch(self.folder.current, current)
-        save_torch(self.folder.previous, previous)
+        current = SavedNetwork(self.model.state_dict(), self._masks(), epochs)
+        current.write(self.folder.current)
+        SavedNetwork(self.superposition, self.superposition_masks, epochs).write(self.folder.previous)
         if self.keep_tickets:
-            save_torch(self.folder.ticket(ticket), current)
+            current.write(self.folder.ticket(ticket))
 
     def _restore_files(self) -> None:
         """Write the files that the checkpoint remembers if the folder does not have them."""
@@ -463,9 +472,8 @@ class Trainer:
     def save_checkpoint(self) -> None:
         """Write all that :meth:`load_checkpoint` needs to go on bit by bit from here. Called by all ranks."""
         gradients = None
-        at_end = self.batch == len(self.sources.train)
-        if at_end and self.plan.explores_before(self.epoch + 1):
-            gradients = {name: p.grad for name, p in self.model.named_parameters() if p.grad is not None}
+        if self._schema.keeps_gradients(self.epoch, self.batch):
+            gradients = {name: parameter.grad for name, parameter in self.model.named_parameters()}
         ranks = distributed.gather_objects(
             {
                 "rng": rng_state(self.device),
@@ -486,7 +494,7 @@ class Trainer:
                     "trained": self.trained,
                     "state_dict": self.model.state_dict(),
                     "masks": masking["masks"] if masking else {},  # the same tensors: the file holds them once
-                    "optimizer": self.optimizer.state_dict(),
+                    "optimizer": optimizer_state(self.optimizer),
                     "masking": masking,
                     "scaler": scaler.state_dict() if scaler else None,
                     "gradients": gradients,
@@ -502,24 +510,32 @@ class Trainer:
             )
         self._last_checkpoint = time.monotonic()
 
-    def load_checkpoint(self, saved: Mapping[str, Any]) -> None:
-        """Go back to where :meth:`save_checkpoint` was called."""
+    def load_checkpoint(self, saved: Mapping[str, Any], source: Path) -> None:
+        """Go back to where :meth:`save_checkpoint` was called.
+
+        Args:
+            saved: what it wrote.
+            source: for messages.
+
+        Raises:
+            FaultError: if an entry is not as this run writes it; nothing is changed then.
+        """
+        self._schema.check(saved, source)
         self.continues = True
-        self.load_training_state(saved)
+        self._take_over(saved)
         self.epoch, self.batch, self.trained = saved["epoch"], saved["batch"], saved["trained"]
         for name, parameter in self.model.named_parameters():
-            if saved["gradients"] and name in saved["gradients"]:
+            if saved["gradients"] and saved["gradients"][name] is not None:
                 parameter.grad = torch.empty_like(parameter).copy_(saved["gradients"][name])
         if saved["superposition"] is not None:
             self.superposition = {k: v.to(self.device) for k, v in saved["superposition"].items()}
         self.superposition_masks = {k: v.to(self.device) for k, v in saved["superposition_masks"].items()}
         self.pretrain_acc = saved["pretrain_acc"]
-        name = self.folder.checkpoint.name
-        self.metrics = read(list[EpochRow], saved["metrics"], f"{name}, metrics,", complete=True)
-        self.tickets = read(list[TicketRow], saved["tickets"], f"{name}, tickets,", complete=True)
+        self.metrics = read(list[EpochRow], saved["metrics"], str(source))
+        self.tickets = read(list[TicketRow], saved["tickets"], str(source))
         self._seconds = saved["seconds"]
         self._earlier_seconds = saved["total_seconds"]
-        if self.passes.precision.scaler and saved["scaler"]:
+        if self.passes.precision.scaler:
             self.passes.precision.scaler.load_state_dict(saved["scaler"])
         own = saved["ranks"][distributed.rank()]
         for name, buffer in self.model.named_buffers():
@@ -528,22 +544,34 @@ class Trainer:
         self._costs.flops = own["flops"]
         set_rng_state(own["rng"], self.device)
 
-    def load_training_state(self, saved: Mapping[str, Any]) -> None:
-        """Take over weights, momentum, masks and step counter of a checkpoint, not its position or seed.
+    def load_training_state(self, saved: Mapping[str, Any], source: Path) -> None:
+        """Take over weights, momentum, masks and step counter of another run's checkpoint, not its position or seed.
 
         The optimizer keeps its own settings; of another kind of optimizer nothing is taken over.
+
+        Raises:
+            UsageError: if its masks are of other layers.
+            FaultError: if it is damaged; nothing is changed then.
         """
+        self._take_over(self._schema.usable_here(saved, source))
+
+    def _take_over(self, saved: Mapping[str, Any]) -> None:
+        """Load weights and, if they are there, the optimizer's state and masks."""
         self.model.load_state_dict(saved["state_dict"])
-        own = self.optimizer.state_dict()
-        if [group.keys() for group in own["param_groups"]] == [g.keys() for g in saved["optimizer"]["param_groups"]]:
-            self.optimizer.load_state_dict(own | {"state": saved["optimizer"]["state"]})
-            for parameter, state in self.optimizer.state.items():
-                for key, value in state.items():
+        if "optimizer" in saved:
+            state = {number: kept for number, kept in saved["optimizer"]["state"].items() if kept}
+            self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": state})
+            for parameter, kept in self.optimizer.state.items():
+                for key, value in kept.items():
                     # Fused steps read memory straight through: state has to lie as its parameter does.
                     if isinstance(value, Tensor) and value.shape == parameter.shape:
-                        state[key] = torch.empty_like(parameter).copy_(value)
-        if self.masking and saved["masking"]:
+                        kept[key] = torch.empty_like(parameter).copy_(value)
+        if self.masking and saved.get("masking"):
             self.masking.load_state_dict(saved["masking"] | {"seed": self.masking.seed})
+
+
+def _all_finite(state: Mapping[str, Tensor]) -> bool:
+    return all(bool(entry.isfinite().all()) for entry in state.values())
 
 
 class _StopRequested(Exception):

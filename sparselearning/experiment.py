@@ -11,14 +11,16 @@ import torch
 from torch import nn
 
 from sparselearning import distributed
+from sparselearning.checkpoint import HEAD, MARKS
 from sparselearning.costs import layer_densities, layer_flops, overall_density
 from sparselearning.data import Batch
 from sparselearning.distributions import active_count
 from sparselearning.engine import Sources, Trainer
 from sparselearning.errors import UsageError
-from sparselearning.files import RunFolder, find_checkpoint, load_torch, saved_state, write_json
+from sparselearning.files import RunFolder, find_checkpoint, load_torch, write_json
 from sparselearning.layers import maskable_parameters
 from sparselearning.masking import Masking
+from sparselearning.networks import load_weights
 from sparselearning.passes import Passes, keeping_buffers
 from sparselearning.plan import Plan
 from sparselearning.progress import Progress, layer_table, print_notes, run_table
@@ -27,11 +29,8 @@ from sparselearning.records import Summary
 from sparselearning.runtime import Runtime
 from sparselearning.signals import Stopped, stop_signals
 from sparselearning.sparse_init import SPARSE_INITS
-from sparselearning.superpose import differing_entries
+from sparselearning.tensor_schema import check
 from sparselearning.topology import METHODS, REDISTRIBUTION, Layer, classifier, shrink_globally
-
-CHECKPOINT_KEYS = {"config", "masking", "optimizer", "ranks"}
-"""Keys that tell a file of :meth:`Trainer.save_checkpoint` from any other."""
 
 
 @dataclass(frozen=True)
@@ -109,11 +108,16 @@ def prepare(
     """
     device = next(recipe.model.parameters()).device
     runtime = runtime.resolved(device)
-    saved = load_torch(find_checkpoint(output.resume)) if output.resume else None
-    is_checkpoint = saved is not None and saved.keys() >= CHECKPOINT_KEYS
-    continues = saved is not None and _continues(saved, is_checkpoint, plan, sparse, output)
-    if output.resume and saved is not None and not continues:
-        load_weights(recipe.model, saved, output.resume)
+    source = find_checkpoint(output.resume) if output.resume else None
+    saved, is_checkpoint, continues = {}, False, False
+    if source:
+        saved = load_torch(source)
+        is_checkpoint = not saved.keys().isdisjoint(MARKS)
+        if is_checkpoint:
+            check(saved, HEAD, source)
+        continues = _continues(saved, is_checkpoint, plan, sparse, output)
+        if not continues:
+            load_weights(recipe.model, saved, source)
     masking, keeps_pattern = None, True
     if sparse:
         init = _first_masks(plan, sparse, continues)
@@ -136,11 +140,11 @@ def prepare(
     )
     if masking:
         masking.steps = plan.first_epoch * len(recipe.sources.train)  # cycles alone come after pre-training
-    if saved is not None:
+    if source:
         if continues:
-            trainer.load_checkpoint(saved)
+            trainer.load_checkpoint(saved, source)
         elif not plan.pre_train and is_checkpoint and keeps_pattern:
-            trainer.load_training_state(saved)
+            trainer.load_training_state(saved, source)
     if masking:
         _check_budget(masking, plan)
         _note_density(masking, plan)
@@ -311,18 +315,6 @@ def _continues(
         if there.get(name) != value
     ]
     raise UsageError(f"{output.resume} belongs to a run with other flags: {', '.join(differing)}")
-
-
-def load_weights(model: nn.Module, saved: Mapping[str, Any], source: Path) -> None:
-    """Load the weights of any saved ``.pth``: a run's file, or a bare state dict, data-parallel or not.
-
-    Raises:
-        UsageError: if they belong to another model, or are no weights.
-    """
-    state = saved_state(saved, source)
-    if differing := differing_entries(model.state_dict(), state):
-        raise UsageError(f"{source} holds weights of another model: {differing[0]} does not fit")
-    model.load_state_dict(state)
 
 
 def _open_folder(output: Output, trainer: Trainer, held: ExitStack) -> None:

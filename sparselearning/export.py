@@ -29,8 +29,8 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from sparselearning import flags
 from sparselearning.errors import FaultError, UsageError
-from sparselearning.experiment import load_weights
-from sparselearning.files import RunFolder, load_torch, saved_state, write_bytes
+from sparselearning.files import RunFolder, load_torch, write_bytes
+from sparselearning.networks import load_weights, saved_state
 from sparselearning.script import run_script
 
 FORMAT_VERSION = 1

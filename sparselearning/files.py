@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
-from torch import Tensor
 
 from sparselearning.errors import FaultError, UsageError
 from sparselearning.records import History, flags_of
@@ -89,26 +88,6 @@ def load_torch(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise FaultError(f"{path} holds no dictionary of tensors")
     return content
-
-
-def saved_state(content: Mapping[str, Any], source: Path) -> dict[str, Tensor]:
-    """State dict in what :func:`load_torch` read, by the names of the user's own model.
-
-    Args:
-        content: of a run's file, of another program's with a ``state_dict`` in it, or a bare state dict; of a plain, a
-            data-parallel or a compiled model.
-        source: for messages.
-
-    Raises:
-        UsageError: if there is none.
-    """
-    state = content.get("state_dict", content)
-    if not isinstance(state, Mapping) or not state:
-        raise UsageError(f"{source} is no saved network: its state_dict is empty or none")
-    for name, entry in state.items():
-        if not (isinstance(name, str) and isinstance(entry, Tensor)):
-            raise UsageError(f"{source} is no saved network: its entry {name} is no tensor")
-    return {name.replace("_orig_mod.", "").removeprefix("module."): entry for name, entry in state.items()}
 
 
 def write_json(path: Path, content: Mapping[str, Any] | Record) -> None:

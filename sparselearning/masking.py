@@ -18,9 +18,10 @@ from sparselearning.errors import FaultError, UsageError
 from sparselearning.layers import EMBEDDINGS, fixed_densities, maskable_parameters
 from sparselearning.optimizer_state import KEEPS_ZEROS, DenseMomentum, has_momentum, per_weight_state, take_step
 from sparselearning.schedules import DECAYS, gradual_density
+from sparselearning.schema import Amount, Count, Mismatch
 from sparselearning.seeding import derive_seed
 from sparselearning.sparse_init import SPARSE_INITS, InitSettings
-from sparselearning.superpose import differing_entries
+from sparselearning.tensor_schema import Check, all_of, conform, inside, like, record
 from sparselearning.topology import (
     GROWTH,
     METHODS,
@@ -436,17 +437,40 @@ class Masking:
             "seed": self.seed,
         }
 
+    def schema(self) -> Check:
+        """What a :meth:`state_dict` for this model has to hold."""
+        masks = record({name: like(mask) for name, mask in self.masks.items()}, exact=True)
+
+        def check_ever_active(state: Mapping[str, Any], where: str) -> None:
+            for name, mask in state["masks"].items():
+                if (mask.cpu() & ~state["ever_active"][name].cpu()).any():
+                    raise Mismatch(f"{inside(where, 'ever_active')}.{name} leaves out weights that are active")
+
+        fields = {
+            "masks": masks,
+            "steps": Count,
+            "explorations": Count,
+            "overdue": bool,
+            "threshold": Amount | None,
+            "ever_active": masks,
+            "off_mask_momentum": DenseMomentum.schema(self._parameters),
+            "seed": int,
+        }
+        return all_of(record(fields), check_ever_active)
+
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a :meth:`state_dict`; call it after :meth:`add_module`.
 
         Load the model's weights after :meth:`add_module`, too: the first masks that it draws zero what they leave out.
 
         Raises:
-            UsageError: if the masks are those of another model.
+            UsageError: if it is none, or that of another model; nothing is changed then.
         """
         self._check_has_model()
-        if differing := differing_entries(self.masks, state["masks"]):
-            raise UsageError(f"the saved masks belong to another model: {differing[0]} does not fit")
+        try:
+            conform(state, self.schema())
+        except Mismatch as mismatch:
+            raise UsageError(f"this state is damaged, or of another model: {mismatch}") from mismatch
         for name, mask in self.masks.items():
             mask.copy_(state["masks"][name])
             self._ever_active[name].copy_(state["ever_active"][name])

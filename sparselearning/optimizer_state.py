@@ -1,5 +1,8 @@
 """An optimizer's step, what it keeps for every weight, and the momentum that dense training would keep."""
 
+import copy
+import math
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -7,6 +10,24 @@ import torch
 from torch import Tensor, nn
 
 from sparselearning.errors import UsageError
+from sparselearning.schema import FlagValue, Mismatch
+from sparselearning.tensor_schema import (
+    Check,
+    Kind,
+    all_of,
+    empty_or,
+    exactly,
+    inside,
+    like,
+    mapping,
+    optional,
+    record,
+    sequence,
+    tensor,
+)
+
+NON_NEGATIVE = {"step", "exp_avg_sq", "max_exp_avg_sq", "exp_inf", "sum", "square_avg", "acc_delta"}
+"""State that counts, or adds up squares or magnitudes."""
 
 KEEPS_ZEROS = {
     torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.NAdam, torch.optim.RAdam, torch.optim.RMSprop,
@@ -48,6 +69,62 @@ def _begin_fused_momentum(optimizer: torch.optim.Optimizer) -> None:
         for weight in group["params"]:
             if weight.grad is not None and optimizer.state[weight].get("momentum_buffer") is None:
                 optimizer.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
+
+
+def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """The optimizer's ``state_dict``, with None for every parameter that it keeps nothing for yet."""
+    saved = optimizer.state_dict()
+    numbers = [number for group in saved["param_groups"] for number in group["params"]]
+    return saved | {"state": {number: saved["state"].get(number) for number in numbers}}
+
+
+OPTIMIZER = record({"state": record({}), "param_groups": list[dict[str, Any]]})
+"""What :func:`optimizer_state` makes of any optimizer."""
+
+
+def optimizer_schema(optimizer: torch.optim.Optimizer, names: Mapping[nn.Parameter, str]) -> Check:
+    """What :func:`optimizer_state` makes of an optimizer of this kind over these very parameters.
+
+    Args:
+        optimizer: its own state is not looked at.
+        names: of its parameters, for messages.
+    """
+    states, labels, groups = {}, {}, []
+    for group, saved in zip(optimizer.param_groups, optimizer.state_dict()["param_groups"], strict=True):
+        kept = _kept_for_a_weight(optimizer, group)
+        groups.append(record({"params": all_of(list[int], exactly(saved["params"]))}))
+        for number, parameter in zip(saved["params"], group["params"], strict=True):
+            states[number] = _state_schema(kept, parameter)
+            labels[number] = names[parameter]
+    return record(
+        {"state": record(states, exact=True, label=labels.__getitem__), "param_groups": sequence(list, *groups)}
+    )
+
+
+def _kept_for_a_weight(optimizer: torch.optim.Optimizer, group: Mapping[str, Any]) -> dict[str, Any]:
+    """What an optimizer keeps for a weight of shape [2, 3], found by letting a copy of it take one step."""
+    weight = nn.Parameter(torch.zeros(2, 3))
+    weight.grad = torch.zeros(2, 3)
+    trial = copy.copy(optimizer)
+    trial.state = defaultdict(dict)
+    trial.param_groups = [{**group, "params": [weight], "fused": False, "foreach": False}]
+    trial.step()
+    return trial.state[weight]
+
+
+def _state_schema(kept: Mapping[str, Any], parameter: nn.Parameter) -> Check:
+    """None, or all that is kept for a parameter: tensors of its shape, scalars such as the step, and settings."""
+
+    def entry(name: str, example: Any) -> Kind:
+        if not isinstance(example, Tensor):
+            return FlagValue
+        low = 0 if name in NON_NEGATIVE else -math.inf
+        shapes: dict[torch.Size, Any] = {torch.Size([2, 3]): parameter.shape, torch.Size([]): ()}
+        dtype = parameter.dtype if example.dim() else example.dtype
+        return tensor(shapes.get(example.shape), dtype, low=low)
+
+    whole = record({name: entry(name, example) for name, example in kept.items()}, exact=True)
+    return optional(whole)
 
 
 class DenseMomentum:
@@ -109,6 +186,27 @@ class DenseMomentum:
     def state_dict(self) -> dict[str, Any]:
         """A copy of what is kept beside the optimizer's own state."""
         return {name: {key: state.clone() for key, state in kept.items()} for name, kept in self._off_mask.items()}
+
+    @staticmethod
+    def schema(parameters: Mapping[str, nn.Parameter]) -> Check:
+        """What :meth:`state_dict` holds for these parameters: the same states for each, or nothing at all."""
+
+        def states(weight: nn.Parameter) -> Check:
+            def check_states(value: Any, where: str) -> None:
+                mapping(like(weight))(value, where)
+                record(dict.fromkeys(NON_NEGATIVE & value.keys(), tensor(low=0)))(value, where)
+
+            return check_states
+
+        def check_alike(value: Mapping[str, Any], where: str) -> None:
+            kinds = {name: sorted(kept) for name, kept in value.items() if kept}
+            for name, kind in kinds.items():
+                if others := [other for other in kinds.values() if other != kind]:
+                    raise Mismatch(f"{inside(where, name)} holds {', '.join(kind)}, and others {', '.join(others[0])}")
+
+        return empty_or(
+            all_of(record({name: states(weight) for name, weight in parameters.items()}, exact=True), check_alike)
+        )
 
     def load_state_dict(self, saved: Mapping[str, Any], parameters: Mapping[str, nn.Parameter]) -> None:
         """Go on from a :meth:`state_dict`; momentum that another kind of optimizer kept is none here."""

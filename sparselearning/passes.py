@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +11,9 @@ from torch import Tensor, nn
 
 from sparselearning import distributed
 from sparselearning.data import Batch
+from sparselearning.schema import Mismatch
 from sparselearning.superpose import State, update_bn
+from sparselearning.tensor_schema import tensor
 
 
 @dataclass(frozen=True)
@@ -117,6 +120,14 @@ class Tally:
 
     def __init__(self, device: torch.device) -> None:
         self.sums = torch.zeros(3, dtype=torch.float64, device=device)
+
+    @staticmethod
+    def check(sums: Any, where: str) -> None:
+        """Check what is to become :attr:`sums`."""
+        tensor((3,), torch.float64, low=0, high=2**53)(sums, where)
+        _, hits, samples = sums.tolist()
+        if hits > samples:
+            raise Mismatch(f"{where} counts {hits:g} hits among {samples:g} samples")
 
     def add(self, logits: Tensor, labels: Tensor, mean_loss: Tensor) -> None:
         """Count one batch: logits [n, classes], labels [n], and their mean loss."""

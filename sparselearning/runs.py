@@ -13,7 +13,8 @@ from torch import Tensor
 from sparselearning import flags
 from sparselearning.analysis import Analysis
 from sparselearning.errors import FaultError, UsageError
-from sparselearning.files import RunFolder, at_line, load_torch, read_json, read_jsonl
+from sparselearning.files import RunFolder, at_line, read_json, read_jsonl
+from sparselearning.networks import SavedNetwork
 from sparselearning.records import Config, Environment, EpochRow, Summary, TicketRow, flags_of
 from sparselearning.schema import read
 from sparselearning.sparse_init import SPARSE_INITS
@@ -215,11 +216,8 @@ def masked_weights(path: Path) -> dict[str, Tensor]:
         UsageError: if there is no such file.
         FaultError: if it is damaged.
     """
-    content = load_torch(path)
-    try:
-        return {name: content["state_dict"][name] for name in content["masks"]}
-    except (KeyError, TypeError) as error:
-        raise FaultError(f"{path} is no network of a run: it lacks {error}") from error
+    network = SavedNetwork.read(path)
+    return {name: network.state_dict[name] for name in network.masks}
 
 
 def _is_run(path: Path) -> bool:

@@ -89,6 +89,15 @@ def read(kind: type[T], content: Any, source: str, complete: bool = False) -> T:
         raise FaultError(f"{source} is damaged or no run's: {error}") from None
 
 
+def check_entry(kind: Any, value: Any, entry: str) -> None:
+    """Check one plain value, complete.
+
+    Raises:
+        Mismatch: naming the first ``entry`` in it that is missing or of another type or range.
+    """
+    _read(kind, value, entry, complete=True)
+
+
 def _read(kind: Any, value: Any, entry: str, complete: bool) -> Any:
     origin, arguments = get_origin(kind), get_args(kind)
     if origin in (Union, UnionType):
@@ -185,9 +194,9 @@ def _mismatch(entry: str, value: Any, expected: str) -> Mismatch:
 
 
 def shown(value: Any) -> str:
-    """A value in few characters, whatever it is."""
+    """A value in one line of few characters, whatever it is."""
     try:
-        return reprlib.repr(value)
+        return " ".join(reprlib.repr(value).split())
     except ValueError:  # Python writes no whole number of more than some thousand digits
         return "a number of thousands of digits"
 

@@ -8,6 +8,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from sparselearning.schema import Mismatch
+from sparselearning.tensor_schema import Check, between, exactly, optional, record, sequence, tensor
+
 
 def derive_seed(*parts: int | str) -> int:
     """Mix a run's seed with what it is used for (a purpose, a step, an epoch) into a seed of its own, in [0, 2⁶³).
@@ -28,6 +31,32 @@ def rng_state(device: torch.device) -> dict[str, Any]:
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
     }
+
+
+def rng_schema(device: torch.device) -> Check:
+    """What a state of :func:`rng_state` has to hold for generators on ``device`` to take it."""
+    word, place = between(int, 0, 2**32 - 1), between(int, 0, 624)
+    numpy_words = tensor((624,), torch.int64, low=0, high=2**32 - 1)
+    numpy_place, has_normal = between(float, 0, 624), between(float, 0, 1)
+    return record(
+        {
+            "python": sequence(tuple, exactly(3), sequence(tuple, *[word] * 624, place), float | None),
+            "numpy": sequence(list, exactly("MT19937"), numpy_words, numpy_place, has_normal, float),
+            "torch": _torch_generator(torch.device("cpu")),
+            "cuda": optional(_torch_generator(device) if device.type == "cuda" else Any),
+        }
+    )
+
+
+def _torch_generator(device: torch.device) -> Check:
+    def check_state(value: Any, where: str) -> None:
+        tensor(dtype=torch.uint8)(value, where)
+        try:
+            torch.Generator(device).set_state(value)
+        except (RuntimeError, TypeError) as error:
+            raise Mismatch(f"{where} is no state of PyTorch's random generator") from error
+
+    return check_state
 
 
 def set_rng_state(state: Mapping[str, Any], device: torch.device) -> None:

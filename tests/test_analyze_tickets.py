@@ -273,7 +273,7 @@ def test_tickets_that_do_not_do(run, tickets, message):
 def test_a_ticket_of_another_model(run):
     path = run / "tickets" / "ticket_1.pth"
     saved = load(path)
-    save_torch(path, saved | {"state_dict": {"other": torch.zeros(2)}})
+    save_torch(path, saved | {"state_dict": {"other": torch.zeros(2)}, "masks": {}})
     with pytest.raises(UsageError, match=r"ticket_1\.pth holds weights of another model"):
         analyse(run)
 

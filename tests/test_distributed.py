@@ -130,7 +130,7 @@ def results(folder):
         for kind in ("state_dict", "masks"):
             found |= {f"{path.name} {kind} {name}": tensor for name, tensor in saved[kind].items()}
     for number, state in load_torch(folder.checkpoint)["optimizer"]["state"].items():
-        found |= {f"optimizer {number} {name}": value for name, value in state.items()}
+        found |= {f"optimizer {number} {name}": value for name, value in (state or {}).items()}
     return found
 
 

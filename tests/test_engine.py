@@ -673,7 +673,7 @@ def test_cycles_alone_in_another_memory_format(tmp_path, monkeypatch, optimizer,
         tmp_path / "b",
         FROZEN_CYCLES,
         resume=first.folder.checkpoint,
-        flags={},
+        flags=OTHERS,
         optimizer=optimizer,
         memory_format=other,
     )

@@ -639,5 +639,5 @@ def test_damaged_files_are_named(tmp_path, file, text, sentence):
 
 def test_damaged_networks_are_named(tmp_path):
     torch.save({"state_dict": {}}, tmp_path / "model.pth")
-    with pytest.raises(FaultError, match="is no network of a run: it lacks 'masks'"):
+    with pytest.raises(FaultError, match=r"model\.pth is damaged: masks is missing"):
         masked_weights(tmp_path / "model.pth")
