@@ -292,6 +292,7 @@ class Masking:
         zeros_stay = type(self.optimizer) in KEEPS_ZEROS and self._versions == self._weight_versions()
         self._gradients_masked = zeros_stay and not (keep_gradients or self.update_due or self._tracks_momentum)
         if self._gradients_masked:
+            self._check_weights()
             self.mask_gradients()
         try:
             take_step(self.optimizer, scaler)
@@ -308,7 +309,8 @@ class Masking:
 
     def _after_optimizer_step(self) -> None:
         """Mask what the optimizer has just changed, and update the topology when it is due."""
-        self._check_has_model()
+        if not self._gradients_masked:
+            self._check_weights()
         # A fused optimizer runs, without effect, in a step that its loss scaler skips; others are not run at all.
         found_inf: Tensor | None = getattr(self.optimizer, "found_inf", None)
         if self._tracks_momentum:
@@ -341,6 +343,7 @@ class Masking:
         if prune_rate is not None and not 0 <= prune_rate <= 1:
             raise UsageError(f"prune_rate lies in [0, 1], not {prune_rate}")
         self._check_has_model()
+        self._check_weights()
         layers = self._layers()
         self._explore(layers, prune_rate)
         self._settle(layers)
@@ -357,6 +360,7 @@ class Masking:
                 "optimizer of a checkpoint.pth, or choose modes that do not read momentum"
             )
 
+    @torch.no_grad()
     def density(self) -> float:
         """Active over maskable weights, exactly.
 
@@ -364,13 +368,14 @@ class Masking:
             UsageError: if weights that the masks say are zero are not, because something else has written them.
         """
         self._check_has_model()
-        if self._versions != self._weight_versions():
-            for name, weight in self._parameters.items():
-                if weight[~self.masks[name]].any():
-                    raise UsageError(
-                        f"{name} has weights where its mask has none: something other than this optimizer's steps has "
-                        "written them, and the next step or apply_masks() makes them zero again"
-                    )
+        self._check_weights()
+        inactive = (weight.masked_fill(self.masks[name], 0) for name, weight in self._parameters.items())
+        for name, written in zip(self.masks, nonzero_counts(inactive), strict=True):
+            if written:
+                raise UsageError(
+                    f"{name} has {written:,} weights where its mask has none: something other than this optimizer's "
+                    "steps has written them, and the next step or apply_masks() makes them zero again"
+                )
         return sum(self.active_counts().values()) / sum(mask.numel() for mask in self.masks.values())
 
     def active_counts(self) -> dict[str, int]:
@@ -559,6 +564,9 @@ class Masking:
     def _check_has_model(self) -> None:
         if not self.masks:
             raise UsageError("there are no masks yet: call add_module first")
+
+    def _check_weights(self) -> None:
+        """Refuse to go on where the model's weights, or their gradients, are not what masks were made for."""
         for holder, name, held in self._links:
             if holder.get(name) is not held:
                 raise UsageError(

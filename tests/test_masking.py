@@ -955,12 +955,24 @@ def test_density_refuses_to_speak_for_weights_that_something_else_has_written():
         masking.step(keep_gradients=keep_gradients)
         assert masking.density() == 0.1
         model.load_state_dict(dense)
-        with pytest.raises(UsageError, match=r"conv\.weight has weights where its mask has none"):
+        with pytest.raises(UsageError, match=r"conv\.weight has \d+ weights where its mask has none"):
             masking.density()
         backward(model, 0)
         masking.step(keep_gradients=keep_gradients)
         assert masking.density() == 0.1
         assert_zero_off_the_masks(model, masking)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_density_notices_the_steps_of_another_optimizer(fused):
+    model = SmallNet()
+    masking = Masking(sgd(model), init_density=0.1)
+    masking.add_module(model)
+    backward(model, 0)
+    masking.step()
+    torch.optim.SGD(model.parameters(), lr=0.05, fused=fused).step()
+    with pytest.raises(UsageError, match="something other than this optimizer's steps"):
+        masking.density()
 
 
 MATRICES_ONLY = {"Muon"}
