@@ -719,6 +719,7 @@ def undisturbed(data, tmp_path_factory):
         (6, signal.SIGTERM, 143, "sgd"),  # the last step of pre-training
         (9, signal.SIGINT, 130, "adam"),  # the last step of the first cycle
         (11, signal.SIGTERM, 143, "sgd"),
+        (11, signal.SIGHUP, 129, "sgd"),
         (11, signal.SIGTERM, 143, "adam"),
     ],
 )

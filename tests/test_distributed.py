@@ -791,6 +791,19 @@ def test_cifar_stops_on_sigterm_to_the_launcher_and_resumes_exactly(undisturbed_
     assert_identical(results(folder), results(undisturbed_cifar))
 
 
+@on_linux
+def test_a_launcher_that_is_killed_leaves_no_ranks_and_a_checkpoint(tmp_path):
+    folder, log = tmp_path / "run", tmp_path / "log"
+    with started([*MULTIPROC, "--nproc_per_node", "2", *CIFAR, "--save", folder, "--epochs", "400"], log) as launcher:
+        wait_until(lambda: read_jsonl(folder / "metrics.jsonl") or launcher.poll() is not None)
+        launcher.kill()
+        launcher.wait()
+        wait_until(lambda: not marked_processes(log), 30)
+    assert f"stopped by SIGTERM: go on with --resume {folder}\n" in log.read_text()
+    assert load_torch(folder / "checkpoint.pth")["epoch"] >= 1
+    assert not RunFolder(folder).lock.exists()
+
+
 def test_cifar_with_another_number_of_processes_is_refused(undisturbed_cifar, tmp_path, capsys):
     folder = undisturbed_cifar
     before = {path: path.read_bytes() for path in folder.iterdir()}
