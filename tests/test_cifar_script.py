@@ -976,6 +976,7 @@ def test_a_network_that_does_not_compile(script, monkeypatch, capsys):
 
 def test_output_that_nobody_reads_any_more(data):
     process = spawn(data, WHOLE_METHOD, "--save run")
+    process.stdout.readline()  # where it computes
     process.stdout.close()
     _, err = process.communicate(timeout=120)
     assert process.returncode == 1

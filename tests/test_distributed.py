@@ -283,6 +283,22 @@ def test_it_does_not_matter_whether_masks_or_the_wrapper_come_first(ranks):
         assert_same_arrays(wrapper_first[part], masks_first[part])
 
 
+def grow_on_unlike_devices():
+    """One update by random growth on ranks that draw differently from one seed, as unlike GPUs do."""
+    rand = torch.rand
+    with pytest.MonkeyPatch.context() as patch:
+        if distributed.rank() == 1:
+            patch.setattr(torch, "rand", lambda *args, **kwargs: 1 - rand(*args, **kwargs))
+        return train({"growth": "random"})
+
+
+def test_random_growth_is_rank_0s(ranks):
+    ours, theirs = ranks(grow_on_unlike_devices)
+    assert_same_arrays(theirs["last"], ours["last"])
+    assert_same_arrays(theirs["weights"], ours["weights"])
+    assert_same_arrays(ours["last"], train({"growth": "random"})["last"])
+
+
 def draw_masks(sparse_init):
     """Masks drawn on ranks whose seeds, weights and gradients all differ."""
     model = small_model(seed=distributed.rank())
