@@ -153,6 +153,22 @@ def test_a_hangup_stops_a_run_unless_nohup_has_started_it(monkeypatch):
         signal.signal(signal.SIGHUP, before)
 
 
+MODULES = [*(ROOT / "CIFAR").glob("*.py"), *(ROOT / "ImageNet").glob("*.py")]
+SCRIPTS = [path for path in MODULES if path.read_text().startswith("#!")]
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_an_interrupt_during_the_imports_of_a_script_needs_no_traceback(tmp_path, script):
+    (tmp_path / "torch.py").write_text("import time\nprint('importing', flush=True)\ntime.sleep(60)")
+    path = environment() | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
+    pipe = subprocess.PIPE
+    with subprocess.Popen([sys.executable, script], env=path, stdout=pipe, stderr=pipe, text=True) as process:
+        assert process.stdout.readline() == "importing\n"
+        process.send_signal(signal.SIGINT)
+        assert process.communicate(timeout=30) == ("", "")
+        assert process.returncode == 130
+
+
 ORPHAN = """
 import os, sys, time
 from sparselearning.signals import stop_signals, stop_with_parent
