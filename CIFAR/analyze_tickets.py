@@ -9,12 +9,6 @@ RUN is the folder of a run made with --keep-tickets. Nothing is trained. The tab
 them, also go to RUN/analysis/.
 """
 
-import os
-import signal
-
-if __name__ == "__main__":  # Ctrl-C during the imports below, which take seconds, needs no traceback
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
-
 import argparse
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -30,6 +24,19 @@ from ticket_tables import HELD_OUT, TEST_SET, grid_table, layers_table, lines_ta
 from torch import Tensor
 
 from sparselearning import flags
+from sparselearning.analysis import (
+    ENSEMBLE,
+    Analysis,
+    EvaluatedOn,
+    GridRow,
+    LayerRow,
+    Line,
+    NetworkRow,
+    Pairs,
+    Quality,
+    Settings,
+    ticket_name,
+)
 from sparselearning.costs import overall_density
 from sparselearning.errors import FaultError, UsageError
 from sparselearning.files import RunFolder, write_json
@@ -65,39 +72,36 @@ def main(argv: Sequence[str] | None = None) -> None:
         final = superposed[-1]
         SavedNetwork(final.state, final.masks, final.epoch + 1).write(given.save_network)
 
-    results: dict[str, Any] = {
-        "run": str(folder.path),
-        "evaluated_on": {"part": HELD_OUT if args.valid_split else TEST_SET, "images": len(bench.labels)},
-        "settings": {
-            "tickets": numbers,
-            "superposing_method": args.superposing_method,
-            "CIMA_factor": args.CIMA_factor if args.superposing_method == "CIMA" else None,
-            "final_density": budget,
-            "update_bn": args.update_bn,
-            "line_bn": given.line_bn,
-        },
-        "same_as_run": is_saved_network(superposed[-1], folder.previous),
-    }
     predictions = {network.name: bench.logits(network.state) for network in [*members, *superposed]}
-    results["networks"] = [bench.row([network], predictions, names) for network in [*members, *superposed]]
-    results["networks"].append(bench.row(members, predictions, names))
-    print(networks_table(results))
-
     ends = [*members, superposed[-1]]
-    results["pairs"] = compare([network.masks for network in ends], [predictions[network.name] for network in ends])
-    results["pairs"]["names"] = [network.name for network in ends]
-    results["layers"] = [compare_layer(name, [member.masks[name] for member in members]) for name in names]
-    print(pairs_tables(results["pairs"]), layers_table(results["layers"]), sep="\n")
-
     routes = itertools.combinations(ends, 2) if given.all_pairs else neighbours(ends)
     bn_epoch = members[-1].epoch if given.line_bn else None
-    results["lines"] = [bench.line(a, b, given.points, predictions, bn_epoch) for a, b in routes]
-    print(lines_table(results["lines"]))
-
-    if given.grid:
-        results["grid"] = grid(bench, members, names, budget, given.factors)
-        print(grid_table(results["grid"], results["evaluated_on"]["part"]))
-
+    results = Analysis(
+        run=str(folder.path),
+        evaluated_on=EvaluatedOn(part=HELD_OUT if args.valid_split else TEST_SET, images=len(bench.labels)),
+        settings=Settings(
+            tickets=numbers,
+            superposing_method=args.superposing_method,
+            CIMA_factor=args.CIMA_factor if args.superposing_method == "CIMA" else None,
+            final_density=budget,
+            update_bn=args.update_bn,
+            line_bn=given.line_bn,
+        ),
+        same_as_run=is_saved_network(superposed[-1], folder.previous),
+        networks=[
+            *(bench.row([network], predictions, names) for network in [*members, *superposed]),
+            bench.row(members, predictions, names),
+        ],
+        pairs=compare(ends, predictions),
+        layers=[compare_layer(name, [member.masks[name] for member in members]) for name in names],
+        lines=[bench.line(a, b, given.points, predictions, bn_epoch) for a, b in routes],
+        grid=grid(bench, members, names, budget, given.factors) if given.grid else None,
+    )
+    print(networks_table(results))
+    print(pairs_tables(results.pairs), layers_table(results.layers), sep="\n")
+    print(lines_table(results.lines))
+    if results.grid:
+        print(grid_table(results.grid, results.evaluated_on.part))
     write_json(folder.analysis, results)
     draw(results, folder.analysis.parent)
     print(f"all figures in {folder.analysis.parent}")
@@ -170,9 +174,12 @@ def rebuilt_flags(given: argparse.Namespace) -> tuple[RunFolder, argparse.Namesp
     if len(found) > 1:
         raise UsageError(f"{given.run} holds {len(found)} runs: name one, such as {found[0]}")
     run = read_run(found[0])
+    if missing := [name for name in ("data", "model") if name not in run.flags]:
+        raise FaultError(f"{run.folder.config} is damaged or no run's of main_suptickets.py: {missing[0]} is missing")
     known = vars(main_suptickets.parse([]))
+    kept = flags.restored(main_suptickets.make_parser(), run.flags, str(run.folder.config))
     anew = {name: value for name, value in vars(given).items() if name in known}
-    return run.folder, argparse.Namespace(**{**known, **run.flags, **anew})
+    return run.folder, argparse.Namespace(**{**known, **kept, **anew})
 
 
 def kept_tickets(folder: RunFolder) -> list[int]:
@@ -231,7 +238,7 @@ class Bench:
         state = self.passes.state()
         masks = {name: mask.to(self.passes.device) for name, mask in saved.masks.items()}
         masks = masks or nonzero(state, maskable_parameters(self.passes.model))
-        return Network(f"ticket {number}", state, masks, saved.epoch - 1)
+        return Network(ticket_name(number), state, masks, saved.epoch - 1)
 
     def logits(self, state: State) -> Tensor:
         """Predictions of a network, in eval mode, on the evaluation set in its stored order: [N, classes], float32."""
@@ -239,23 +246,25 @@ class Bench:
         self.passes.network.eval()
         return torch.cat([self.passes.predict(batch) for batch in self.data.evaluation.epoch(0)])
 
-    def quality(self, logits: Tensor) -> dict[str, float]:
+    def quality(self, logits: Tensor) -> Quality:
         """Accuracy in [0, 1], and mean loss per sample in nats."""
         hits = int((logits.argmax(dim=1) == self.labels).sum())
-        return {"accuracy": hits / len(self.labels), "loss": F.cross_entropy(logits, self.labels).item()}
+        return Quality(accuracy=hits / len(self.labels), loss=F.cross_entropy(logits, self.labels).item())
 
     def row(
         self, networks: Sequence[Network], predictions: Mapping[str, Tensor], maskable: Iterable[str]
-    ) -> dict[str, Any]:
+    ) -> NetworkRow:
         """What one network is worth, or the ensemble of several: the mean of their logits."""
         logits = torch.stack([predictions[network.name] for network in networks]).mean(dim=0)
         weights = [network.state[name] for network in networks for name in maskable]
-        return {
-            "name": networks[0].name if len(networks) == 1 else "logit ensemble",
-            **self.quality(logits),
-            "density": overall_density(weights),
-            "forward_passes": len(networks),
-        }
+        quality = self.quality(logits)
+        return NetworkRow(
+            name=networks[0].name if len(networks) == 1 else ENSEMBLE,
+            accuracy=quality.accuracy,
+            loss=quality.loss,
+            density=overall_density(weights),
+            forward_passes=len(networks),
+        )
 
     def with_fresh_bn(self, network: Network) -> Network:
         """Re-estimate BatchNorm on the very batches that the run used for this ticket's superposition."""
@@ -263,7 +272,7 @@ class Bench:
 
     def line(
         self, a: Network, b: Network, points: int, predictions: Mapping[str, Tensor], bn_epoch: int | None = None
-    ) -> dict[str, Any]:
+    ) -> Line:
         """Walk straight from one network to another, at equal distances; both ends count as points.
 
         The barrier is how far the walk gets, at worst, below (accuracy) or above (loss) the straight line between the
@@ -283,16 +292,16 @@ class Bench:
             inner = (self._fresh_bn(state, bn_epoch) for state in inner)
             ends = [self.logits(self._fresh_bn(network.state, bn_epoch)) for network in (a, b)]
         walk = [self.quality(logits) for logits in (ends[0], *map(self.logits, inner), ends[1])]
-        accuracy, loss = ([point[figure] for point in walk] for figure in ("accuracy", "loss"))
-        return {
-            "from": a.name,
-            "to": b.name,
-            "share": shares,
-            "accuracy": accuracy,
-            "loss": loss,
-            "accuracy_barrier": barrier(shares, [-value for value in accuracy]),
-            "loss_barrier": barrier(shares, loss),
-        }
+        accuracy, loss = [point.accuracy for point in walk], [point.loss for point in walk]
+        return Line(
+            from_=a.name,
+            to=b.name,
+            share=shares,
+            accuracy=accuracy,
+            loss=loss,
+            accuracy_barrier=barrier(shares, [-value for value in accuracy]),
+            loss_barrier=barrier(shares, loss),
+        )
 
     def _fresh_bn(self, state: State, epoch: int) -> State:
         self.passes.model.load_state_dict(state)
@@ -329,15 +338,16 @@ def superpose_again(
 
 def grid(
     bench: Bench, members: Sequence[Network], maskable: Sequence[str], budget: float | None, factors: Sequence[float]
-) -> list[dict[str, Any]]:
+) -> list[GridRow]:
     """Measure the last superposition by CAA, and by CIMA with every factor, without and with BN re-estimation."""
     rows = []
     for method, factor in [("CAA", None), *(("CIMA", factor) for factor in factors)]:
         averaging = AVERAGING[method](0.0 if factor is None else factor)
         network = superpose_again(members, averaging, maskable, budget)[-1]
-        row: dict[str, Any] = {"superposing_method": method, "CIMA_factor": factor}
-        for bn, candidate in (("bn_averaged", network), ("bn_re_estimated", bench.with_fresh_bn(network))):
-            row[bn] = bench.quality(bench.logits(candidate.state))
+        averaged, re_estimated = (
+            bench.quality(bench.logits(candidate.state)) for candidate in (network, bench.with_fresh_bn(network))
+        )
+        row = GridRow(superposing_method=method, CIMA_factor=factor, bn_averaged=averaged, bn_re_estimated=re_estimated)
         rows.append(row)
     return rows
 
@@ -362,16 +372,18 @@ def pairwise(compare: Callable[[Any, Any], float], items: Sequence[Any]) -> list
     return [[compare(a, b) for b in items] for a in items]
 
 
-def compare(masks: Sequence[Mapping[str, Tensor]], logits: Sequence[Tensor]) -> dict[str, Any]:
+def compare(networks: Sequence[Network], predictions: Mapping[str, Tensor]) -> Pairs:
     """How alike the structure and the predictions of networks are, as one matrix per measure."""
-    return {
-        "overlap": pairwise(lambda a, b: jaccard(a.values(), b.values()), masks),
-        "disagreement": pairwise(disagreement, logits),
-        "kl": pairwise(kl_divergence, logits),
-    }
+    logits = [predictions[network.name] for network in networks]
+    return Pairs(
+        overlap=pairwise(lambda a, b: jaccard(a.masks.values(), b.masks.values()), networks),
+        disagreement=pairwise(disagreement, logits),
+        kl=pairwise(kl_divergence, logits),
+        names=[network.name for network in networks],
+    )
 
 
-def compare_layer(name: str, masks: Sequence[Tensor]) -> dict[str, Any]:
+def compare_layer(name: str, masks: Sequence[Tensor]) -> LayerRow:
     """Overlap of one layer's masks between all tickets; its mean over pairs, and that of random masks as dense.
 
     Random masks of densities d and e overlap in about d·e / (d + e - d·e).
@@ -380,14 +392,14 @@ def compare_layer(name: str, masks: Sequence[Tensor]) -> dict[str, Any]:
     pairs = list(itertools.combinations(range(len(masks)), 2))
     overlap = pairwise(lambda a, b: jaccard([a], [b]), masks)
     chance = [d * e / (d + e - d * e) if d or e else 1.0 for d, e in itertools.combinations(densities, 2)]
-    return {
-        "name": name,
-        "weights": masks[0].numel(),
-        "densities": densities,
-        "overlap": overlap,
-        "mean_overlap": sum(overlap[i][j] for i, j in pairs) / len(pairs),
-        "chance": sum(chance) / len(chance),
-    }
+    return LayerRow(
+        name=name,
+        weights=masks[0].numel(),
+        densities=densities,
+        overlap=overlap,
+        mean_overlap=sum(overlap[i][j] for i, j in pairs) / len(pairs),
+        chance=sum(chance) / len(chance),
+    )
 
 
 def jaccard(a: Iterable[Tensor], b: Iterable[Tensor]) -> float:
@@ -422,7 +434,7 @@ def neighbours(ends: Sequence[Network]) -> list[tuple[Network, Network]]:
     return [*itertools.pairwise(members), *((member, final) for member in members)]
 
 
-def draw(results: Mapping[str, Any], out: Path) -> None:
+def draw(results: Analysis, out: Path) -> None:
     """Write the pictures, if matplotlib is there."""
     try:
         import ticket_plots

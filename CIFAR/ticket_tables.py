@@ -1,7 +1,8 @@
 """What analyze_tickets.py found out, as tables for people."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+
+from sparselearning.analysis import Analysis, GridRow, LayerRow, Line, NetworkRow, Pairs, Quality, Settings
 
 ONE_BASIN = 0.02
 """Accuracy that may be lost on the way between two networks of one basin: the margin of Frankle et al. 2020, sec. 3."""
@@ -18,57 +19,53 @@ def columns(rows: Sequence[Sequence[str]]) -> str:
     return "".join("   ".join(cells).rstrip() + "\n" for cells in lines)
 
 
-def networks_table(results: Mapping[str, Any]) -> str:
+def networks_table(results: Analysis) -> str:
     """What each ticket, each superposition and the ensemble are worth, and how many forward passes that takes."""
     header = ("network", "accuracy", "loss", "density", "forward passes")
-    rows = [
-        (row["name"], *figures(row), f"{row['density']:.4f}", str(row["forward_passes"])) for row in results["networks"]
-    ]
-    settings, evaluated_on = results["settings"], results["evaluated_on"]
-    budget = "not pruned" if settings["final_density"] is None else f"pruned to density {settings['final_density']:g}"
-    bn = "re-estimated" if settings["update_bn"] else "averaged"
-    same = "bit for bit the run's own" if results["same_as_run"] else "not the run's own"
+    rows = [(row.name, *figures(row), f"{row.density:.4f}", str(row.forward_passes)) for row in results.networks]
+    settings, evaluated_on = results.settings, results.evaluated_on
+    budget = "not pruned" if settings.final_density is None else f"pruned to density {settings.final_density:g}"
+    bn = "re-estimated" if settings.update_bn else "averaged"
+    same = "bit for bit the run's own" if results.same_as_run else "not the run's own"
     return (
-        f"{results['run']}: {evaluated_on['images']:,} images of the {evaluated_on['part']}\n"
+        f"{results.run}: {evaluated_on.images:,} images of the {evaluated_on.part}\n"
         f"superposed by {average_name(settings)}, {budget}, BatchNorm {bn}; the last superposition is {same}\n\n"
     ) + columns([header, *rows])
 
 
-def pairs_tables(pairs: Mapping[str, Any]) -> str:
+def pairs_tables(pairs: Pairs) -> str:
     """One square table per measure."""
     tables = []
-    for key, title, form in (
-        ("overlap", "mask overlap (Jaccard)", "{:.3f}"),
-        ("disagreement", "predictions differ", "{:.2%}"),
-        ("kl", "KL(row ‖ column) [nats]", "{:.4f}"),
+    for matrix, title, form in (
+        (pairs.overlap, "mask overlap (Jaccard)", "{:.3f}"),
+        (pairs.disagreement, "predictions differ", "{:.2%}"),
+        (pairs.kl, "KL(row ‖ column) [nats]", "{:.4f}"),
     ):
-        rows = [(name, *map(form.format, row)) for name, row in zip(pairs["names"], pairs[key], strict=True)]
-        tables.append(columns([(title, *pairs["names"]), *rows]))
+        rows = [(name, *map(form.format, row)) for name, row in zip(pairs.names, matrix, strict=True)]
+        tables.append(columns([(title, *pairs.names), *rows]))
     return "\n".join(tables)
 
 
-def layers_table(layers: Sequence[Mapping[str, Any]]) -> str:
+def layers_table(layers: Sequence[LayerRow]) -> str:
     """Mask overlap of each layer, beside that of random masks."""
     header = ("mask overlap by layer, mean over pairs of tickets", "weights", "overlap", "random")
-    rows = [
-        (row["name"], f"{row['weights']:,}", f"{row['mean_overlap']:.3f}", f"{row['chance']:.3f}") for row in layers
-    ]
+    rows = [(row.name, f"{row.weights:,}", f"{row.mean_overlap:.3f}", f"{row.chance:.3f}") for row in layers]
     return columns([header, *rows])
 
 
-def lines_table(lines: Sequence[Mapping[str, Any]]) -> str:
+def lines_table(lines: Sequence[Line]) -> str:
     """Lowest accuracy and barriers of each line, and what the largest barrier means."""
     header = ("straight line", "lowest accuracy", "accuracy barrier [points]", "loss barrier [nats]")
     rows = [
         (
-            f"{line['from']} to {line['to']}",
-            f"{min(line['accuracy']):.2%}",
-            f"{100 * line['accuracy_barrier']:.2f}",
-            f"{line['loss_barrier']:.4f}",
+            f"{line.from_} to {line.to}",
+            f"{min(line.accuracy):.2%}",
+            f"{100 * line.accuracy_barrier:.2f}",
+            f"{line.loss_barrier:.4f}",
         )
         for line in lines
     ]
-    worst = max(line["accuracy_barrier"] for line in lines)
+    worst = max(line.accuracy_barrier for line in lines)
     verdict = "one low-loss basin" if worst <= ONE_BASIN else "not one basin"
     return (
         columns([header, *rows])
@@ -76,23 +73,20 @@ def lines_table(lines: Sequence[Mapping[str, Any]]) -> str:
     )
 
 
-def grid_table(rows: Sequence[Mapping[str, Any]], part: str) -> str:
+def grid_table(rows: Sequence[GridRow], part: str) -> str:
     """Accuracy and loss of every average, with averaged and with re-estimated BatchNorm statistics."""
     header = ("average", "BatchNorm averaged", "loss", "re-estimated", "loss")
-    lines = [
-        (average_name(row), *(text for bn in ("bn_averaged", "bn_re_estimated") for text in figures(row[bn])))
-        for row in rows
-    ]
+    lines = [(average_name(row), *figures(row.bn_averaged), *figures(row.bn_re_estimated)) for row in rows]
     note = "an average picked on the test set overstates its accuracy\n"
     return columns([header, *lines]) + (note if part == TEST_SET else "")
 
 
-def average_name(settings: Mapping[str, Any]) -> str:
+def average_name(settings: Settings | GridRow) -> str:
     """Name of an average, for people."""
-    factor = settings["CIMA_factor"]
-    return settings["superposing_method"] + ("" if factor is None else f" with factor {factor:g}")
+    factor = settings.CIMA_factor
+    return settings.superposing_method + ("" if factor is None else f" with factor {factor:g}")
 
 
-def figures(quality: Mapping[str, float]) -> tuple[str, str]:
+def figures(quality: Quality | NetworkRow) -> tuple[str, str]:
     """Accuracy and loss, for people."""
-    return f"{quality['accuracy']:.2%}", f"{quality['loss']:.4f}"
+    return f"{quality.accuracy:.2%}", f"{quality.loss:.4f}"

@@ -8,11 +8,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from sparselearning.errors import UsageError
+from sparselearning.errors import FaultError, UsageError
 from sparselearning.experiment import SparseTraining
 from sparselearning.plan import EpochBudget, Plan
 from sparselearning.runtime import AMP, Runtime
 from sparselearning.schedules import DECAYS
+from sparselearning.schema import shown
 from sparselearning.sparse_init import SPARSE_INITS
 from sparselearning.superpose import AVERAGING
 from sparselearning.topology import GROWTH, METHODS, PRUNE, REDISTRIBUTION, chosen_modes
@@ -473,6 +474,37 @@ def run_path(args: argparse.Namespace, model: str, data: str, budget: EpochBudge
         f"ex_rate={args.large_death_rate:g}",
         f"seed{args.seed}",
     )
+
+
+def restored(parser: argparse.ArgumentParser, kept: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """The flags of a run as its parser would make them; what the parser does not know is left out.
+
+    Args:
+        parser: of the script that the run was made with.
+        kept: name to value, as :func:`values` wrote it.
+        source: where, for messages.
+
+    Raises:
+        FaultError: naming the first flag whose value no command line gives.
+    """
+    known = [action for action in parser._actions if action.dest in kept]
+    return {action.dest: _restored(action, kept[action.dest], source) for action in known}
+
+
+def _restored(action: argparse.Action, value: Any, source: str) -> Any:
+    if value is None and action.default is None:
+        return None
+    items = value if action.nargs == "+" and isinstance(value, list) else [value]
+    kind: Any = bool if action.nargs == 0 else action.type or str
+    try:
+        made = [bool(item) if kind is bool else kind(str(item)) for item in items]
+    except argparse.ArgumentTypeError as error:
+        raise FaultError(f"{source} is damaged or no run's: {action.dest} is {shown(value)} ({error})") from error
+    written = [str(item) if isinstance(item, Path) else item for item in made]
+    alike = all(type(there) is type(here) and there == here for there, here in zip(items, written, strict=True))
+    if not alike or (action.choices and not set(made) <= set(action.choices)):
+        raise FaultError(f"{source} is damaged or no run's: {action.dest} is {shown(value)}")
+    return made if action.nargs == "+" else made[0]
 
 
 def values(args: argparse.Namespace) -> dict[str, Any]:

@@ -12,9 +12,12 @@ import main_suptickets
 import pytest
 import torch
 from analyze_tickets import Network, barrier, compare_layer, disagreement, jaccard, kl_divergence, superpose_again
+from test_damaged_runs import damages, names
 
+from sparselearning.analysis import Analysis
 from sparselearning.errors import FaultError, UsageError
 from sparselearning.files import save_torch
+from sparselearning.schema import read
 from sparselearning.superpose import caa_factor, cima_factor, prune_to_density, superpose
 
 DENSITY, FACTOR, MEMBERS = 0.1, 0.3, 3
@@ -76,10 +79,10 @@ def test_layers_are_set_beside_random_masks_as_dense():
     half, quarter = mask(1, 1, 0, 0), mask(0, 1, 0, 0)
     row = compare_layer("fc", [half, quarter])
     # Random: 1/2 · 1/4 of the weights shared, 1/2 + 1/4 - 1/8 united.
-    assert row["chance"] == pytest.approx((1 / 8) / (5 / 8))
-    assert row["mean_overlap"] == 0.5
-    assert row["densities"] == [0.5, 0.25]
-    assert row["overlap"] == [[1.0, 0.5], [0.5, 1.0]]
+    assert row.chance == pytest.approx((1 / 8) / (5 / 8))
+    assert row.mean_overlap == 0.5
+    assert row.densities == [0.5, 0.25]
+    assert row.overlap == [[1.0, 0.5], [0.5, 1.0]]
 
 
 def test_averages_by_hand():
@@ -165,7 +168,7 @@ def test_the_ensemble_is_the_mean_of_all_members_logits(finished, analysed):
     mean = sum(bench.logits(state) for state in states) / MEMBERS
     ensemble = analysed["networks"][-1]
     assert ensemble["forward_passes"] == MEMBERS
-    assert ensemble["loss"] == pytest.approx(bench.quality(mean)["loss"], rel=1e-5)
+    assert ensemble["loss"] == pytest.approx(bench.quality(mean).loss, rel=1e-5)
 
 
 def test_matrices_have_the_networks_of_the_run_in_order(analysed):
@@ -207,7 +210,7 @@ def test_without_matplotlib_there_are_no_pictures(analysed, tmp_path, monkeypatc
     for module in ("ticket_plots", "sparselearning.plots"):
         monkeypatch.delitem(sys.modules, module, raising=False)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    analyze_tickets.draw(analysed, tmp_path)
+    analyze_tickets.draw(read(Analysis, analysed, "analysis.json", complete=True), tmp_path)
     assert "no pictures without matplotlib" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
@@ -264,7 +267,9 @@ def test_a_run_that_kept_no_tickets(run):
         analyse(run)
 
 
-@pytest.mark.parametrize(("tickets", "message"), [(["1"], "at least two tickets"), (["0", "7"], "ticket_7.pth does")])
+@pytest.mark.parametrize(
+    ("tickets", "message"), [(["1"], "at least two tickets"), (["0", "7"], r"no file .*ticket_7\.pth")]
+)
 def test_tickets_that_do_not_do(run, tickets, message):
     with pytest.raises(UsageError, match=message):
         analyse(run, "--tickets", *tickets)
@@ -291,3 +296,43 @@ def test_values_out_of_range_exit_2(run, words):
         analyse(run, *words)
     assert exit_.value.code == 2
     assert not (run / "analysis").exists()
+
+
+class Reached(Exception):
+    """All that ``config.json`` decides is decided."""
+
+
+FOR_FLAGS = {"removed", "null", "true", "text", "minus", "fraction", "huge", "nan", "list", "object", "nested"}
+LOADED_BY = ("data", "data_dir", "model", "batch_size", "test_batch_size", "valid_split", "seed")
+
+
+def test_damaged_flags_are_named_or_harmless(run, monkeypatch):
+    load, loaded = main_suptickets.load, {}
+
+    def load_once(args, *arguments):
+        key = repr([getattr(args, name) for name in LOADED_BY])
+        if key not in loaded:
+            loaded[key] = load(args, *arguments)
+        return loaded[key]
+
+    def stop_before_the_tickets(folder):
+        raise Reached
+
+    monkeypatch.setattr(main_suptickets, "load", load_once)
+    monkeypatch.setattr(analyze_tickets, "kept_tickets", stop_before_the_tickets)
+    path = run / "config.json"
+    refused = 0
+    for place, damage, damaged in damages(path.read_text(), lines=False):
+        if damage not in FOR_FLAGS:
+            continue
+        path.write_text(damaged)
+        with pytest.raises((Reached, FaultError, UsageError)) as caught:
+            analyse(run)
+        if caught.type is not Reached:
+            refused += 1
+            sentence = str(caught.value)
+            named = str(path) in sentence and names(sentence, place)
+            # A flag that could be is told by what it leads to: no such file, no image left, no GPU.
+            assert named or place[0] in ("data", "data_dir", "model", "valid_split", "fp16"), (place, damage, sentence)
+        assert path.read_text() == damaged
+    assert refused > 300
