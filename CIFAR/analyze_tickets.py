@@ -9,6 +9,12 @@ RUN is the folder of a run made with --keep-tickets. Nothing is trained. The tab
 them, also go to RUN/analysis/.
 """
 
+import os
+import signal
+
+if __name__ == "__main__":  # Ctrl-C during the imports below, which take seconds, needs no traceback
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+
 import argparse
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence

@@ -5,6 +5,12 @@ python3 main_suptickets.py --demo
 python3 main_suptickets.py --pre_train --cyclic_train --re_explore --cyc_lr --update_bn --sparse --data cifar100 …
 """
 
+import os
+import signal
+
+if __name__ == "__main__":  # Ctrl-C during the imports below, which take seconds, needs no traceback
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+
 import argparse
 import copy
 import shlex

@@ -8,9 +8,14 @@ METHODS, comes after it, and so wins. Give the same command again: finished runs
 they stopped, and failed ones are tried again.
 """
 
+import os
+import signal
+
+if __name__ == "__main__":  # Ctrl-C during the imports below, which take seconds, needs no traceback
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+
 import argparse
 import importlib.util
-import os
 import shlex
 import subprocess
 import sys

@@ -32,13 +32,13 @@ from tqdm import tqdm
 from sparselearning.data import Batch, class_balanced
 from sparselearning.errors import FaultError, UsageError
 from sparselearning.seeding import derive_seed
+from sparselearning.signals import STOP_SIGNALS
 
 MEAN = (0.485, 0.456, 0.406)  # of ImageNet's pixels in [0, 1], per channel R, G, B
 STD = (0.229, 0.224, 0.225)
 # What workers need, for the process that they are forked from to import once. Many Pythons ignore "__main__" here: the
 # last entry stands for what the script imports.
 PRELOADED = ["__main__", "torchvision.datasets", "torchvision.transforms.v2", "sparselearning.experiment"]
-JOB_SIGNALS = {signal.SIGINT, signal.SIGTERM}  # sent to all processes of a job at once
 LOST_WORKER = ("DataLoader worker", "Pin memory thread")  # how PyTorch's sentences about a worker that died begin
 LAYOUT = "images as DIR/train/CLASS/NAME.JPEG and DIR/val/CLASS/NAME.JPEG"
 LONGEST_SIDE = 16  # in shorter sides: of a longer image, evaluation leaves out both ends before it is resized
@@ -222,10 +222,11 @@ def _worker_context() -> BaseContext:
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
-    resource_tracker.ensure_running()  # first, since starting it may unblock both signals
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, JOB_SIGNALS)
-    try:
-        forkserver.ensure_running()  # what starts here never gets these signals, nor do workers until they ask
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:  # what starts here never gets these signals, nor do workers until they ask
+        resource_tracker.ensure_running()
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # once more: starting the tracker unblocks some
+        forkserver.ensure_running()
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
     return context
@@ -234,12 +235,12 @@ def _worker_context() -> BaseContext:
 def _leave_signals_to_main(_worker: int) -> None:
     """Make this worker outlive the signals that are sent to a whole job, but not the main process.
 
-    Ctrl-C, torchrun and Slurm signal every process. The main process answers: it finishes its step, for which it may
-    need one more batch, and ends its workers. So they ignore SIGINT, and obey a SIGTERM of the main process only.
+    Ctrl-C, a closed terminal, torchrun and Slurm signal every process. The main process answers: it finishes its
+    step, for which it may need one more batch, and ends its workers. So they ignore all but its own SIGTERM.
     """
     main_process = multiprocessing.parent_process()
     assert main_process is not None
-    signal.pthread_sigmask(signal.SIG_BLOCK, JOB_SIGNALS)  # as they are, unless others had started the server
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # as they are, unless others had started the server
     if hasattr(signal, "sigwaitinfo"):
         threading.Thread(target=_exit_when_told_by, args=(main_process.pid,), daemon=True).start()
     else:  # macOS cannot tell who sent a signal

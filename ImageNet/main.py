@@ -5,9 +5,14 @@ python main.py --sparse --pre_train --cyclic_train --cyc_lr --bn_update … DIR 
 python multiproc.py --nproc_per_node 8 main.py … DIR                                     one machine with many
 """
 
+import os
+import signal
+
+if __name__ == "__main__":  # Ctrl-C during the imports below, which take seconds, needs no traceback
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+
 import argparse
 import dataclasses
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 

@@ -7,6 +7,12 @@ python multiproc.py --nnodes 2 --node_rank 0 --nproc_per_node 8 --master_addr HO
 All flags of ``torchrun --help`` stand before the script; a ``--master_port`` among the script's arguments counts too.
 """
 
+import os
+import signal
+
+if __name__ == "__main__":  # Ctrl-C during the imports below, which take seconds, needs no traceback
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+
 import sys
 
 from sparselearning.launch import launch

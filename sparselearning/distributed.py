@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from sparselearning.errors import FaultError, UsageError, first_line
+from sparselearning.signals import stop_with_parent
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 
@@ -42,6 +43,8 @@ def start(use_cuda: bool) -> torch.device:
         UsageError: if this machine runs more processes than it has GPUs, or the environment describes none of them.
         FaultError: if the ranks cannot find each other.
     """
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun, killed outright, would leave its ranks behind
+        stop_with_parent()
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     local_world = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if use_cuda:

@@ -158,7 +158,7 @@ def run(recipe: Recipe, plan: Plan, sparse: SparseTraining | None, runtime: Runt
     Raises:
         UsageError: if what ``resume`` names does not fit.
         FaultError: if training or the disk fails, or another run is using the folder.
-        Stopped: on SIGINT or SIGTERM, after writing the checkpoint.
+        Stopped: on a stop signal, after writing the checkpoint.
     """
     if distributed.restarts() and output.resume is None and output.folder.checkpoint.exists():
         output = replace(output, resume=output.folder.path)

@@ -13,6 +13,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from sparselearning import distributed
 from sparselearning.errors import FaultError, UsageError
+from sparselearning.signals import hangups_are_ignored
 
 
 def launch(argv: Sequence[str]) -> None:
@@ -34,6 +35,8 @@ def launch(argv: Sequence[str]) -> None:
         distributed.check_gpus(int(args.nproc_per_node))
     if "OMP_NUM_THREADS" not in os.environ and args.nproc_per_node.isdigit():
         os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // max(1, int(args.nproc_per_node))))
+    if hangups_are_ignored():  # which torchrun would undo
+        os.environ.setdefault("TORCHELASTIC_SIGNALS_TO_HANDLE", "SIGTERM,SIGINT,SIGQUIT")
     try:
         torchrun.run(args)
     except ChildFailedError as error:

@@ -512,6 +512,9 @@ class Masking:
         generator = torch.Generator(layers[0].mask.device)
         generator.manual_seed(derive_seed(self.seed, "growth", self._explorations))
         removed = prune_and_grow(layers, self.prune, self.growth, self.redistribution, rate, threshold, generator)
+        if GROWTH[self.growth].draws:
+            for layer in layers:  # GPUs of different kinds draw differently from one seed
+                distributed.broadcast(layer.mask)
         self._explorations += 1
         if steers and before:
             # A threshold of zero could not be steered: look for one anew next time.
@@ -523,10 +526,11 @@ class Masking:
             if layer.mask.data_ptr() != mask.data_ptr():  # a memory format that has no flat view
                 mask.copy_(layer.mask.view(mask.shape))
         self.apply_masks()
-        for name, mask in self.masks.items():
-            self._ever_active[name].logical_or_(mask.cpu())
+        masks = _on_host(list(self.masks.values()))
+        for seen, mask in zip(self._ever_active.values(), masks, strict=True):
+            seen.logical_or_(mask)
         if distributed.world_size() > 1:
-            prints = torch.stack([_fingerprint(_flat(mask, mask)) for mask in self.masks.values()])
+            prints = torch.stack([_fingerprint(_flat(mask, mask)) for mask in masks])
             if not distributed.all_equal(prints):
                 raise FaultError(f"the ranks' masks differ after the topology update at step {self.steps}")
 
@@ -644,6 +648,14 @@ def _flat(tensor: Tensor, reference: Tensor) -> Tensor:
     if reference.dim() == 4 and reference.is_contiguous(memory_format=torch.channels_last):
         tensor = tensor.permute(0, 2, 3, 1)
     return tensor.reshape(-1)
+
+
+def _on_host(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The tensors in main memory; those of a GPU come by one transfer, since each makes it wait."""
+    if tensors[0].device.type == "cpu":
+        return list(tensors)
+    parts = torch.cat([tensor.flatten() for tensor in tensors]).cpu().split([tensor.numel() for tensor in tensors])
+    return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
 
 
 def _fingerprint(mask: Tensor) -> Tensor:

@@ -1,12 +1,13 @@
 """Finished and unfinished runs as they lie on the disk: found, read, checked, and grouped over their seeds."""
 
 import json
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from torch import Tensor
 
@@ -126,12 +127,13 @@ def find_runs(paths: Iterable[Path]) -> list[Path]:
 
     Raises:
         UsageError: if a path does not exist or holds no run.
+        FaultError: if a folder cannot be searched.
     """
     found: dict[Path, Path] = {}  # resolved → as the user would write it
     for path in paths:
         if not path.is_dir():
             raise UsageError(f"{path} is not a folder: name a run's folder, or one that runs lie under")
-        folders = [path] if _is_run(path) else sorted(config.parent for config in path.rglob("config.json"))
+        folders = [path] if _is_run(path) else _folders_with_config(path)
         folders = [
             folder
             for folder in folders
@@ -218,6 +220,13 @@ def masked_weights(path: Path) -> dict[str, Tensor]:
     """
     network = SavedNetwork.read(path)
     return {name: network.state_dict[name] for name in network.masks}
+
+
+def _folders_with_config(path: Path) -> list[Path]:
+    def fail(error: OSError) -> NoReturn:
+        raise FaultError(f"{error.filename} cannot be searched for runs: {error.strerror}") from error
+
+    return sorted(Path(place) for place, _, names in os.walk(path, onerror=fail) if "config.json" in names)
 
 
 def _is_run(path: Path) -> bool:

@@ -1,7 +1,9 @@
 """Where are the k largest? Exactly, to the unit, whatever ties the scores hold, without sorting."""
 
+import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
 
 import torch
 from torch import Tensor
@@ -36,22 +38,60 @@ def select_largest(score: Callable[[Tensor], Tensor], layers: Sequence[tuple[Ten
     return select(score, layers, k)
 
 
+_unchecked: ContextVar[list[tuple[int, Tensor, Tensor]] | None] = ContextVar("_unchecked", default=None)
+"""Of selections on a GPU whose check waits for others: k, the k-th largest score, how many are larger."""
+
+
+@contextlib.contextmanager
+def checked_together() -> Iterator[None]:
+    """Look only at the end of this block whether its selections had enough to choose from, all at once.
+
+    Each look makes a GPU wait. A CPU looks at once.
+
+    Raises:
+        SelectionError: if one of them had not; what it chose until then is wrong.
+    """
+    unchecked: list[tuple[int, Tensor, Tensor]] = []
+    token = _unchecked.set(unchecked)
+    try:
+        yield
+    finally:
+        _unchecked.reset(token)
+    _check(unchecked)
+
+
+def _check(selections: Sequence[tuple[int, Tensor, Tensor]]) -> None:
+    if not selections:
+        return
+    thresholds = torch.stack([threshold.float() for _, threshold, _ in selections]).tolist()
+    for (k, _, larger), threshold in zip(selections, thresholds, strict=True):
+        if threshold == -math.inf:
+            raise _too_few(k, int(larger))
+
+
 def _select_at_once(score: Callable[[Tensor], Tensor], layers: Sequence[tuple[Tensor, ...]], k: int) -> list[Tensor]:
     """For a GPU: a few operations on everything, and one look at a result, since each look makes the GPU wait."""
-    scores = torch.cat([_eligible(score(values), *flags) for values, *flags in layers])
-    threshold = scores.topk(min(k, len(scores)), sorted=False).values.amin()
-    if k > len(scores) or threshold == -torch.inf:
+    parts = [_eligible(score(values), *flags) for values, *flags in layers]
+    scores = torch.cat(parts) if len(parts) > 1 else parts[0]
+    if k > len(scores):
         raise _too_few(k, int(torch.count_nonzero(scores > -torch.inf)))
+    threshold = scores.topk(k, sorted=False).values.amin()
     chosen = scores > threshold
+    larger = torch.count_nonzero(chosen)
     ties = scores == threshold
     places = ties.cumsum(0, dtype=torch.int32)
-    chosen.logical_or_(ties.logical_and_(places <= k - torch.count_nonzero(chosen)))
+    chosen.logical_or_(ties.logical_and_(places <= k - larger))
+    unchecked = _unchecked.get()
+    if unchecked is None:
+        _check([(k, threshold, larger)])
+    else:
+        unchecked.append((k, threshold, larger))
     return list(chosen.split([len(values) for values, *_ in layers]))
 
 
 def _eligible(scores: Tensor, *flags: Tensor) -> Tensor:
     """Scores with ``-inf`` in place of NaN, and wherever one of the ``flags`` is false."""
-    scores = scores.masked_fill(scores.isnan(), -torch.inf)
+    scores = scores.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
     for flag in flags:
         scores.masked_fill_(~flag, -torch.inf)
     return scores

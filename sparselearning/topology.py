@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from sparselearning.distributions import active_count, apportion, nonzero_counts
-from sparselearning.selection import select_largest
+from sparselearning.selection import checked_together, select_largest
 
 
 @dataclass
@@ -37,11 +37,16 @@ class Layer:
 
 @dataclass(frozen=True)
 class Mode:
-    """One entry of a table: a function, and what it reads of a :class:`Layer` besides weight and mask."""
+    """One entry of a table: a function, and what it reads of a :class:`Layer` besides weight and mask.
+
+    Attributes:
+        draws: at random, so that in a data-parallel run rank 0's masks count.
+    """
 
     function: Callable[..., Any]
     reads_gradient: bool = False
     reads_momentum: bool = False
+    draws: bool = False
 
     def __call__(self, *args: Any) -> Any:
         """Call the function."""
@@ -126,8 +131,10 @@ PRUNE = {
 def magnitude_quantile(layers: Sequence[Layer], prune_rate: float) -> float:
     """Magnitude below or at which ``ceil(prune_rate · n)`` of all ``n`` active weights lie; 0 for none."""
     removed = prune_global_magnitude(layers, prune_rate, 0.0)
-    magnitudes = torch.cat([layer.weight[chosen].abs() for layer, chosen in zip(layers, removed, strict=True)])
-    return float(magnitudes.max()) if len(magnitudes) else 0.0
+    largest = [
+        layer.weight.abs().masked_fill_(~chosen, 0).amax() for layer, chosen in zip(layers, removed, strict=True)
+    ]
+    return float(torch.stack(largest).amax())
 
 
 def steer_threshold(threshold: float, removed_share: float, prune_rate: float) -> float:
@@ -170,7 +177,7 @@ def grow_momentum_neuron(layer: Layer, k: int, generator: torch.Generator) -> Te
 
 
 GROWTH = {
-    "random": Mode(grow_random),
+    "random": Mode(grow_random, draws=True),
     "gradient": Mode(grow_gradient, reads_gradient=True),
     "momentum": Mode(grow_momentum, reads_momentum=True),
     "momentum_neuron": Mode(grow_momentum_neuron, reads_momentum=True),
@@ -243,16 +250,18 @@ def prune_and_grow(
     """
     claim = REDISTRIBUTION[redistribution]
     claims = [claim(layer) for layer in layers] if claim else []
-    removed = PRUNE[prune](layers, prune_rate, threshold)
+    with checked_together():
+        removed = PRUNE[prune](layers, prune_rate, threshold)
     _remove(layers, removed)
     counts = nonzero_counts(removed)
     removed_total = sum(counts)
     if claim:
         room = [layer.mask.numel() - n for layer, n in zip(layers, active_counts(layers), strict=True)]
         counts = apportion(removed_total, claims, room)
-    for layer, k in zip(layers, counts, strict=True):
-        if k:
-            layer.mask.logical_or_(GROWTH[growth](layer, k, generator))
+    with checked_together():
+        for layer, k in zip(layers, counts, strict=True):
+            if k:
+                layer.mask.logical_or_(GROWTH[growth](layer, k, generator))
     return removed_total
 
 
@@ -279,7 +288,10 @@ def shrink_uniformly(layers: Sequence[Layer], density: float) -> None:
     target = _target(layers, density)
     if target < sum(active):
         keep = _uniform_targets(layers, active, density, target)
-        removed = [smallest_active([layer], n - kept)[0] for layer, n, kept in zip(layers, active, keep, strict=True)]
+        with checked_together():
+            removed = [
+                smallest_active([layer], n - kept)[0] for layer, n, kept in zip(layers, active, keep, strict=True)
+            ]
         _remove(layers, removed)
 
 

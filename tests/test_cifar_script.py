@@ -719,6 +719,7 @@ def undisturbed(data, tmp_path_factory):
         (6, signal.SIGTERM, 143, "sgd"),  # the last step of pre-training
         (9, signal.SIGINT, 130, "adam"),  # the last step of the first cycle
         (11, signal.SIGTERM, 143, "sgd"),
+        (11, signal.SIGHUP, 129, "sgd"),
         (11, signal.SIGTERM, 143, "adam"),
     ],
 )
@@ -975,6 +976,7 @@ def test_a_network_that_does_not_compile(script, monkeypatch, capsys):
 
 def test_output_that_nobody_reads_any_more(data):
     process = spawn(data, WHOLE_METHOD, "--save run")
+    process.stdout.readline()  # where it computes
     process.stdout.close()
     _, err = process.communicate(timeout=120)
     assert process.returncode == 1

@@ -283,6 +283,22 @@ def test_it_does_not_matter_whether_masks_or_the_wrapper_come_first(ranks):
         assert_same_arrays(wrapper_first[part], masks_first[part])
 
 
+def grow_on_unlike_devices():
+    """One update by random growth on ranks that draw differently from one seed, as unlike GPUs do."""
+    rand = torch.rand
+    with pytest.MonkeyPatch.context() as patch:
+        if distributed.rank() == 1:
+            patch.setattr(torch, "rand", lambda *args, **kwargs: 1 - rand(*args, **kwargs))
+        return train({"growth": "random"})
+
+
+def test_random_growth_is_rank_0s(ranks):
+    ours, theirs = ranks(grow_on_unlike_devices)
+    assert_same_arrays(theirs["last"], ours["last"])
+    assert_same_arrays(theirs["weights"], ours["weights"])
+    assert_same_arrays(ours["last"], train({"growth": "random"})["last"])
+
+
 def draw_masks(sparse_init):
     """Masks drawn on ranks whose seeds, weights and gradients all differ."""
     model = small_model(seed=distributed.rank())
@@ -789,6 +805,19 @@ def test_cifar_stops_on_sigterm_to_the_launcher_and_resumes_exactly(undisturbed_
     assert 0 < stopped["batch"] < 18  # in the middle of the second cycle's first epoch
     assert finished([*TORCHRUN, *CIFAR, "--save", folder, "--resume", folder], log) == 0
     assert_identical(results(folder), results(undisturbed_cifar))
+
+
+@on_linux
+def test_a_launcher_that_is_killed_leaves_no_ranks_and_a_checkpoint(tmp_path):
+    folder, log = tmp_path / "run", tmp_path / "log"
+    with started([*MULTIPROC, "--nproc_per_node", "2", *CIFAR, "--save", folder, "--epochs", "400"], log) as launcher:
+        wait_until(lambda: read_jsonl(folder / "metrics.jsonl") or launcher.poll() is not None)
+        launcher.kill()
+        launcher.wait()
+        wait_until(lambda: not marked_processes(log), 30)
+    assert f"stopped by SIGTERM: go on with --resume {folder}\n" in log.read_text()
+    assert load_torch(folder / "checkpoint.pth")["epoch"] >= 1
+    assert not RunFolder(folder).lock.exists()
 
 
 def test_cifar_with_another_number_of_processes_is_refused(undisturbed_cifar, tmp_path, capsys):

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from cifar_models import build_model
 
 from sparselearning import Masking, prune_to_density, superpose, update_bn
+from sparselearning.selection import SelectionError
 from sparselearning.topology import GROWTH, PRUNE
 
 CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
@@ -105,7 +106,9 @@ def make(device, optimizer="sgd", seed=1, **options):
     """A network of ten layers, its first gradients taken and its masks drawn, and its Masking."""
     torch.manual_seed(seed)
     model = build_model("cifar_resnet_8_8", 10, 3, 8).to(device, memory_format=torch.channels_last)
-    masking = Masking(OPTIMIZERS[optimizer](model.parameters()), init_density=0.3, final_density=0.3, **options)
+    masking = Masking(
+        OPTIMIZERS[optimizer](model.parameters()), **({"init_density": 0.3, "final_density": 0.3} | options)
+    )
     masking.add_module(model)
     return model, masking
 
@@ -155,6 +158,38 @@ def test_every_update_chooses_what_a_cpu_chooses(gpu, prune, growth):
     for name, mask in masking.masks.items():
         assert other.masks[name].device == CUDA
         assert torch.equal(other.masks[name].cpu(), mask), name
+
+
+MODES = [
+    *({"prune": prune} for prune in PRUNE if prune != "SET"),  # that looks at the signs of each layer
+    *(
+        {"growth": growth} for growth in GROWTH if growth != "momentum_neuron"
+    ),  # that shares out over each one's neurons
+    {"method": "GraNet", "init_density": 0.5, "prune_end_step": 4},
+    {"method": "GraNet_uniform", "init_density": 0.5, "prune_end_step": 4},
+]
+
+
+@pytest.mark.parametrize("options", MODES, ids=lambda options: "-".join(map(str, options.values())))
+def test_an_update_waits_as_often_for_ten_layers_as_for_one(gpu, options):
+    model, masking = make(CUDA, update_frequency=2, **options)
+    backward(model)
+    masking.step()
+    backward(model)
+    with gpu.counting() as counts:
+        masking.step()
+    assert masking.density() == pytest.approx(masking.scheduled_density() if masking.prune_end_step else 0.3, abs=1e-3)
+    assert counts.waits.total() <= 9, counts.waits
+    assert counts.launches.total() <= 56 * len(masking.masks), counts.launches
+
+
+def test_an_update_that_has_too_little_to_choose_from_is_an_error(gpu):
+    model, masking = make(CUDA, update_frequency=1)
+    backward(model)
+    for parameter in model.parameters():
+        parameter.grad.fill_(torch.nan)
+    with pytest.raises(SelectionError, match=r"cannot choose \d+ weights where only 0 have a score"):
+        masking.truncate_weights(0.5)
 
 
 # ---------------------------------------------------------------------------------------------- superposing

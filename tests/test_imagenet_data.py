@@ -456,7 +456,7 @@ PASS = """
 import signal, sys
 from test_imagenet_data import load
 received = []
-for number in (signal.SIGINT, signal.SIGTERM):
+for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
     signal.signal(number, lambda number, _: received.append(number))
 batches = load(sys.argv[1], batch_size=1, workers=2).train.epoch(0)
 next(batches)
@@ -483,9 +483,9 @@ def pass_under_way(root):
 
 def test_a_pass_outlives_signals_to_all_of_its_processes(clean):
     with pass_under_way(clean) as process:
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             os.killpg(process.pid, number)
-        assert process.communicate(b"\n", timeout=60)[0] == b"32 2\n"
+        assert process.communicate(b"\n", timeout=60)[0] == b"32 3\n"
         assert process.returncode == 0
 
 

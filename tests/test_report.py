@@ -4,7 +4,9 @@ import csv
 import io
 import itertools
 import json
+import os
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -409,6 +411,20 @@ def test_unfinished_and_repeated_runs_are_named_and_left_out_of_means(tmp_path):
         f"{tmp_path / 'c'}: unfinished, epochs done: 4",
     ]
     assert f"- left out: {left_out[1]}\n" in markdown_report(groups, left_out)
+
+
+def test_a_folder_that_cannot_be_searched_is_not_left_out_in_silence(tmp_path, monkeypatch):
+    def scandir(path):
+        if Path(path).name == "locked":
+            raise PermissionError(13, "Permission denied", str(path))
+        return look(path)
+
+    write_run(tmp_path / "a")
+    write_run(tmp_path / "locked" / "b")
+    look = os.scandir
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(FaultError, match="locked cannot be searched for runs: Permission denied"):
+        find_runs([tmp_path])
 
 
 def test_runs_are_found_once_and_those_moved_aside_only_by_name(tmp_path):

@@ -2,16 +2,28 @@
 
 import io
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch.distributed as dist
-from test_distributed import MULTIPROC, PATIENCE, ROOT, environment, finished, free_port, status_of
+from test_distributed import (
+    MULTIPROC,
+    PATIENCE,
+    ROOT,
+    environment,
+    finished,
+    free_port,
+    status_of,
+    wait_until,
+)
 
+from sparselearning import launch
 from sparselearning.errors import UsageError
 from sparselearning.script import run_script
+from sparselearning.signals import stop_signals
 
 CIFAR = ROOT / "CIFAR" / "main_suptickets.py"
 needs_dev_full = pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
@@ -115,6 +127,67 @@ def test_an_ascii_terminal_and_python_without_docstrings():
     ended = subprocess.run(command, env=environment() | plain, capture_output=True, text=True, timeout=PATIENCE)
     assert (ended.returncode, ended.stderr) == (0, "")
     assert "--superposing_method" in ended.stdout
+
+
+# ------------------------------------------------------------------------------------------------------------- signals
+
+
+def test_a_hangup_stops_a_run_unless_nohup_has_started_it(monkeypatch):
+    monkeypatch.setattr(launch.torchrun, "run", lambda args: None)
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    before = signal.getsignal(signal.SIGHUP)
+    with stop_signals() as received:
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert received() == signal.SIGHUP
+    assert signal.getsignal(signal.SIGHUP) is before
+    try:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        with stop_signals() as received:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert received() == 0
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert received() == signal.SIGTERM
+        launch.launch(["main.py"])
+        assert "SIGHUP" not in os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"]
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+MODULES = [*(ROOT / "CIFAR").glob("*.py"), *(ROOT / "ImageNet").glob("*.py")]
+SCRIPTS = [path for path in MODULES if path.read_text().startswith("#!")]
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_an_interrupt_during_the_imports_of_a_script_needs_no_traceback(tmp_path, script):
+    (tmp_path / "torch.py").write_text("import time\nprint('importing', flush=True)\ntime.sleep(60)")
+    path = environment() | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
+    pipe = subprocess.PIPE
+    with subprocess.Popen([sys.executable, script], env=path, stdout=pipe, stderr=pipe, text=True) as process:
+        assert process.stdout.readline() == "importing\n"
+        process.send_signal(signal.SIGINT)
+        assert process.communicate(timeout=30) == ("", "")
+        assert process.returncode == 130
+
+
+ORPHAN = """
+import os, sys, time
+from sparselearning.signals import stop_signals, stop_with_parent
+if os.fork():
+    while not os.path.exists(sys.argv[1]):
+        time.sleep(0.02)
+    os._exit(0)
+stop_with_parent()
+with stop_signals() as received:
+    open(sys.argv[1], "w").close()
+    while not received():
+        time.sleep(0.02)
+os.rename(sys.argv[1], sys.argv[1] + f" and stopped by {received()}")
+"""
+
+
+def test_a_process_whose_parent_is_gone_is_told_to_stop(tmp_path):
+    subprocess.run([sys.executable, "-c", ORPHAN, tmp_path / "began"], env=environment(), check=True, timeout=PATIENCE)
+    wait_until((tmp_path / f"began and stopped by {signal.SIGTERM:d}").exists, 30)
 
 
 # ------------------------------------------------------------------------------------------------------ other ranks
