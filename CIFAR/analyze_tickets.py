@@ -45,7 +45,7 @@ from sparselearning.analysis import (
 )
 from sparselearning.costs import overall_density
 from sparselearning.errors import FaultError, UsageError
-from sparselearning.files import RunFolder, write_json
+from sparselearning.files import RunFolder, check_output, write_json
 from sparselearning.layers import maskable_parameters
 from sparselearning.networks import SavedNetwork, load_weights
 from sparselearning.passes import Passes
@@ -54,10 +54,15 @@ from sparselearning.runs import find_runs, read_run
 from sparselearning.script import run_script
 from sparselearning.superpose import AVERAGING, State, differing_entries, prune_to_density, superpose
 
+MADE_BY = "analyze_tickets.py"
+"""What ``--save-network`` writes says so."""
+
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Analyse one run."""
     given = parse(argv)
+    if given.save_network:
+        check_output(given.save_network, MADE_BY)
     folder, args = rebuilt_flags(given)
     bench = Bench.of(args)
     numbers = given.tickets or kept_tickets(folder)
@@ -76,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         superposed = [bench.with_fresh_bn(network) for network in superposed]
     if given.save_network:
         final = superposed[-1]
-        SavedNetwork(final.state, final.masks, final.epoch + 1).write(given.save_network)
+        SavedNetwork(final.state, final.masks, final.epoch + 1).write(given.save_network, MADE_BY)
 
     predictions = {network.name: bench.logits(network.state) for network in [*members, *superposed]}
     ends = [*members, superposed[-1]]

@@ -29,7 +29,7 @@ from cifar_models import build_model
 from sparselearning import Masking
 from sparselearning.distributions import active_count
 from sparselearning.export import save_sparse
-from sparselearning.files import write_json
+from sparselearning.files import check_output, write_json
 from sparselearning.flags import Parser, path
 from sparselearning.layers import maskable_parameters
 from sparselearning.provenance import environment
@@ -217,18 +217,24 @@ def megabytes(size: int) -> str:
     return f"{size / 1e6:.1f} MB"
 
 
+COMMAND = "python benchmarks/deployment.py"
+
+
 @torch.inference_mode()
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure, print the table, write the file."""
     parser = Parser(__doc__)
     parser.add_argument("--out", type=path, metavar="FILE.json", help="write all figures there, too")
     args = parser.parse_args(argv)
+    if args.out:
+        check_output(args.out, COMMAND)
     warnings.filterwarnings("ignore", message="Sparse (CSR|invariant)")
     torch.set_num_threads(1)
     torch.manual_seed(0)
     times = {name: [layer_times(name, density) for density in DENSITIES] for name in LAYERS}
     times["ResNet50, all layers"] = [network_times(density) for density in DENSITIES]
     results = {
+        "command": COMMAND,
         "machine": environment(torch.device("cpu")) | {"instructions": torch.backends.cpu.get_cpu_capability()},
         "batch": BATCH,
         "densities": DENSITIES,

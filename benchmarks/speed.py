@@ -41,7 +41,7 @@ from sparselearning.data import Batch
 from sparselearning.engine import Sources, Trainer
 from sparselearning.errors import UsageError
 from sparselearning.experiment import SparseTraining
-from sparselearning.files import RunFolder, write_json
+from sparselearning.files import RunFolder, check_output, write_json
 from sparselearning.layers import maskable_parameters
 from sparselearning.masking import Masking
 from sparselearning.plan import EpochBudget, Plan
@@ -496,6 +496,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.show:
         print(markdown_of(args.show))
         return
+    if args.out:
+        check_output(args.out, "benchmarks/speed.py")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UsageError("there is no GPU that PyTorch can use here: measure with --device cpu")
     device, _ = Runtime(use_cuda=args.device == "cuda").start()

@@ -29,11 +29,15 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from sparselearning import flags
 from sparselearning.errors import FaultError, UsageError
-from sparselearning.files import RunFolder, load_torch, write_bytes
+from sparselearning.files import RunFolder, check_output, load_torch, write_bytes
 from sparselearning.networks import load_weights, saved_state
+from sparselearning.schema import Count, Share
 from sparselearning.script import run_script
+from sparselearning.tensor_schema import check, mapping, record
 
 FORMAT_VERSION = 1
+PRODUCER = "sparselearning.export"
+"""Name in ONNX files."""
 BUILDERS = {"cifar_models:build_model": "CIFAR", "imagenet_resnet:build_model": "ImageNet"}
 """Functions that build the scripts' networks, and the folder beside this package that each lies in."""
 TOLERANCE = 1e-4  # of logits, where the largest logit is 1 or less; else of logits over the largest one
@@ -94,15 +98,19 @@ def load_sparse(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         )
     try:
         metadata = {key: json.loads(text) for key, text in texts.items()}
-        state = {}
+    except (ValueError, RecursionError) as error:
+        raise FaultError(f"{path} is damaged: its metadata are no JSON") from error
+    check(metadata, record({"shapes": mapping(list[Count]), "densities": mapping(Share)}), path)
+    name, state = "", {}
+    try:
         for name, shape in metadata["shapes"].items():
             if name in metadata["densities"]:
                 values, positions = tensors[f"{name}.values"], tensors[f"{name}.positions"]
                 state[name] = _unpack(values, positions, math.prod(shape)).view(shape)
             else:
                 state[name] = tensors[name].view(shape)
-    except (ValueError, KeyError, RuntimeError) as error:
-        raise FaultError(f"{path} is damaged: its tensors do not fit its metadata") from error
+    except (ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise FaultError(f"{path} is damaged: its tensors do not fit its metadata: {name}") from error
     return state, metadata
 
 
@@ -240,6 +248,7 @@ def to_onnx(network: nn.Module, input_shape: Sequence[int]) -> bytes:
         model = program.model_proto
         for node in model.graph.node:
             del node.metadata_props[:]  # stack traces, with paths of this machine
+        model.producer_name = PRODUCER
         content = model.SerializeToString()
         session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
         logits = torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
@@ -276,9 +285,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--onnx", type=flags.path, metavar="OUT.onnx", help="also write the network, dense, for ONNX runtimes"
     )
     args = parser.parse_args(argv)
-    for path, suffix in ((args.output, ".safetensors"), (args.onnx, ".onnx")):
+    for path, suffix, mark in ((args.output, ".safetensors", '"format_version"'), (args.onnx, ".onnx", PRODUCER)):
         if path and path.suffix != suffix:
             raise UsageError(f"{path}: give it a name that ends in {suffix}")
+        if path:
+            check_output(path, mark)
 
     source = RunFolder(args.run).previous if args.run.is_dir() else args.run
     state, config = _read_state(source), _read_config(source)

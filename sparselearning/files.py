@@ -17,6 +17,9 @@ from sparselearning.errors import FaultError, UsageError
 from sparselearning.records import History, flags_of
 from sparselearning.schema import FlagValue, Record, read
 
+MARK_WITHIN = 1 << 20
+"""Bytes from the beginning of a file in which :func:`check_output` looks for its mark."""
+
 
 def write_whole(path: Path, write: Callable[[IO[bytes]], None]) -> None:
     """Write a file under a temporary name, then rename it, so that no reader ever meets half of it.
@@ -52,6 +55,31 @@ def write_bytes(path: Path, content: bytes) -> None:
 def write_text(path: Path, text: str) -> None:
     """Write a file of text in UTF-8, whole or not at all."""
     write_bytes(path, text.encode())
+
+
+def check_output(path: Path, mark: str) -> None:
+    """Refuse a file to write, named by the user, if what stands there is not an earlier one of the same command.
+
+    Args:
+        path: of the file.
+        mark: ASCII text near the beginning of every file that the command writes.
+
+    Raises:
+        UsageError: if something else stands there, or no file can.
+    """
+    try:
+        if path.is_file():
+            with path.open("rb") as file:
+                is_free = mark.encode() in file.read(MARK_WITHIN)
+        else:
+            is_free = not os.path.lexists(path)
+        above = next(folder for folder in path.absolute().parents if os.path.lexists(folder))
+    except OSError as error:
+        raise UsageError(f"{path} cannot be written: {error.strerror}") from error
+    if not is_free:
+        raise UsageError(f"{path} exists, and is no earlier output of this command: name another file")
+    if not above.is_dir():
+        raise UsageError(f"{path} cannot be written: {above} is no folder")
 
 
 def save_torch(path: Path, content: Mapping[str, Any]) -> None:

@@ -29,9 +29,9 @@ class SavedNetwork:
     masks: Mapping[str, Tensor]
     epoch: int
 
-    def write(self, path: Path) -> None:
-        """Write the file, whole or not at all."""
-        save_torch(path, vars(self))
+    def write(self, path: Path, made_by: str | None = None) -> None:
+        """Write the file, whole or not at all; ``made_by`` is its mark for ``files.check_output``."""
+        save_torch(path, ({"made_by": made_by} if made_by else {}) | vars(self))
 
     @classmethod
     def read(cls, path: Path) -> "SavedNetwork":

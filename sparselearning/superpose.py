@@ -55,8 +55,10 @@ def superpose(previous: Mapping[str, Tensor], ticket: Mapping[str, Tensor], fact
         that they are equal in the other network.
 
     Raises:
-        ValueError: if names or shapes differ.
+        ValueError: if names or shapes differ, or the factor lies outside [0, 1].
     """
+    if not 0 <= factor <= 1:
+        raise ValueError(f"the factor of a ticket lies in [0, 1], not {factor}")
     if differing := differing_entries(previous, ticket):
         raise ValueError(f"only networks of the same architecture superpose; these differ in {differing[:3]}")
     averaged: State = {}
@@ -131,6 +133,9 @@ def update_bn(loader: Iterable, model: nn.Module, device: torch.device | str | N
         model: any module; left alone if it has no BatchNorm with running statistics. Its mode, its BatchNorms'
             momenta, and gradients are as before.
         device: where to move the batches; None: they are there already.
+
+    Raises:
+        ValueError: if there is no batch on any rank; the statistics are as before then.
     """
     model = distributed.without_data_parallel(model)  # ranks may have different numbers of batches
     norms = batchnorms(model)
@@ -138,14 +143,21 @@ def update_bn(loader: Iterable, model: nn.Module, device: torch.device | str | N
         return
     modes = {module: module.training for module in model.modules()}
     momenta = {norm: norm.momentum for norm in norms}
+    before = [(buffer, buffer.clone()) for norm in norms for buffer in norm.buffers()]
     for norm in norms:
         norm.reset_running_stats()
+    batches = 0
     counting = [norm.register_forward_pre_hook(_average_cumulatively()) for norm in norms]
     model.train()
     try:
         for batch in loader:
             images = batch[0] if isinstance(batch, list | tuple) else batch
             model(images if device is None else images.to(device, non_blocking=True))
+            batches += 1
+        if distributed.max_over_ranks(batches) == 0:
+            for buffer, value in before:
+                buffer.copy_(value)
+            raise ValueError("there is no batch to estimate BatchNorm statistics on: is the loader used up?")
         for norm in norms:
             _pool_over_ranks(norm)
     finally:

@@ -336,3 +336,18 @@ def test_damaged_flags_are_named_or_harmless(run, monkeypatch):
             assert named or place[0] in ("data", "data_dir", "model", "valid_split", "fp16"), (place, damage, sentence)
         assert path.read_text() == damaged
     assert refused > 300
+
+
+@pytest.mark.parametrize("name", ["model_previous.pth", "config.json", "tickets"])
+def test_a_saved_network_replaces_nothing_of_the_run(run, name):
+    path = run / name
+    before = path.read_bytes() if path.is_file() else None
+    with pytest.raises(UsageError, match=name):
+        analyse(run, "--save-network", path)
+    assert (path.read_bytes() if path.is_file() else None) == before
+
+
+def test_a_saved_network_replaces_an_earlier_one(run, tmp_path):
+    for _ in range(2):
+        analyse(run, "--save-network", tmp_path / "again.pth", "--points", 2)
+    assert set(load(tmp_path / "again.pth")) == {"made_by", "state_dict", "masks", "epoch"}

@@ -380,14 +380,54 @@ class TestCommand:
             export.main([str(run), str(tmp_path / names[0]), "--onnx", str(tmp_path / names[1])])
 
     def test_a_fault_leaves_what_was_there(self, run, tmp_path, onnx, monkeypatch):
-        (tmp_path / "out.safetensors").write_text("precious")
+        export.main([str(run), str(tmp_path / "out.safetensors")])  # anything else would be refused at once
+        earlier = (tmp_path / "out.safetensors").read_bytes()
         monkeypatch.setattr(export, "TOLERANCE", -1)
         with pytest.raises(FaultError, match="differs"):
             export.main([str(run), str(tmp_path / "out.safetensors"), "--onnx", str(tmp_path / "out.onnx")])
-        assert (tmp_path / "out.safetensors").read_text() == "precious"
+        assert (tmp_path / "out.safetensors").read_bytes() == earlier
         assert not (tmp_path / "out.onnx").exists()
 
     def test_a_damaged_config_is_a_fault(self, run, tmp_path):
         (run / "config.json").write_text("{")
         with pytest.raises(FaultError, match=r"config\.json"):
             export.main([str(run), str(tmp_path / "out.safetensors")])
+
+
+DAMAGED_METADATA = [
+    ("shapes", "3"), ("shapes", "[]"), ("shapes", '{"w": "many"}'), ("shapes", '{"w": [-8, -8]}'),
+    ("shapes", '{"w": [2, 2]}'), ("shapes", '{"other": [8, 8]}'), ("densities", "null"), ("densities", '{"w": "1"}'),
+    ("densities", '{"w": NaN}'), ("densities", "{}"), ("shapes", "no JSON"), ("shapes", "[" * 100_000),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "text"), DAMAGED_METADATA, ids=[f"{n}: {t[:20]}" for n, t in DAMAGED_METADATA])
+def test_damaged_metadata_are_told(tmp_path, name, text):
+    path = tmp_path / "x.safetensors"
+    save_sparse(path, {"w": sparse(8, 8)}, {})
+    with safetensors_torch.safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    safetensors_torch.save_file(safetensors_torch.load_file(path), path, metadata | {name: text})
+    with pytest.raises(FaultError, match=r"x\.safetensors is damaged"):
+        load_sparse(path)
+
+
+def test_the_wrong_positions_are_told(tmp_path):
+    path = tmp_path / "x.safetensors"
+    save_sparse(path, {"w": sparse(8, 8)}, {})
+    with safetensors_torch.safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    tensors = safetensors_torch.load_file(path)
+    safetensors_torch.save_file(tensors | {"w.positions": tensors["w.positions"].float()}, path, metadata)
+    with pytest.raises(FaultError, match=r"x\.safetensors is damaged.*: w"):
+        load_sparse(path)
+
+
+def test_an_export_replaces_an_earlier_one_and_nothing_else(run, tmp_path):
+    out = tmp_path / "out.safetensors"
+    for _ in range(2):
+        export.main([str(run), str(out)])
+    out.write_text("mine")
+    with pytest.raises(UsageError, match=r"out\.safetensors exists"):
+        export.main([str(run), str(out)])
+    assert out.read_text() == "mine"

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from sparselearning.errors import FaultError, UsageError
 from sparselearning.files import (
     RunFolder,
+    check_output,
     copy_whole,
     find_checkpoint,
     load_torch,
@@ -153,6 +154,25 @@ def test_json_files(tmp_path):
     assert [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()] == [{"a": 1}, {"a": 2}]
     write_jsonl(tmp_path / "a.jsonl", [])
     assert (tmp_path / "a.jsonl").read_text() == ""
+
+
+def test_a_command_replaces_what_it_wrote_itself(tmp_path):
+    check_output(tmp_path / "new" / "file", "made by me")
+    (tmp_path / "file").write_text("made by me: 1")
+    check_output(tmp_path / "file", "made by me")
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.skipif(not Path("/dev/null").exists(), reason="needs /dev/null")
+def test_a_command_replaces_nothing_else(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    os.mkfifo(tmp_path / "pipe")
+    for name in ("file", "folder", "link", "pipe", "file/below", "n" * 300, "/dev/null"):
+        with pytest.raises(UsageError, match=name):
+            check_output(tmp_path / name, "made by me")
+    assert (tmp_path / "file").read_text() == "mine"
 
 
 # --------------------------------------------------------------------------------------------- reading tensors back

@@ -1557,3 +1557,14 @@ def test_the_optimizer_of_another_model_is_refused():
 def test_options_are_given_by_keyword():
     with pytest.raises(TypeError):
         Masking(sgd(SmallNet()), "DST")
+
+
+@pytest.mark.parametrize("state", [{}, {"masks": {}}, {"masks": 3}])
+def test_what_is_no_state_is_refused_in_a_sentence(state):
+    model = nn.Linear(4, 4)
+    masking = Masking(torch.optim.SGD(model.parameters(), lr=0.1))
+    masking.add_module(model)
+    before = masking.masks["weight"].clone()
+    with pytest.raises(UsageError, match="masks"):
+        masking.load_state_dict(state)
+    assert torch.equal(masking.masks["weight"], before)

@@ -291,3 +291,22 @@ def test_update_bn_reaches_through_wrappers(wrap):
     update_bn(batches("tensors"), wrap(wrapped))
     assert torch.allclose(plain[1].running_var, wrapped[1].running_var)
     assert plain[1].num_batches_tracked == wrapped[1].num_batches_tracked == 3
+
+
+@pytest.mark.parametrize("factor", [-0.1, 1.1, math.nan])
+def test_a_factor_outside_its_range_is_refused(factor):
+    with pytest.raises(ValueError, match="factor"):
+        superpose({"w": torch.zeros(2)}, {"w": torch.ones(2)}, factor)
+
+
+@pytest.mark.parametrize("loader", [[], iter(())])
+def test_batchnorm_statistics_stay_if_there_is_nothing_to_estimate_them_on(loader):
+    model = nn.Sequential(nn.BatchNorm1d(2)).eval()
+    model(torch.randn(4, 2))
+    model[0].running_mean.fill_(3.0)
+    before = {name: entry.clone() for name, entry in model.state_dict().items()}
+    with pytest.raises(ValueError, match="no batch"):
+        update_bn(loader, model)
+    assert all(torch.equal(entry, before[name]) for name, entry in model.state_dict().items())
+    assert not model.training
+    assert model[0].momentum == 0.1
