@@ -18,6 +18,8 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone runs without being installed
+
 import torch
 from cifar_data import Data, check_data_name, data_help, load_data
 from cifar_models import build_model, model_names

@@ -13,8 +13,11 @@ if __name__ == "__main__":  # Ctrl-C during the imports below, which take second
 
 import argparse
 import dataclasses
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone runs without being installed
 
 import torch
 from imagenet_data import load_imagenet

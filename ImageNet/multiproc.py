@@ -14,6 +14,9 @@ if __name__ == "__main__":  # Ctrl-C during the imports below, which take second
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone runs without being installed
 
 from sparselearning.launch import launch
 from sparselearning.script import run_script

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import unfold
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone runs without being installed
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "CIFAR"))
 
 from cifar_models import build_model

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone runs without being installed
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "CIFAR"))
 
 import references

@@ -1,9 +1,12 @@
 """The README keeps its promises: it names every flag, and its library example runs as printed."""
 
 import json
+import os
 import re
 import runpy
+import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -15,6 +18,12 @@ from sparselearning import report
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+SCRIPTS = [
+    str(path)
+    for folder in ("CIFAR", "ImageNet", "benchmarks")
+    for path in sorted((ROOT / folder).glob("*.py"))
+    if path.read_text().startswith("#!")
+]
 
 
 @pytest.mark.parametrize("script", ["CIFAR/main_suptickets.py", "ImageNet/main.py"])
@@ -26,6 +35,30 @@ def test_names_every_flag(script, capsys, monkeypatch):
     flags = {flag for flag in flags if not flag.startswith("--no-") or flag == "--no-cuda"}
     assert len(flags) > 40
     assert {flag for flag in flags if f"`{flag}" not in README} == set()
+
+
+def test_every_script_of_a_clone_finds_the_library_without_an_installation(tmp_path):
+    code = """
+import runpy, sys
+root, *scripts = sys.argv[1:]
+packages = [*sys.path]
+for script in scripts:
+    sys.path[:] = [script.rpartition("/")[0], *packages]
+    for name in [name for name, module in sys.modules.items() if str(getattr(module, "__file__", "")).startswith(root)]:
+        del sys.modules[name]
+    runpy.run_path(script, run_name="not called")
+    assert sys.modules["sparselearning"].__file__.startswith(root)
+"""
+    # -S: packages installed in place are invisible, those of PYTHONPATH are not.
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", code, str(ROOT), *SCRIPTS],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": sysconfig.get_path("purelib")},
+        capture_output=True,
+        text=True,
+    )
+    assert len(SCRIPTS) == 9
+    assert done.returncode == 0, done.stderr
 
 
 def test_library_example_runs():
