@@ -1,12 +1,17 @@
 """Every entry of every JSON file of a run, damaged in every way: one sentence that names file and entry, or no harm."""
 
+import contextlib
 import io
 import json
 
+import main_suptickets
 import pytest
+import sweep
 from test_report import save_networks, write_analysis, write_run
 
-from sparselearning.errors import FaultError
+from sparselearning import experiment, flags
+from sparselearning.errors import FaultError, UsageError
+from sparselearning.files import RunFolder, write_json
 from sparselearning.progress import run_table
 from sparselearning.report import main
 from sparselearning.runs import group_runs, read_run
@@ -140,3 +145,27 @@ def test_a_damaged_run_ends_the_command_with_one_sentence(tmp_path):
     ):
         main([str(tmp_path / "run"), "--no-plots"])
     assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == before
+
+
+def test_damaged_configurations_stop_a_sweep_and_a_resumed_run_or_do_no_harm(tmp_path):
+    """A sweep compares flags with those of the folder; a run that goes on adds where it does."""
+    folder = RunFolder(tmp_path / "rigl" / "seed7")
+    words = ["--pre_train", "--cyclic_train", "--data", "digits", "--final-density", "0.1"]
+    environment = {"commit": "abc1234", "versions": {"torch": "2.11"}, "device": "cpu: Fast", "threads": 2}
+    args = main_suptickets.parse(sweep.planned("rigl", 7, words, tmp_path, control=False).flags)
+    content = flags.values(args) | environment | {"resumed": [environment | {"commit": "def5678"}]}
+    refused = 0
+    write_json(folder.config, content)
+    for place, damage, damaged in damages(folder.config.read_text(), lines=False):
+        folder.config.write_text(damaged)
+        sentence = refusal(experiment._note_environment, folder, environment | {"commit": "def5678"})
+        if sentence:
+            refused += 1
+            assert str(folder.config) in sentence, (place, damage, sentence)
+            assert damage in UNREADABLE or names(sentence, place), (place, damage, sentence)
+            assert folder.config.read_text() == damaged
+        if place[0] in ("lr", "seed", "versions", "resumed"):  # one of each kind: this takes longer
+            with contextlib.suppress(UsageError):  # as the flags of another run have it
+                again = refusal(sweep.planned, "rigl", 7, words, tmp_path, False)
+                assert (again is None) == (sentence is None), (place, damage, again)
+    assert refused > 200
