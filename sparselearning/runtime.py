@@ -89,7 +89,7 @@ def _breaks_in_channels_last(layer: nn.Module) -> bool:
 
     On x86 processors with AVX2 but without AVX-512, oneDNN's weight gradient of such a 1x1 convolution does: it packs
     the pixels that the stride keeps eight channels apart, into space for no more than there are
-    (https://github.com/uxlfoundation/oneDNN/issues/6035). PyTorch 2.11 to 2.14 have it; this rule can go with the last
+    (https://github.com/uxlfoundation/oneDNN/issues/6035). PyTorch 2.11 to 2.15 have it; this rule can go with the last
     of those that pyproject.toml accepts.
     """
     return (

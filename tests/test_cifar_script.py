@@ -572,6 +572,9 @@ def test_the_test_set_is_touched_once_at_the_end(script, monkeypatch):
             log.append(self.name)
             return self.source.epoch(*args)
 
+        def use_memory_format(self, memory_format):
+            self.source.use_memory_format(memory_format)
+
     def load_counted(*args, **options):
         loaded = cifar_data.load_data(*args, **options)
         assert loaded.train.num_samples == 30
