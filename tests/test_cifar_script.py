@@ -998,7 +998,7 @@ def test_events_where_a_file_stands(script, capsys):
     "error", [MemoryError(), RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried …")]
 )
 def test_more_memory_than_there_is(script, capsys, monkeypatch, error):
-    def build(*args):
+    def build(*args, **options):
         raise error
 
     monkeypatch.setattr(main_suptickets, "build_model", build)
