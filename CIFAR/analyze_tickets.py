@@ -43,8 +43,9 @@ from sparselearning.analysis import (
     Settings,
     ticket_name,
 )
-from sparselearning.costs import overall_density
+from sparselearning.costs import layer_flops, overall_density
 from sparselearning.errors import FaultError, UsageError
+from sparselearning.execution import sparse_network
 from sparselearning.files import RunFolder, check_output, write_json
 from sparselearning.layers import maskable_parameters
 from sparselearning.networks import SavedNetwork, load_weights
@@ -233,8 +234,14 @@ class Bench:
         device, runtime = flags.runtime(args).start()
         data, model = main_suptickets.load(args, runtime, device)
         network: Any = torch.compile(model) if runtime.compile else model
+        sparse = None
+        if args.sparse and runtime.execution != "masked":
+            sample_shape = (data.channels, data.image_size, data.image_size)
+            flops = layer_flops(model, sample_shape) if runtime.execution == "auto" else None
+            weights = maskable_parameters(model, args.rm_first, args.dense_layers or ())
+            network = sparse = sparse_network(model, weights, layer_flops=flops)
         labels = torch.cat([batch.labels for batch in data.evaluation.epoch(0)])
-        return cls(Passes(model, network, runtime.precision()), data, labels)
+        return cls(Passes(model, network, runtime.precision(), sparse=sparse), data, labels)
 
     def load_ticket(self, folder: RunFolder, number: int) -> Network:
         """Read a ticket that a run kept. A dense one counts as masked where its weights are zero.

@@ -119,6 +119,7 @@ class Trainer:
         self._tally = Tally(self.device)  # of this rank in this epoch
         self._costs = CostMeter(layer_flops)  # the same
         self._bad_batch = torch.full((), -1, device=self.device)  # first batch of the epoch with a loss not finite
+        self._explorable = False  # the gradients at hand are dense ones of an epoch's last batch
         self._seconds = 0.0
         self._schema = CheckpointSchema(passes, optimizer, masking, plan, len(sources.train))
         self._stop = distributed.AgreedFlag()
@@ -191,7 +192,9 @@ class Trainer:
 
     def train_batch(self, batch: Batch) -> None:
         """One step: backward pass, optimizer, masks, topology update when due."""
-        logits, loss = self.passes.backward(batch)
+        # The exploration that opens the next epoch reads the gradients of this epoch's last batch.
+        self._explorable = self.plan.explores_before(self.epoch + 1) and self.batch + 1 == len(self.sources.train)
+        logits, loss = self.passes.backward(batch, dense_gradients=self._explorable)
         finite = torch.isfinite(loss.detach())
         self._bad_batch = torch.where(finite | (self._bad_batch >= 0), self._bad_batch, self.batch)
         update_due = self.masking is not None and self.masking.update_due
@@ -200,8 +203,7 @@ class Trainer:
         scaler = self.passes.precision.scaler
         if self.masking:
             try:
-                # The exploration that opens the next epoch reads the gradients of this epoch's last batch.
-                self.masking.step(scaler, keep_gradients=self.plan.explores_before(self.epoch + 1))
+                self.masking.step(scaler, keep_gradients=self._explorable)
             except SelectionError as error:
                 raise self._diverged(self.batch) from error
         else:
@@ -271,10 +273,10 @@ class Trainer:
             self._write_networks(0, epochs)
 
     def _open_cycle(self) -> None:
-        """Explore connections if a cycle starts here, on the last batch's gradients (or a first batch's, if none)."""
+        """Explore connections if a cycle starts here, on the last batch's gradients, or else a first one's."""
         if not self.masking or not self.plan.explores_before(self.epoch):
             return
-        if all(parameter.grad is None for parameter in self.model.parameters()):
+        if not self._explorable:
             self._look_at_gradients(scaled=True)
         if not self.masking.gradients_are_finite():
             # Scaled float16 gradients may overflow; the optimizer skips such steps, but here they are all there is.
@@ -288,7 +290,7 @@ class Trainer:
         """Compute the gradients of the epoch's first batch, ahead of training on it."""
         self.passes.network.train()
         with keeping_buffers(self.model):
-            self.passes.backward(next(iter(self.sources.train.epoch(self.epoch))), scaled)
+            self.passes.backward(next(iter(self.sources.train.epoch(self.epoch))), scaled, dense_gradients=True)
 
     def _superpose_ticket(self, ticket_acc: float) -> TicketRow:
         """Superpose the network as it is with the superposition so far; the network itself stays as it is."""
@@ -524,6 +526,7 @@ class Trainer:
         self.continues = True
         self._take_over(saved)
         self.epoch, self.batch, self.trained = saved["epoch"], saved["batch"], saved["trained"]
+        self._explorable = bool(saved["gradients"])
         for name, parameter in self.model.named_parameters():
             if saved["gradients"] and saved["gradients"][name] is not None:
                 parameter.grad = torch.empty_like(parameter).copy_(saved["gradients"][name])

@@ -17,6 +17,7 @@ from sparselearning.data import Batch
 from sparselearning.distributions import active_count
 from sparselearning.engine import Sources, Trainer
 from sparselearning.errors import UsageError
+from sparselearning.execution import sparse_execution
 from sparselearning.files import RunFolder, find_checkpoint, load_torch, write_json
 from sparselearning.layers import maskable_parameters
 from sparselearning.masking import Masking
@@ -122,16 +123,20 @@ def prepare(
     if sparse:
         init = _first_masks(plan, sparse, continues)
         masking, keeps_pattern = _mask(recipe, sparse, init), init == "resume"
+    flops = layer_flops(recipe.model, recipe.sample_shape)
     network: Any = torch.compile(recipe.model) if runtime.compile else recipe.model
+    executed = None
+    if masking and runtime.execution != "masked":
+        network = executed = sparse_execution(recipe.model, masking, flops if runtime.execution == "auto" else None)
     trainer = Trainer(
-        Passes(recipe.model, distributed.wrap(network, device), runtime.precision(), recipe.label_smoothing),
+        Passes(recipe.model, distributed.wrap(network, device), runtime.precision(), recipe.label_smoothing, executed),
         recipe.optimizer,
         masking,
         recipe.sources,
         plan,
         output.folder,
         Progress(output.tensorboard),
-        layer_flops=layer_flops(recipe.model, recipe.sample_shape),
+        layer_flops=flops,
         log_interval=output.log_interval,
         keep_tickets=output.keep_tickets,
         keep_checkpoints=output.keep_checkpoints,
@@ -166,6 +171,8 @@ def run(recipe: Recipe, plan: Plan, sparse: SparseTraining | None, runtime: Runt
         trainer = prepare(recipe, plan, sparse, runtime, output, stop_signal)
         if trainer.masking and plan.explores_before(trainer.epoch) and not trainer.continues:
             trainer.masking.check_can_explore()
+        if distributed.is_main() and trainer.masking:
+            print(f"execution: {_execution(trainer)}", flush=True)
         distributed.on_main(lambda: _open_folder(output, trainer, held))
         summary = trainer.run()
         if distributed.is_main():
@@ -211,6 +218,14 @@ def _densities_at_end(masking: Masking) -> dict[str, float | None]:
     if masking.updates_enabled and (prunes_anywhere or redistributes):
         found = dict.fromkeys(found)
     return found | {"all": total}
+
+
+def _execution(trainer: Trainer) -> str:
+    """How the run begins to compute: ``auto`` may change over as masks change."""
+    sparse = trainer.passes.sparse
+    if sparse is None:
+        return "masked" if trainer.masking else "dense"
+    return "sparse" if sparse.is_sparse else "masked, as too many weights are active for more to pay"
 
 
 def _mask(recipe: Recipe, sparse: SparseTraining, init: str) -> Masking:
@@ -346,7 +361,7 @@ def _open_folder(output: Output, trainer: Trainer, held: ExitStack) -> None:
         if source and not goes_back:
             folder.copy_from(source.path)
     if not folder.config.exists():
-        write_json(folder.config, output.config)
+        write_json(folder.config, {**output.config, "executed": _execution(trainer)})
     else:
         _note_environment(folder, output.config)
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from sparselearning import execution
 from sparselearning.errors import FaultError, UsageError
 from sparselearning.experiment import SparseTraining
 from sparselearning.plan import EpochBudget, Plan
@@ -168,6 +169,11 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
         help="keep the channels of a pixel together in memory, which most convolutions are faster on",
     )  # fmt: skip
     group.add_argument(
+        "--execution", choices=execution.EXECUTIONS, default="auto",
+        help="masked multiplies by the zeros of inactive weights; sparse computes with active ones alone, on CPUs; "
+        "auto is what is faster by shapes and densities, always masked on a GPU",
+    )  # fmt: skip
+    group.add_argument(
         "--compile", action="store_true", help="compile the network's passes: slower start, faster steps"
     )
     group.add_argument(
@@ -291,6 +297,17 @@ def check(args: argparse.Namespace, momentum_is_zero: bool, has_weights: bool) -
         UsageError: one sentence about the first contradiction.
     """
     warnings: list[str] = []
+    if args.execution == "sparse":
+        if not args.sparse:
+            raise UsageError("--execution sparse is about masks: give --sparse as well")
+        if args.compile or args.fp16 or args.amp not in (None, "auto", "off"):
+            raise UsageError(
+                "--execution sparse computes in float32 and is not compiled: leave out --compile and --amp"
+            )
+        if not execution.is_available():
+            raise UsageError(
+                "--execution sparse compiles its kernels with a package that is missing: pip install numba"
+            )
     if args.fp16 and args.amp not in (None, "fp16"):
         raise UsageError(f"--fp16 means --amp fp16, which contradicts --amp {args.amp}")
     if not (args.pre_train or args.cyclic_train):
@@ -302,6 +319,8 @@ def check(args: argparse.Namespace, momentum_is_zero: bool, has_weights: bool) -
             if getattr(args, flag):
                 raise UsageError(f"--{flag} is about masks: give --sparse as well")
         return warnings
+    if args.execution == "auto" and not execution.is_available():
+        warnings.append("masks save no time on a CPU without the package that compiles kernels: pip install numba")
     if args.fix and args.re_explore:
         raise UsageError("--fix freezes the topology and --re_explore changes it: give one of them")
     if SPARSE_INITS[args.sparse_init].needs_trained_weights and not has_weights:
@@ -451,6 +470,7 @@ def runtime(args: argparse.Namespace) -> Runtime:
         amp="fp16" if args.fp16 else args.amp or "auto",
         channels_last=args.channels_last,
         compile=args.compile,
+        execution=args.execution,
         tf32=args.tf32,
         deterministic=args.deterministic,
         static_loss_scale=getattr(args, "static_loss_scale", None),

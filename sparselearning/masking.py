@@ -333,6 +333,16 @@ class Masking:
         """Whether the next :meth:`step` ends with a topology update."""
         return self.updates_enabled and (self._overdue or (self.steps + 1) % self.update_frequency == 0)
 
+    @property
+    def needs_dense_gradients(self) -> bool:
+        """Whether the next :meth:`step` reads gradients of inactive weights, which the backward pass then computes."""
+        return self._tracks_momentum or (self._method.grows and self._reads_gradient and self.update_due)
+
+    @property
+    def parameters(self) -> Mapping[str, nn.Parameter]:
+        """The weights that have masks, by the names that the masks go by."""
+        return self._parameters
+
     @torch.no_grad()
     def truncate_weights(self, prune_rate: float | None = None) -> None:
         """Prune and grow once, now, on the gradients at hand; the density stays as it is.

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,9 @@ from sparselearning.data import Batch
 from sparselearning.schema import Mismatch
 from sparselearning.superpose import State, update_bn
 from sparselearning.tensor_schema import tensor
+
+if TYPE_CHECKING:
+    from sparselearning.execution.network import SparseNetwork
 
 
 @dataclass(frozen=True)
@@ -40,29 +43,34 @@ class Passes:
             statistics are re-estimated on the model itself.
         precision: number formats of the forward pass.
         label_smoothing: of the training loss, in [0, 1).
+        sparse: what computes the model's passes with active weights alone, inside ``network``; None: nothing does.
     """
 
     model: nn.Module
     network: nn.Module
     precision: Precision = Precision()
     label_smoothing: float = 0.0
+    sparse: "SparseNetwork | None" = None
 
     @property
     def device(self) -> torch.device:
         """Where the network is."""
         return next(self.model.parameters()).device
 
-    def backward(self, batch: Batch, scaled: bool = True) -> tuple[Tensor, Tensor]:
+    def backward(self, batch: Batch, scaled: bool = True, dense_gradients: bool = False) -> tuple[Tensor, Tensor]:
         """Compute the gradients of one batch, averaged over the ranks, in whatever mode the network is.
 
         Args:
             batch: this rank's share.
             scaled: leave the gradients multiplied by the loss scale, if there is one.
+            dense_gradients: compute those of inactive weights even where the coming step does not read them.
 
         Returns:
             The share's logits [n, classes] and mean loss.
         """
         self.model.zero_grad()
+        if self.sparse is not None:
+            self.sparse.dense_gradients = dense_gradients
         with self.precision.context(self.device):
             logits = self.network(batch.images)
             loss = F.cross_entropy(logits, batch.labels, label_smoothing=self.label_smoothing)
@@ -94,7 +102,7 @@ class Passes:
     def re_estimate_bn(self, batches: Iterable[Batch]) -> None:
         """Estimate the BatchNorm statistics anew on these batches."""
         with self.precision.context(self.device):
-            update_bn(batches, self.model)
+            update_bn(batches, self.sparse or self.model)
 
     def state(self) -> State:
         """A copy of the network's weights and statistics as they are."""

@@ -1,12 +1,14 @@
 """Where and in which number formats a run computes."""
 
+import ctypes
 import os
+import sys
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from sparselearning import distributed, provenance
+from sparselearning import distributed, execution, provenance
 from sparselearning.errors import UsageError
 from sparselearning.passes import Precision
 
@@ -26,6 +28,8 @@ class Runtime:
         tf32: let float32 products on a GPU round their inputs to TensorFloat-32.
         deterministic: only algorithms whose result repeats bit by bit on a GPU.
         static_loss_scale: fixed loss scale of fp16; None: adapted to the gradients.
+        execution: whether a masked network multiplies by zeros (``masked``), computes with active weights alone on a
+            CPU (``sparse``), or does what is faster (``auto``).
     """
 
     use_cuda: bool = True
@@ -35,6 +39,7 @@ class Runtime:
     tf32: bool = True
     deterministic: bool = False
     static_loss_scale: float | None = None
+    execution: str = "auto"
 
     def start(self) -> tuple[torch.device, "Runtime"]:
         """Join the other ranks, if any, choose the device and set it up.
@@ -49,8 +54,12 @@ class Runtime:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)
         device = distributed.start(self.use_cuda and torch.cuda.is_available())
+        if device.type == "cpu":
+            _keep_freed_memory()
         if self.amp == "fp16" and device.type != "cuda":
             raise UsageError("float16 training needs a GPU, and none is in use here: try --amp bf16")
+        if self.execution == "sparse" and device.type != "cpu":
+            raise UsageError("--execution sparse is for CPUs: add --no-cuda, or leave it out")
         torch.set_float32_matmul_precision("high" if self.tf32 else "highest")
         torch.backends.cudnn.allow_tf32 = self.tf32
         torch.backends.cudnn.benchmark = not self.deterministic
@@ -59,7 +68,10 @@ class Runtime:
     def resolved(self, device: torch.device) -> "Runtime":
         """The same with ``auto`` replaced by what suits the device."""
         has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        return replace(self, amp="bf16" if has_bf16 else "off") if self.amp == "auto" else self
+        amp = self.amp if self.amp != "auto" else "bf16" if has_bf16 else "off"
+        can_be_sparse = device.type == "cpu" and amp == "off" and not self.compile and execution.is_available()
+        masked = self.execution == "auto" and not can_be_sparse
+        return replace(self, amp=amp, execution="masked" if masked else self.execution)
 
     def description(self, device: torch.device) -> str:
         """One line about where and how a run computes; ``self`` is :meth:`resolved`."""
@@ -98,6 +110,19 @@ def _breaks_in_channels_last(layer: nn.Module) -> bool:
         and layer.stride != (1, 1)
         and layer.in_channels < 8
     )
+
+
+def _keep_freed_memory() -> None:
+    """Have the C library keep memory that is freed, where it is glibc.
+
+    By default it gives large blocks back to the system, which then clears every page anew when the next activation
+    asks for one: a fifth of a training step.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        trim_threshold, mmap_threshold, largest = -1, -3, 2**31 - 1
+        mallopt(trim_threshold, largest)
+        mallopt(mmap_threshold, largest)
 
 
 class StaticScaler(torch.amp.GradScaler):

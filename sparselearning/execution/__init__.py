@@ -1,0 +1,60 @@
+"""Computing with active weights alone, on CPUs. Numba compiles the kernels when they are first needed."""
+
+from collections.abc import Mapping
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from sparselearning.errors import UsageError
+from sparselearning.masking import Masking
+
+if TYPE_CHECKING:
+    from sparselearning.execution.network import SparseNetwork
+
+EXECUTIONS = ("auto", "masked", "sparse")
+"""How a run computes: ``masked`` multiplies by zeros, ``sparse`` leaves them out, ``auto`` is what is faster."""
+
+
+def is_available() -> bool:
+    """Whether what compiles the kernels is installed."""
+    return find_spec("numba") is not None
+
+
+def sparse_execution(
+    model: nn.Module, masking: Masking, layer_flops: Mapping[str, float] | None = None
+) -> "SparseNetwork":
+    """Return a network to call in place of ``model`` while training on a CPU: it computes with active weights alone.
+
+    Results equal the model's own but for rounding. Parameters, gradients, optimizer and masks stay what they are.
+    Gradients of inactive weights are zero, but in steps in which ``masking`` reads them; before a ``truncate_weights``
+    by gradient, set ``dense_gradients`` of the network for the backward pass that it reads.
+
+    Args:
+        model: on the CPU, in float32.
+        masking: that this model was added to.
+        layer_flops: dense forward FLOPs of each layer (``costs.layer_flops``); with them, a forward pass computes as
+            the model does for as long as too many weights are active for anything else to pay.
+
+    Raises:
+        UsageError: if Numba is not installed, there are no masks yet, or a weight is elsewhere or of another type.
+    """
+    return sparse_network(model, masking.parameters, masking, layer_flops)
+
+
+def sparse_network(
+    model: nn.Module,
+    weights: Mapping[str, nn.Parameter],
+    masking: Masking | None = None,
+    layer_flops: Mapping[str, float] | None = None,
+) -> "SparseNetwork":
+    """The same for ``weights`` alone and, without ``masking``, for networks that are not trained.
+
+    Raises:
+        UsageError: if Numba is not installed, there are no weights, or one is elsewhere or of another type.
+    """
+    if not is_available():
+        raise UsageError("sparse execution compiles its kernels with a package that is missing: pip install numba")
+    from sparselearning.execution.network import SparseNetwork
+
+    return SparseNetwork(model, weights, masking, layer_flops)

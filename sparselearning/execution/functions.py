@@ -1,0 +1,429 @@
+"""Convolutions and linear layers that compute with their active weights alone, as autograd functions.
+
+Activations are ordinary tensors [image, channel, row, column] that lie in memory as [channel, row, column, image]
+(:func:`image_last`); weights and their gradients are ordinary dense tensors, zero where inactive.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sparselearning.execution import threads
+from sparselearning.execution.kernels import contraction, correlate
+from sparselearning.execution.lists import Correlation, Grid, WeightList
+from sparselearning.execution.planes import PLANES, normalise, statistics
+from sparselearning.execution.planes import backward as planes_backward
+
+
+def image_last(activations: Tensor) -> Tensor:
+    """View of [image, channel, …] as contiguous [channel, …, image], by a copy if it lies otherwise in memory."""
+    return activations.movedim(0, -1).contiguous()
+
+
+def empty_activations(images: int, channels: int, *plane: int) -> Tensor:
+    """Uninitialised [image, channel, …], lying in memory as [channel, …, image]."""
+    strides = [images]
+    for size in reversed(plane):
+        strides.insert(0, strides[0] * size)
+    return torch.empty_strided((images, channels, *plane), (1, *strides))
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a layer does, whatever its weights: a linear layer is a convolution of one tap on planes of one number."""
+
+    outputs: int
+    channels: int
+    kernel: tuple[int, int]
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (0, 0)
+
+    def target(self, source: Grid) -> Grid:
+        """Plane of the output for one of the input."""
+        rows, columns = (
+            (size + 2 * pad - kernel) // stride + 1
+            for size, pad, kernel, stride in zip(
+                (source.rows, source.columns), self.padding, self.kernel, self.stride, strict=True
+            )
+        )
+        return Grid(rows, columns, source.images)
+
+    def forward(self, source: Grid, shares: int, active: int) -> Correlation:
+        """The forward pass, whose lists also serve the gradient of the weights."""
+        target = self.target(source)
+        taps = tuple(
+            (row - self.padding[0], column - self.padding[1])
+            for row in range(self.kernel[0])
+            for column in range(self.kernel[1])
+        )
+        if self.kernel == self.stride == (1, 1) and self.padding == (0, 0):  # planes are lines, images columns
+            source = target = Grid(1, source.rows * source.columns * source.images, 1)
+        size = target.rows * target.columns * target.images
+        strides = (size, target.columns * target.images, target.images)
+        return Correlation(self.channels, self.outputs, source, target, self.stride, taps, strides, shares, active)
+
+    def backward(self, source: Grid, shares: int, active: int) -> list[tuple[Correlation, np.ndarray, int]]:
+        """The gradient with respect to the input, for every ``stride``-th row and column at a time.
+
+        Returns:
+            For each phase, the correlation, the taps that reach it, and where in the input it begins, in numbers.
+        """
+        if self.kernel == self.stride == (1, 1) and self.padding == (0, 0):
+            line = Grid(1, source.rows * source.columns * source.images, 1)
+            strides = (line.columns, line.columns, 1)
+            whole = Correlation(self.outputs, self.channels, line, line, (1, 1), ((0, 0),), strides, shares, active)
+            return [(whole, np.array([0]), 0)]
+        target = self.target(source)
+        phases = []
+        plane = source.rows * source.columns * source.images
+        for row_phase in range(min(self.stride[0], source.rows)):
+            for column_phase in range(min(self.stride[1], source.columns)):
+                reached: list[int] = []
+                taps: list[tuple[int, int]] = []
+                for tap in range(self.kernel[0] * self.kernel[1]):
+                    row, row_rest = divmod(row_phase + self.padding[0] - tap // self.kernel[1], self.stride[0])
+                    column, column_rest = divmod(column_phase + self.padding[1] - tap % self.kernel[1], self.stride[1])
+                    if row_rest == column_rest == 0:
+                        reached.append(tap)
+                        taps.append((row, column))
+                grid = Grid(
+                    -(-(source.rows - row_phase) // self.stride[0]),
+                    -(-(source.columns - column_phase) // self.stride[1]),
+                    source.images,
+                )
+                strides = (
+                    plane, self.stride[0] * source.columns * source.images, self.stride[1] * source.images,
+                )  # fmt: skip
+                part = active * len(taps) // (self.kernel[0] * self.kernel[1])
+                correlation = Correlation(
+                    self.outputs, self.channels, target, grid, (1, 1), tuple(taps), strides, shares, part
+                )
+                begin = (row_phase * source.columns + column_phase) * source.images
+                phases.append((correlation, np.array(reached, dtype=np.int64), begin))
+        return phases
+
+
+class _Kernel:
+    """A correlation with its list of active weights, ready to be run on any memory.
+
+    Attributes:
+        keeps_values: read the weights' values once for all, as they change no more.
+    """
+
+    def __init__(
+        self, correlation: Correlation, outputs: np.ndarray, channels: np.ndarray, taps: np.ndarray, places: np.ndarray
+    ) -> None:
+        self.correlation = correlation
+        self.keeps_values = False
+        self.list = WeightList.of(correlation, outputs, channels, taps)
+        self.places = torch.from_numpy(places[self.list.order])  # in the weight's memory
+        self.task = correlation.task()
+        self.task["offsets"] = self.list.offsets.ctypes.data
+        self.task["entries"] = self.list.entries.ctypes.data
+        self.task["entry_starts"] = self.list.entry_starts.ctypes.data
+        self._values: Tensor | None = None
+
+    def correlate(self, source: Tensor, target: Tensor, begin: int, weight: Tensor, bias: Tensor | None) -> None:
+        """Fill ``target``, whose phase begins at its number ``begin``."""
+        values = _memory(weight).index_select(0, self.places) if self._values is None else self._values
+        if self.keeps_values:
+            self._values = values
+        self._run(
+            correlate(*self.correlation.tile.block),
+            source=source.data_ptr(),
+            target=target.data_ptr() + 4 * begin,
+            values=values.data_ptr(),
+            bias=0 if bias is None else bias.data_ptr(),
+        )
+
+    def contract(self, source: Tensor, gradient: Tensor, for_weight: Tensor) -> None:
+        """Write the gradient of every active weight to its place in the gradient of all."""
+        parts = torch.zeros(self.correlation.shares, len(self.places))
+        self._run(
+            contraction(*self.correlation.tile.block),
+            source=source.data_ptr(),
+            target=gradient.data_ptr(),
+            results=parts.data_ptr(),
+            results_bytes=4 * len(self.places),
+        )
+        _memory(for_weight).index_copy_(0, self.places, parts.sum(dim=0))
+
+    def _run(self, kernel: Any, **memory: int) -> None:
+        task, shares = self.task, self.correlation.shares
+        for name, value in memory.items():
+            task[name] = value
+        task["work"] = _work(shares * int(task["work_bytes"][0]))
+        task["next_share"] = 0
+        threads.run(kernel.address, task.ctypes.data, shares)
+
+
+_scratch = torch.empty(0)
+
+
+def _work(size: int) -> int:
+    """Address of at least ``size`` bytes that kernels may write to; kept from call to call."""
+    global _scratch
+    if 4 * _scratch.numel() < size:
+        _scratch = torch.empty(-(-size // 4))
+    return _scratch.data_ptr()
+
+
+class ActiveWeights:
+    """A layer's shape and active weights, and the lists that the kernels read, made when first needed.
+
+    Args:
+        shape: of the layer.
+        mask: true where a weight is active, in the weight's shape; read now, not kept.
+        strides: of the weight, which is dense in memory.
+        keeps_values: read the weights' values once for all, as they change no more.
+    """
+
+    def __init__(self, shape: Shape, mask: Tensor, strides: Sequence[int], keeps_values: bool = False) -> None:
+        self.shape = shape
+        self._keeps_values = keeps_values
+        *index, self._taps = (i.numpy() for i in mask.reshape(shape.outputs, shape.channels, -1).nonzero(as_tuple=True))
+        self._outputs, self._channels = index
+        rows, columns = np.divmod(self._taps, shape.kernel[1])
+        full = (self._outputs, self._channels, rows, columns)
+        self._places = sum((i * stride for i, stride in zip(full, strides, strict=False)), np.zeros_like(self._taps))
+        self._kernels: dict[Any, Any] = {}
+
+    def forward(self, source: Grid) -> _Kernel:
+        """For the output, and for the gradient of the weights."""
+
+        def make(shares: int) -> _Kernel:
+            correlation = self.shape.forward(source, shares, len(self._places))
+            kernel = _Kernel(correlation, self._outputs, self._channels, self._taps, self._places)
+            kernel.keeps_values = self._keeps_values
+            return kernel
+
+        return self._kernel(("forward", source), make)
+
+    def backward(self, source: Grid) -> list[tuple[_Kernel, int]]:
+        """For the gradient of the input: of each phase the kernel, and where the phase begins."""
+
+        def make(shares: int) -> list[tuple[_Kernel, int]]:
+            kernels = []
+            for correlation, taps, begin in self.shape.backward(source, shares, len(self._places)):
+                number = np.full(self.shape.kernel[0] * self.shape.kernel[1], -1)
+                number[taps] = np.arange(len(taps))
+                there = number[self._taps] >= 0
+                weights = self._channels[there], self._outputs[there], number[self._taps[there]], self._places[there]
+                kernels.append((_Kernel(correlation, *weights), begin))
+            return kernels
+
+        return self._kernel(("backward", source), make)
+
+    def _kernel(self, key: Any, make: Callable[[int], Any]) -> Any:
+        shares = torch.get_num_threads()
+        if (key, shares) not in self._kernels:
+            self._kernels[key, shares] = make(shares)
+        return self._kernels[key, shares]
+
+
+def _memory(tensor: Tensor) -> Tensor:
+    """All numbers of a dense tensor in the order in which they lie in memory."""
+    return tensor.detach().as_strided((tensor.numel(),), (1,))
+
+
+class SparseConvolution(torch.autograd.Function):
+    """Convolution [image, channel, row, column] with active weights alone."""
+
+    @staticmethod
+    def forward(
+        context: Any, inputs: Tensor, weight: Tensor, bias: Tensor | None, active: ActiveWeights, dense_gradient: bool
+    ) -> Tensor:
+        source = image_last(inputs.detach())
+        grid = Grid(*source.shape[1:])
+        plane = active.shape.target(grid)
+        target = empty_activations(grid.images, active.shape.outputs, plane.rows, plane.columns)
+        active.forward(grid).correlate(source, target, 0, weight, bias)
+        context.save_for_backward(source, weight)
+        context.active, context.grid, context.dense_gradient = active, grid, dense_gradient
+        return target
+
+    @staticmethod
+    def backward(context: Any, gradient: Tensor) -> Any:
+        source, weight = context.saved_tensors
+        active, grid = context.active, context.grid
+        gradients = image_last(gradient)
+        for_inputs = for_weight = for_bias = None
+        if context.needs_input_grad[0]:
+            for_inputs = empty_activations(grid.images, active.shape.channels, grid.rows, grid.columns)
+            for kernel, begin in active.backward(grid):
+                kernel.correlate(gradients, for_inputs, begin, weight, None)
+        if context.needs_input_grad[1]:
+            if context.dense_gradient:
+                for_weight = _dense_weight_gradient(active.shape, gradient, source.movedim(-1, 0), weight)
+            else:
+                for_weight = torch.zeros_like(weight)
+                active.forward(grid).contract(source, gradients, for_weight)
+        if context.needs_input_grad[2]:
+            for_bias = gradients.sum(dim=(1, 2, 3))
+        return for_inputs, for_weight, for_bias, None, None
+
+
+def _dense_weight_gradient(shape: Shape, gradient: Tensor, inputs: Tensor, weight: Tensor) -> Tensor:
+    kernels = weight.detach().reshape(shape.outputs, shape.channels, *shape.kernel)
+    wanted = (False, True, False)
+    return torch.ops.aten.convolution_backward(
+        gradient, inputs, kernels, None, shape.stride, shape.padding, (1, 1), False, (0, 0), 1, wanted
+    )[1].reshape(weight.shape)
+
+
+@dataclass
+class Norm:
+    """What a BatchNorm does with each channel, while the pass that does it is put off.
+
+    A ReLU, or a sum and a ReLU, that follow at once are then done in the same pass.
+
+    Attributes:
+        lines: the inputs, [channel, …, image].
+        scale, shift: what they are multiplied with, and what is added; float32 [channels].
+        added: another tensor to add, in the same layout; None: nothing.
+        relu: whether ReLU follows, so that its backward pass is part of BatchNorm's.
+    """
+
+    lines: Tensor
+    scale: Tensor
+    shift: Tensor
+    added: Tensor | None = None
+    relu: bool = False
+
+    def write(self, outputs: Tensor, relu: bool) -> None:
+        """Do the pass."""
+        outputs.untyped_storage().resize_(4 * outputs.numel())
+        added = 0 if self.added is None else self.added.data_ptr()
+        task = _planes_task(self.lines, scale=self.scale, shift=self.shift, outputs=outputs)
+        task["added"], task["relu"] = added, relu
+        _run_planes(normalise, task)
+
+
+def _planes_task(lines: Tensor, **memory: Tensor) -> np.ndarray:
+    task = np.zeros(1, PLANES)
+    task["channels"], task["numbers"] = lines.shape[0], lines[0].numel()
+    task["inputs"] = lines.data_ptr()
+    for name, tensor in memory.items():
+        task[name] = tensor.data_ptr()
+    return task
+
+
+def _run_planes(kernel: Any, task: np.ndarray) -> None:
+    task["shares"] = torch.get_num_threads()
+    threads.run(kernel.address, task.ctypes.data, int(task["shares"][0]))
+
+
+class BatchNorm(torch.autograd.Function):
+    """BatchNorm over all but channels, whose output is written by :meth:`Norm.write`, later."""
+
+    @staticmethod
+    def forward(
+        context: Any, inputs: Tensor, weight: Tensor | None, bias: Tensor | None,
+        mean: Tensor | None, variance: Tensor | None, eps: float, hand_over: Callable,
+    ) -> Tensor:  # fmt: skip
+        lines = image_last(inputs.detach())
+        uses_batch = mean is None or variance is None
+        if mean is None or variance is None:
+            mean, variance = torch.empty(len(lines)), torch.empty(len(lines))
+            _run_planes(statistics, _planes_task(lines, mean=mean, variance=variance))
+        inverse = (variance + eps).reciprocal()
+        deviation = inverse.sqrt()
+        scale = deviation if weight is None else deviation * weight.detach()
+        shift = -mean * scale if bias is None else bias.detach() - mean * scale
+        outputs = empty_activations(inputs.shape[0], *inputs.shape[1:])
+        outputs.untyped_storage().resize_(0)
+        context.norm = Norm(lines, scale, shift)
+        context.uses_batch = uses_batch
+        context.save_for_backward(mean, inverse, deviation)
+        hand_over(context.norm, mean, variance)
+        return outputs
+
+    @staticmethod
+    def backward(context: Any, gradient: Tensor) -> Any:
+        mean, inverse, deviation = context.saved_tensors
+        norm = context.norm
+        gradients = image_last(gradient)
+        for_inputs = None
+        for_scale, for_shift = torch.empty_like(mean), torch.empty_like(mean)
+        task = _planes_task(
+            norm.lines, gradients=gradients, mean=mean, variance=inverse, scale=norm.scale, shift=norm.shift,
+            gradient_scale=for_scale, gradient_shift=for_shift,
+        )  # fmt: skip
+        task["relu"], task["uses_batch"] = norm.relu, context.uses_batch
+        if context.needs_input_grad[0]:
+            for_inputs = empty_activations(gradient.shape[0], *gradient.shape[1:])
+            task["outputs"] = for_inputs.data_ptr()
+        _run_planes(planes_backward, task)
+        for_weight = for_scale.mul_(deviation) if context.needs_input_grad[1] else None
+        return for_inputs, for_weight, for_shift if context.needs_input_grad[2] else None, None, None, None, None
+
+
+class ReluOfNorm(torch.autograd.Function):
+    """ReLU of a BatchNorm's output that nothing else reads: both are done in one pass, forward and backward."""
+
+    @staticmethod
+    def forward(context: Any, inputs: Tensor, norm: Norm, in_place: bool) -> Tensor:
+        outputs = inputs if in_place else empty_activations(inputs.shape[0], *inputs.shape[1:])
+        norm.relu = norm.added is None
+        norm.write(outputs, relu=True)
+        context.norm = norm
+        if in_place:
+            context.mark_dirty(inputs)
+        context.save_for_backward(outputs)
+        return outputs
+
+    @staticmethod
+    def backward(context: Any, gradient: Tensor) -> Any:
+        (outputs,) = context.saved_tensors
+        return gradient if context.norm.relu else _through_relu(gradient, outputs), None, None
+
+
+class AddToNorm(torch.autograd.Function):
+    """Sum, in place, of a BatchNorm's output that is still to be written and another tensor."""
+
+    @staticmethod
+    def forward(context: Any, inputs: Tensor, other: Tensor, norm: Norm) -> Tensor:
+        norm.added = image_last(other.detach())
+        context.mark_dirty(inputs)
+        return inputs
+
+    @staticmethod
+    def backward(context: Any, gradient: Tensor) -> Any:
+        return gradient, gradient, None
+
+
+class Relu(torch.autograd.Function):
+    """ReLU whose backward pass keeps to the layout of its output."""
+
+    @staticmethod
+    def forward(context: Any, inputs: Tensor) -> Tensor:
+        outputs = inputs.clamp_min(0)
+        context.save_for_backward(outputs)
+        return outputs
+
+    @staticmethod
+    def backward(context: Any, gradient: Tensor) -> Any:
+        return _through_relu(gradient, context.saved_tensors[0])
+
+
+def _through_relu(gradient: Tensor, outputs: Tensor) -> Tensor:
+    if gradient.stride() != outputs.stride():
+        gradient = image_last(gradient).movedim(-1, 0)
+    return torch.ops.aten.threshold_backward(gradient, outputs, 0)
+
+
+class ActiveGradient(torch.autograd.Function):
+    """A weight as it is, whose gradient is zero where it is inactive, for a layer that runs masked."""
+
+    @staticmethod
+    def forward(context: Any, weight: Tensor, mask: Tensor) -> Tensor:
+        context.save_for_backward(mask)
+        return weight.view_as(weight)
+
+    @staticmethod
+    def backward(context: Any, gradient: Tensor) -> Any:
+        return gradient.masked_fill(~context.saved_tensors[0], 0), None

@@ -1,0 +1,292 @@
+"""Correlations over active weights alone, for CPUs.
+
+All of a convolution's three passes, and a linear layer's, are one of two loops over a list of active weights:
+
+- :func:`correlate`: ``target[o, p] = bias[o] + Σ_j value[j] · source[c_j, p · step + shift_j]``, over the weights j
+  of output o: the forward pass and, with inputs and outputs exchanged, the gradient with respect to the input;
+- :func:`contraction`: ``result[j] = Σ_p target[o_j, p] · source[c_j, p · step + shift_j]``: the gradient of each active
+  weight, where the target holds the gradient of the output.
+
+Activations lie in memory as [channel, row, column, image], the image innermost, so that a shift moves whole runs of
+numbers. A *tile* is a few rows and columns of the target for some images: so many sums as registers hold while an
+output's weights go by. A *region* is a few tiles. What it reads of the source, its borders padded with zeros and, where
+``step`` is not 1, every ``step``-th row and column side by side (a *phase*), is first copied to a scratch buffer that
+fits the second-level cache. There every weight is one constant offset from wherever the tile is. Channels are read in
+blocks of so many as fit the first-level cache for one tile.
+"""
+
+from functools import cache
+from typing import Any
+
+import numpy as np
+from numba import carray, cfunc, njit, types
+
+from sparselearning.execution.vectors import (
+    LANES,
+    accumulate,
+    as_pointer,
+    clear,
+    contract,
+    copy,
+    fetch_and_add,
+    number_at,
+)
+
+TASK = np.dtype(
+    [
+        (name, np.int64)
+        for name in (
+            # shares of the work: taken one by one until none is left, whatever threads there are
+            "next_share", "shares", "work", "work_bytes", "scratch_floats",
+            # memory
+            "source", "target", "bias", "values", "offsets", "entries", "entry_starts", "results", "results_bytes",
+            # sizes: source [channels, rows, columns, images], target [outputs, target_rows, target_columns, images]
+            "channels", "rows", "columns", "images", "outputs", "target_rows", "target_columns",
+            "target_plane", "target_row", "target_column",
+            # where a tile reads
+            "row_step", "column_step", "first_row", "first_column", "row_phases", "column_phases",
+            # one tile, and a block of sums of it
+            "tile_rows", "tile_columns", "tile_images", "block_row", "block_column", "whole",
+            # one region, and blocks of channels and outputs
+            "region_rows", "region_columns", "phase_rows", "phase_columns", "channel_floats", "fetches_all",
+            "channel_block", "channel_blocks", "output_block", "output_blocks",
+        )
+    ]
+)  # fmt: skip
+"""What a kernel is told.
+
+Memory is given by addresses. ``entries`` is int32 [n, 3] of (output, begin, end) into ``values`` and ``offsets``, for
+each block of outputs and in it each block of channels, from ``entry_starts`` on. ``target_plane``, ``target_row`` and
+``target_column`` are distances in the target, ``block_row`` and ``block_column`` in a block of sums, in numbers.
+``whole``: the registers of a tile inside the target hold nothing but numbers of it. ``fetches_all``: a region's inputs
+of all channels are fetched at once, not block by block.
+"""
+
+NEXT_SHARE = 8 * list(TASK.names or ()).index("next_share")  # bytes
+
+
+@njit(inline="always")
+def _ceil_div(a, b):  # type: ignore[no-untyped-def]
+    return (a + b - 1) // b
+
+
+@njit
+def _pack(task, scratch, channel, last, first_row, first_column, image, images):  # type: ignore[no-untyped-def]
+    """Copy what a region reads of some channels: [channel, row phase, column phase, row, column, image]."""
+    plane = task.rows * task.columns * task.images
+    run = task.tile_images
+    place = scratch
+    contiguous = task.column_step == 1 and images == task.images and images == run
+    while channel < last:
+        for row_phase in range(task.row_phases):
+            for column_phase in range(task.column_phases):
+                for r in range(task.phase_rows):
+                    row = (first_row + r) * task.row_step + task.first_row + row_phase
+                    if row < 0 or row >= task.rows:
+                        clear(place, task.phase_columns * run)
+                        place += 4 * task.phase_columns * run
+                        continue
+                    line = task.source + 4 * (channel * plane + row * task.columns * task.images + image)
+                    column = first_column * task.column_step + task.first_column + column_phase
+                    if contiguous:
+                        left = min(max(0, -column), task.phase_columns)
+                        inside = max(0, min(task.columns - column, task.phase_columns) - left)
+                        clear(place, left * run)
+                        copy(place + 4 * left * run, line + 4 * (column + left) * run, inside * run)
+                        clear(place + 4 * (left + inside) * run, (task.phase_columns - left - inside) * run)
+                        place += 4 * task.phase_columns * run
+                        continue
+                    for _ in range(task.phase_columns):
+                        if column < 0 or column >= task.columns:
+                            clear(place, run)
+                        else:
+                            copy(place, line + 4 * column * task.images, images)
+                            if images < run:
+                                clear(place + 4 * images, run - images)
+                        place += 4 * run
+                        column += task.column_step
+        channel += 1
+
+
+@njit(inline="always")
+def _clear_end(task, scratch):  # type: ignore[no-untyped-def]
+    """Let the last registers of a tile read zeros, not what is left of other layers, where they reach too far."""
+    channels = task.channels if task.fetches_all else task.channel_block
+    clear(scratch + 4 * channels * task.channel_floats, LANES)
+
+
+@njit
+def _move_tile(task, block, target, first_row, first_column, image, images, write):  # type: ignore[no-untyped-def]
+    """Write a block of sums to its tile of one target plane, or read the block from there, zero outside the tile."""
+    rows = min(task.tile_rows, task.target_rows - first_row)
+    columns = min(task.tile_columns, task.target_columns - first_column)
+    contiguous = task.target_column == images and task.block_column == images
+    for r in range(rows):
+        line = target + 4 * ((first_row + r) * task.target_row + first_column * task.target_column + image)
+        place = block + 4 * r * task.block_row
+        if contiguous:
+            if write:
+                copy(line, place, columns * images)
+            else:
+                copy(place, line, columns * images)
+            continue
+        for c in range(columns):
+            if write:
+                copy(line + 4 * c * task.target_column, place + 4 * c * task.block_column, images)
+            else:
+                copy(place + 4 * c * task.block_column, line + 4 * c * task.target_column, images)
+
+
+@njit(inline="always")
+def _region(task, number):  # type: ignore[no-untyped-def]
+    """First row, column and image of a region, and its number of images."""
+    image_blocks = _ceil_div(task.images, task.tile_images)
+    column_blocks = _ceil_div(task.target_columns, task.region_columns * task.tile_columns)
+    image = (number % image_blocks) * task.tile_images
+    number //= image_blocks
+    column = (number % column_blocks) * task.region_columns * task.tile_columns
+    row = (number // column_blocks) * task.region_rows * task.tile_rows
+    return row, column, image, min(task.tile_images, task.images - image)
+
+
+@njit(inline="always")
+def _regions(task):  # type: ignore[no-untyped-def]
+    return (
+        _ceil_div(task.images, task.tile_images)
+        * _ceil_div(task.target_columns, task.region_columns * task.tile_columns)
+        * _ceil_div(task.target_rows, task.region_rows * task.tile_rows)
+    )
+
+
+@njit(inline="always")
+def _is_whole(task, row, column, images):  # type: ignore[no-untyped-def]
+    return (
+        row + task.tile_rows <= task.target_rows
+        and column + task.tile_columns <= task.target_columns
+        and images == task.tile_images
+    )
+
+
+@njit(inline="always")
+def _lists(task):  # type: ignore[no-untyped-def]
+    """Where the entries of each block start, and the entries."""
+    starts = carray(as_pointer(task.entry_starts), task.output_blocks * task.channel_blocks + 1, np.int64)
+    return starts, carray(as_pointer(task.entries), (starts[len(starts) - 1], 3), np.int32)
+
+
+@cache
+def correlate(rows: int, columns: int, vectors: int) -> Any:
+    """Compiled correlation whose sums are blocks of ``rows`` times ``columns`` times ``vectors`` registers."""
+    size = rows * columns * vectors * LANES
+
+    @cfunc(types.void(types.int64), cache=True)
+    def kernel(address):  # type: ignore[no-untyped-def]
+        task = carray(as_pointer(address), 1, TASK)[0]
+        starts, entries = _lists(task)
+        regions = _regions(task)
+        items = regions * task.output_blocks
+        row_pitch, column_pitch = task.phase_columns * task.tile_images, task.tile_images
+        while True:
+            share = fetch_and_add(address + NEXT_SHARE, 1)
+            if share >= task.shares:
+                break
+            scratch = task.work + share * task.work_bytes
+            blocks = scratch + 4 * task.scratch_floats
+            _clear_end(task, scratch)
+            for item in range(share * items // task.shares, (share + 1) * items // task.shares):
+                output_block = item // regions
+                first_row, first_column, image, images = _region(task, item % regions)
+                if task.fetches_all:
+                    _pack(task, scratch, 0, task.channels, first_row, first_column, image, images)
+                for tile in range(task.region_rows * task.region_columns):
+                    down = tile // task.region_columns * task.tile_rows
+                    right = tile % task.region_columns * task.tile_columns
+                    row, column = first_row + down, first_column + right
+                    if row >= task.target_rows or column >= task.target_columns:
+                        continue
+                    whole = task.whole and _is_whole(task, row, column, images)
+                    place = 4 * (row * task.target_row + column * task.target_column + image)
+                    for channel_block in range(task.channel_blocks):
+                        last = channel_block == task.channel_blocks - 1
+                        number = output_block * task.channel_blocks + channel_block
+                        channel = channel_block * task.channel_block
+                        source = scratch + 4 * (down * row_pitch + right * column_pitch)
+                        if task.fetches_all:
+                            source += 4 * channel * task.channel_floats
+                        else:
+                            end = min(channel + task.channel_block, task.channels)
+                            _pack(task, scratch, channel, end, first_row, first_column, image, images)
+                        for e in range(starts[number], starts[number + 1]):
+                            output = entries[e, 0]
+                            block = blocks + 4 * size * (output - output_block * task.output_block)
+                            target = task.target + 4 * output * task.target_plane
+                            bias = np.float32(0)
+                            if task.bias != 0:
+                                bias = number_at(task.bias + 4 * output)
+                            accumulate(
+                                rows, columns, vectors, block, channel_block == 0, bias,
+                                source, row_pitch, column_pitch, task.values, task.offsets,
+                                entries[e, 1], entries[e, 2],
+                                target + place if last and whole else 0, task.target_row, task.target_column,
+                            )  # fmt: skip
+                            if last and not whole:
+                                _move_tile(task, block, target, row, column, image, images, True)
+
+    return kernel
+
+
+@cache
+def contraction(rows: int, columns: int, vectors: int) -> Any:
+    """Compiled gradient of active weights; each share adds to its own ``results``, which the caller adds up."""
+    size = rows * columns * vectors * LANES
+
+    @cfunc(types.void(types.int64), cache=True)
+    def kernel(address):  # type: ignore[no-untyped-def]
+        task = carray(as_pointer(address), 1, TASK)[0]
+        starts, entries = _lists(task)
+        regions = _regions(task)
+        items = regions * task.output_blocks
+        row_pitch, column_pitch = task.phase_columns * task.tile_images, task.tile_images
+        while True:
+            share = fetch_and_add(address + NEXT_SHARE, 1)
+            if share >= task.shares:
+                break
+            scratch = task.work + share * task.work_bytes
+            blocks = scratch + 4 * task.scratch_floats
+            results = task.results + share * task.results_bytes
+            _clear_end(task, scratch)
+            for item in range(share * items // task.shares, (share + 1) * items // task.shares):
+                output_block = item // regions
+                first = output_block * task.output_block
+                last = min(first + task.output_block, task.outputs)
+                first_row, first_column, image, images = _region(task, item % regions)
+                if task.fetches_all:
+                    _pack(task, scratch, 0, task.channels, first_row, first_column, image, images)
+                for tile in range(task.region_rows * task.region_columns):
+                    down = tile // task.region_columns * task.tile_rows
+                    right = tile % task.region_columns * task.tile_columns
+                    row, column = first_row + down, first_column + right
+                    if row >= task.target_rows or column >= task.target_columns:
+                        continue
+                    if not (task.whole and _is_whole(task, row, column, images)):
+                        clear(blocks, size * (last - first))  # what lies outside of the tile counts nothing
+                    for output in range(first, last):
+                        block = blocks + 4 * size * (output - first)
+                        target = task.target + 4 * output * task.target_plane
+                        _move_tile(task, block, target, row, column, image, images, False)
+                    for channel_block in range(task.channel_blocks):
+                        number = output_block * task.channel_blocks + channel_block
+                        channel = channel_block * task.channel_block
+                        source = scratch + 4 * (down * row_pitch + right * column_pitch)
+                        if task.fetches_all:
+                            source += 4 * channel * task.channel_floats
+                        else:
+                            end = min(channel + task.channel_block, task.channels)
+                            _pack(task, scratch, channel, end, first_row, first_column, image, images)
+                        for e in range(starts[number], starts[number + 1]):
+                            contract(
+                                rows, columns, vectors, results, blocks + 4 * size * (entries[e, 0] - first), source,
+                                row_pitch, column_pitch, task.offsets, entries[e, 1], entries[e, 2],
+                            )  # fmt: skip
+
+    return kernel

@@ -1,0 +1,293 @@
+"""A network that computes with active weights alone, in place of the masked one, on CPUs.
+
+The user's model runs as it is. While it does, the functions that it calls are watched: those that read a masked weight,
+and those that would lose the layout of activations, are replaced (:data:`REPLACEMENTS`); all others are PyTorch's own.
+"""
+
+import weakref
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from sparselearning.costs import inference_flops, layer_densities
+from sparselearning.errors import UsageError
+from sparselearning.execution.functions import (
+    ActiveGradient,
+    ActiveWeights,
+    AddToNorm,
+    BatchNorm,
+    Norm,
+    Relu,
+    ReluOfNorm,
+    Shape,
+    SparseConvolution,
+)
+from sparselearning.masking import Masking
+
+LARGEST_SHARE = 0.45
+"""Share of the dense FLOPs up to which leaving out the others pays, on all networks and processors measured."""
+
+
+class SparseNetwork(nn.Module):
+    """Call it in place of ``model``: the same results, but for rounding, without the arithmetic of inactive weights.
+
+    Parameters, gradients and state dicts are the model's own. Gradients of inactive weights are zero, but where
+    ``dense_gradients`` or the Masking asks for them. Layers without a kernel (grouped, dilated, …) run masked.
+
+    Args:
+        model: on the CPU, float32.
+        weights: those of the model's that may be computed with sparsely, by name.
+        masking: of this very model; None: it is not trained.
+        layer_flops: dense forward FLOPs of each layer; None: compute sparsely whatever it costs.
+
+    Attributes:
+        dense_gradients: compute the gradients of inactive weights, too, in the passes that follow.
+
+    Raises:
+        UsageError: if there are no masks yet, or a weight is not float32 on the CPU.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        weights: Mapping[str, nn.Parameter],
+        masking: Masking | None = None,
+        layer_flops: Mapping[str, float] | None = None,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.masking = masking
+        self.dense_gradients = False
+        if not weights:
+            raise UsageError("there are no masks yet: call add_module first")
+        for name, weight in weights.items():
+            if weight.device.type != "cpu" or weight.dtype != torch.float32:
+                raise UsageError(
+                    f"sparse execution is for float32 on CPUs; {name} is {weight.dtype} on {weight.device}"
+                )
+        self._names: dict[Tensor, str] = {weight: name for name, weight in weights.items() if weight.dim() in (2, 4)}
+        self._layer_flops = layer_flops
+        self._pays: dict[bool, tuple[Any, bool]] = {}
+        # With gradients and without, of each layer. Those without are made anew after training: PyTorch's fused
+        # optimizers do not tell when they write to a weight.
+        self._lists: dict[bool, dict[str, tuple[Any, ActiveWeights]]] = {True: {}, False: {}}
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Whatever the model returns."""
+        if torch.is_grad_enabled():
+            self._lists[False].clear()
+            self._pays.pop(False, None)
+        if not self.is_sparse:
+            return self.model(*args, **kwargs)
+        with _Watch(self):
+            return self.model(*args, **kwargs)
+
+    @property
+    def is_sparse(self) -> bool:
+        """Whether a forward pass that begins now computes with active weights alone."""
+        if self._layer_flops is None:
+            return True
+        active = self._active_entries()
+        trains = torch.is_grad_enabled()
+        state = [(entries.data_ptr(), entries._version) for entries in active.values()]
+        if trains not in self._pays or self._pays[trains][0] != state:
+            dense = sum(self._layer_flops.values())
+            share = inference_flops(self._layer_flops, layer_densities(active)) / dense if dense else 1.0
+            self._pays[trains] = state, share <= LARGEST_SHARE
+        return self._pays[trains][1]
+
+    def _active_entries(self) -> Mapping[str, Tensor]:
+        """By name, what is not zero where a weight is active: its mask in training, and else the weight itself.
+
+        Without gradients the model may hold other weights than those that the masks are for, such as a superposition's.
+        """
+        if self.masking is not None and torch.is_grad_enabled():
+            return self.masking.masks
+        return {name: weight for weight, name in self._names.items()}
+
+    @property
+    def wants_dense_gradients(self) -> bool:
+        """Whether the weight gradients of a pass that begins now are to be those of all weights."""
+        return self.dense_gradients or (self.masking is not None and self.masking.needs_dense_gradients)
+
+    def has(self, weight: Any) -> bool:
+        """Whether a weight is one of those that may be computed with sparsely."""
+        return isinstance(weight, Tensor) and weight in self._names
+
+    def active(self, weight: Tensor, shape: Shape) -> ActiveWeights:
+        """Active weights of a layer, sorted anew only when they may have changed."""
+        name = self._names[weight]
+        entries = self._active_entries()[name]
+        trains = torch.is_grad_enabled()
+        state = entries.data_ptr(), entries._version, weight.stride(), shape, trains
+        if name not in self._lists[trains] or self._lists[trains][name][0] != state:
+            active = ActiveWeights(shape, entries.detach() != 0, weight.stride(), keeps_values=not trains)
+            self._lists[trains][name] = state, active
+        return self._lists[trains][name][1]
+
+    def with_active_gradient(self, weight: Tensor) -> Tensor:
+        """The weight, for a layer that runs masked."""
+        if self.masking is None or not torch.is_grad_enabled() or self.wants_dense_gradients:
+            return weight
+        return ActiveGradient.apply(weight, self.masking.masks[self._names[weight]])
+
+
+class _Watch(TorchFunctionMode):
+    """Replaces functions while a model runs."""
+
+    def __init__(self, network: SparseNetwork) -> None:
+        super().__init__()
+        self.network = network
+        # Outputs of BatchNorm that are still to be written, by identity; those that a ReLU has taken over, and that may
+        # be gone, are held weakly.
+        self.unwritten: dict[int, tuple[Callable[[], Tensor | None], Norm]] = {}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if self.unwritten and func not in LEAVE_UNWRITTEN:
+            self.write([*args, *kwargs.values()])
+        replacement = REPLACEMENTS.get(func)
+        result = NotImplemented if replacement is None else replacement(self, *args, **kwargs)
+        return func(*args, **kwargs) if result is NotImplemented else result
+
+    def __exit__(self, *exception: Any) -> None:
+        self.write([held() for held, _ in self.unwritten.values()])
+        super().__exit__(*exception)
+
+    def write(self, arguments: Iterable[Any]) -> None:
+        """Write what was put off of all tensors among these arguments, now that they may be read."""
+        for argument in arguments:
+            if isinstance(argument, list | tuple):
+                self.write(argument)
+            elif (norm := self.take_over(argument)) is not None:
+                norm.relu = False
+                norm.write(argument, relu=False)
+
+    def put_off(self, outputs: Tensor, norm: Norm) -> Tensor:
+        """Leave a BatchNorm's output unwritten until it is read."""
+        self.unwritten[id(outputs)] = (lambda: outputs), norm
+        return outputs
+
+    def leave_unwritten(self, outputs: Tensor, norm: Norm) -> None:
+        """Leave it so for good, unless something else reads it."""
+        self.unwritten[id(outputs)] = weakref.ref(outputs), norm
+
+    def take_over(self, outputs: Any) -> Norm | None:
+        """What is still to be written to this tensor, if anything; from now on that is the caller's task."""
+        held, norm = self.unwritten.get(id(outputs), (None, None))
+        if held is None or held() is not outputs:
+            return None
+        del self.unwritten[id(outputs)]
+        return norm
+
+
+# ------------------------------------------------------------------------------------------- replacements
+# Each takes the arguments of the function that it stands for, and returns NotImplemented where that one is to run.
+
+
+def _conv2d(
+    watch: _Watch, inputs: Tensor, weight: Tensor, bias: Tensor | None = None,
+    stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1,
+) -> Any:  # fmt: skip
+    network = watch.network
+    if not network.has(weight):
+        return NotImplemented
+    kernel = weight.shape[2], weight.shape[3]
+    is_even = any(size % 2 == 0 for size in kernel)
+    if inputs.dim() != 4 or groups != 1 or _pair(dilation) != (1, 1) or (padding == "same" and is_even):
+        return F.conv2d(inputs, network.with_active_gradient(weight), bias, stride, padding, dilation, groups)
+    if isinstance(padding, str):
+        padding = tuple(size // 2 for size in kernel) if padding == "same" else 0
+    shape = Shape(weight.shape[0], weight.shape[1], kernel, _pair(stride), _pair(padding))
+    active = network.active(weight, shape)
+    return SparseConvolution.apply(inputs, weight, bias, active, network.wants_dense_gradients)
+
+
+def _linear(watch: _Watch, inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
+    network = watch.network
+    if not network.has(weight):
+        return NotImplemented
+    if inputs.dim() != 2 or weight.numel() < LEAST_LINEAR:
+        return F.linear(inputs, network.with_active_gradient(weight), bias)
+    active = network.active(weight, Shape(weight.shape[0], weight.shape[1], (1, 1)))
+    planes = inputs.unsqueeze(-1).unsqueeze(-1)
+    return SparseConvolution.apply(planes, weight, bias, active, network.wants_dense_gradients).flatten(1)
+
+
+LEAST_LINEAR = 1 << 18
+"""Weights of the smallest linear layer for which changing the layout pays."""
+
+
+def _batch_norm(
+    watch: _Watch, inputs: Tensor, running_mean: Tensor | None, running_var: Tensor | None,
+    weight: Tensor | None = None, bias: Tensor | None = None, training: bool = False, momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Any:  # fmt: skip
+    numbers = inputs.numel() // max(inputs.shape[1], 1)
+    if inputs.dim() != 4 or inputs.dtype != torch.float32 or numbers < 2:
+        return NotImplemented
+    norms: list[Any] = []
+    known = (None, None) if training else (running_mean, running_var)
+    outputs = BatchNorm.apply(inputs, weight, bias, *known, eps, lambda *norm: norms.extend(norm))
+    norm, mean, variance = norms
+    if training and running_mean is not None and running_var is not None:
+        running_mean.lerp_(mean, momentum)
+        running_var.lerp_(variance * (numbers / (numbers - 1)), momentum)
+    return watch.put_off(outputs, norm)
+
+
+def _relu(watch: _Watch, inputs: Tensor, inplace: bool = False) -> Any:
+    norm = watch.take_over(inputs)
+    if norm is not None:
+        outputs = ReluOfNorm.apply(inputs, norm, inplace)
+        if not inplace:
+            watch.leave_unwritten(inputs, norm)
+        return outputs
+    return NotImplemented if inplace or inputs.dim() != 4 else Relu.apply(inputs)
+
+
+def _add_in_place(watch: _Watch, inputs: Tensor, other: Any, *, alpha: float = 1) -> Any:
+    watch.write([other])
+    norm = watch.take_over(inputs)
+    if norm is None:
+        return NotImplemented
+    if norm.added is not None or alpha != 1 or not isinstance(other, Tensor) or other.shape != inputs.shape:
+        norm.write(inputs, relu=False)
+        return NotImplemented
+    return watch.put_off(AddToNorm.apply(inputs, other, norm), norm)
+
+
+def _by_channel(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of each plane by itself: to PyTorch, images innermost of channels look like channels of images."""
+
+    def call(watch: _Watch, inputs: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if inputs.dim() != 4 or inputs.stride(0) != 1 or kwargs.get("return_indices"):
+            return NotImplemented
+        return function(inputs.transpose(0, 1), *args, **kwargs).transpose(0, 1)
+
+    return call
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    return (value, value) if isinstance(value, int) else (value[0], value[-1])
+
+
+POOLINGS = (F.max_pool2d, F.avg_pool2d, F.adaptive_avg_pool2d, F.adaptive_max_pool2d)
+REPLACEMENTS: Mapping[Any, Callable[..., Any]] = {
+    F.conv2d: _conv2d,
+    torch.conv2d: _conv2d,
+    F.linear: _linear,
+    F.batch_norm: _batch_norm,
+    F.relu: _relu,
+    Tensor.__iadd__: _add_in_place,
+    Tensor.add_: _add_in_place,
+    **{function: _by_channel(function) for function in POOLINGS},
+}
+"""Function to what stands for it."""
+
+LEAVE_UNWRITTEN: set[Any] = {F.relu, Tensor.__iadd__, Tensor.add_, Tensor.dim, Tensor.numel, Tensor.size, Tensor.stride}
+"""Functions that read no numbers of a tensor, or that take care of a BatchNorm's output that is still to be written."""

@@ -1,0 +1,147 @@
+"""BatchNorm and ReLU where activations lie in memory as [channel, row, column, image]: a channel is a line of numbers.
+
+Statistics are taken in one pass; a second one normalises, adds what is to be added, and does the ReLU. Backward, the
+passes of ReLU and BatchNorm are the same ones, too.
+"""
+
+import numpy as np
+from numba import carray, cfunc, njit, types
+
+from sparselearning.execution.vectors import as_pointer, fetch_and_add
+
+PLANES = np.dtype(
+    [
+        (name, np.int64)
+        for name in (
+            "next_share", "shares", "channels", "numbers", "inputs", "outputs", "gradients",
+            "mean", "variance", "scale", "shift", "gradient_scale", "gradient_shift", "added", "relu", "uses_batch",
+        )
+    ]
+)  # fmt: skip
+"""What a kernel is told: addresses of float32 [channels, numbers] (``inputs``, ``outputs``, ``gradients``, ``added``)
+and [channels], counts and switches. ``scale`` and ``shift`` are what an input is multiplied with, and what is added."""
+
+BLOCK = 2048  # numbers summed up in float32, before the sums go on in float64
+
+
+@njit(inline="always")
+def _line(address, channel, numbers):  # type: ignore[no-untyped-def]
+    return carray(as_pointer(address + 4 * channel * numbers), numbers, np.float32)
+
+
+@njit(inline="always")
+def _each(address, channels):  # type: ignore[no-untyped-def]
+    return carray(as_pointer(address), channels, np.float32)
+
+
+@njit(fastmath=True)
+def _moments(x):  # type: ignore[no-untyped-def]
+    """Mean and biased variance of a line."""
+    first = x[0]
+    total = squares = 0.0
+    for begin in range(0, len(x), BLOCK):
+        a = b = np.float32(0)
+        for i in range(begin, min(begin + BLOCK, len(x))):
+            difference = x[i] - first
+            a += difference
+            b += difference * difference
+        total += a
+        squares += b
+    mean = total / len(x)
+    return first + mean, max(squares / len(x) - mean * mean, 0.0)
+
+
+@cfunc(types.void(types.int64), cache=True)
+def statistics(address):  # type: ignore[no-untyped-def]
+    """Mean and biased variance of every channel."""
+    task = carray(as_pointer(address), 1, PLANES)[0]
+    mean, variance = _each(task.mean, task.channels), _each(task.variance, task.channels)
+    while True:
+        share = fetch_and_add(address, 1)
+        if share >= task.shares:
+            break
+        for c in range(share * task.channels // task.shares, (share + 1) * task.channels // task.shares):
+            mean[c], variance[c] = _moments(_line(task.inputs, c, task.numbers))
+
+
+@njit(fastmath=True)
+def _scaled(x, y, scale, shift, lowest):  # type: ignore[no-untyped-def]
+    for i in range(len(x)):
+        y[i] = max(x[i] * scale + shift, lowest)
+
+
+@njit(fastmath=True)
+def _scaled_sum(x, added, y, scale, shift, lowest):  # type: ignore[no-untyped-def]
+    for i in range(len(x)):
+        y[i] = max(x[i] * scale + shift + added[i], lowest)
+
+
+@cfunc(types.void(types.int64), cache=True)
+def normalise(address):  # type: ignore[no-untyped-def]
+    """``outputs = inputs · scale + shift``, then whatever is ``added``, and ReLU."""
+    task = carray(as_pointer(address), 1, PLANES)[0]
+    scale, shift = _each(task.scale, task.channels), _each(task.shift, task.channels)
+    lowest = np.float32(0) if task.relu != 0 else np.float32(-np.inf)
+    while True:
+        share = fetch_and_add(address, 1)
+        if share >= task.shares:
+            break
+        for c in range(share * task.channels // task.shares, (share + 1) * task.channels // task.shares):
+            x, y = _line(task.inputs, c, task.numbers), _line(task.outputs, c, task.numbers)
+            if task.added != 0:
+                _scaled_sum(x, _line(task.added, c, task.numbers), y, scale[c], shift[c], lowest)
+            else:
+                _scaled(x, y, scale[c], shift[c], lowest)
+
+
+@njit(inline="always")
+def _through_relu(gradient, output, relu):  # type: ignore[no-untyped-def]
+    return gradient if not relu or output > 0 else np.float32(0)
+
+
+@njit(fastmath=True)
+def _products(x, g, mean, scale, shift, relu):  # type: ignore[no-untyped-def]
+    """Sums of the gradients that come through ReLU, and of their products with the centred inputs."""
+    total = products = 0.0
+    for begin in range(0, len(x), BLOCK):
+        a = b = np.float32(0)
+        for i in range(begin, min(begin + BLOCK, len(x))):
+            gradient = _through_relu(g[i], x[i] * scale + shift, relu)
+            a += gradient
+            b += gradient * (x[i] - mean)
+        total += a
+        products += b
+    return total, products
+
+
+@njit(fastmath=True)
+def _through(x, g, y, scale, shift, relu, slope, offset):  # type: ignore[no-untyped-def]
+    for i in range(len(x)):
+        gradient = _through_relu(g[i], x[i] * scale + shift, relu)
+        y[i] = gradient * scale + x[i] * slope + offset
+
+
+@cfunc(types.void(types.int64), cache=True)
+def backward(address):  # type: ignore[no-untyped-def]
+    """Gradients with respect to inputs (in ``outputs``), weight (without its division by the deviation) and bias."""
+    task = carray(as_pointer(address), 1, PLANES)[0]
+    scale, shift = _each(task.scale, task.channels), _each(task.shift, task.channels)
+    mean = _each(task.mean, task.channels)
+    variance = _each(task.variance, task.channels)
+    for_scale, for_shift = _each(task.gradient_scale, task.channels), _each(task.gradient_shift, task.channels)
+    relu = task.relu != 0
+    while True:
+        share = fetch_and_add(address, 1)
+        if share >= task.shares:
+            break
+        for c in range(share * task.channels // task.shares, (share + 1) * task.channels // task.shares):
+            x, g = _line(task.inputs, c, task.numbers), _line(task.gradients, c, task.numbers)
+            total, products = _products(x, g, mean[c], scale[c], shift[c], relu)
+            for_shift[c], for_scale[c] = total, products
+            if task.outputs != 0:
+                slope = offset = 0.0
+                if task.uses_batch != 0:  # mean and variance depend on the inputs, too; variance holds 1 / (σ² + ε)
+                    slope = -scale[c] * variance[c] * products / task.numbers
+                    offset = -scale[c] * total / task.numbers - slope * mean[c]
+                y = _line(task.outputs, c, task.numbers)
+                _through(x, g, y, scale[c], shift[c], relu, np.float32(slope), np.float32(offset))

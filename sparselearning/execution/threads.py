@@ -1,0 +1,70 @@
+"""Kernels run on PyTorch's own threads.
+
+PyTorch's operations on a CPU run on the threads of an OpenMP library that it brings along. Were kernels to bring
+threads of their own, the two pools would wait for work by spinning on each other's cores. So a kernel is handed to the
+very library that PyTorch uses; where that one cannot be found, a few plain threads do.
+"""
+
+import ctypes
+import os
+import re
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
+
+import torch
+
+Start = Callable[[int, int, int], None]
+
+
+def run(kernel: int, task: int, shares: int) -> None:
+    """Call the C function at address ``kernel`` with ``task`` on as many threads as there are shares, and wait."""
+    if shares == 1:
+        _call(kernel, task)
+    else:
+        _starter()(kernel, task, shares)
+
+
+def _call(kernel: int, task: int) -> None:
+    _FUNCTION(kernel)(task)
+
+
+_FUNCTION = ctypes.CFUNCTYPE(None, ctypes.c_int64)
+
+
+@cache
+def _starter() -> Start:
+    """How to start threads here."""
+    return _openmp() or _threads
+
+
+def _openmp() -> Start | None:
+    """The entry of the OpenMP library that PyTorch has loaded, if it has the one that GCC's code calls."""
+    try:
+        loaded = Path("/proc/self/maps").read_text()
+    except OSError:
+        return None
+    beside_torch = str(Path(torch.__file__).parent.parent)
+    found = sorted(set(re.findall(r"\s(/\S*/lib(?:gomp|iomp5|omp)\S*\.so\S*)", loaded)))
+    for path in sorted(found, key=lambda path: not path.startswith(beside_torch)):
+        try:
+            parallel = ctypes.CDLL(path, mode=os.RTLD_NOLOAD | os.RTLD_LAZY).GOMP_parallel
+        except (OSError, AttributeError):
+            continue
+        parallel.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
+        parallel.restype = None
+        return lambda kernel, task, shares: parallel(kernel, task, shares, 0)
+    return None
+
+
+def _threads(kernel: int, task: int, shares: int) -> None:
+    others = [_pool(os.getpid(), shares - 1).submit(_call, kernel, task) for _ in range(shares - 1)]
+    _call(kernel, task)
+    for other in others:
+        other.result()
+
+
+@cache
+def _pool(process: int, size: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(size, thread_name_prefix="kernel")

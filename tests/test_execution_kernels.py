@@ -1,0 +1,184 @@
+"""Kernels over active weights, held against numbers worked out by hand and against PyTorch's dense functions."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+pytest.importorskip("numba")
+
+from sparselearning.execution import functions, threads
+from sparselearning.execution.functions import (
+    ActiveWeights,
+    BatchNorm,
+    Norm,
+    Shape,
+    SparseConvolution,
+    empty_activations,
+    image_last,
+)
+from sparselearning.execution.lists import Grid, choose_tile
+from sparselearning.execution.vectors import BLOCK, LANES
+
+
+def convolve(inputs: Tensor, weight: Tensor, bias: Tensor | None = None, stride: int = 1, padding: int = 0) -> Tensor:
+    shape = Shape(*weight.shape[:2], tuple(weight.shape[2:]), (stride, stride), (padding, padding))
+    active = ActiveWeights(shape, weight.detach() != 0, weight.stride())
+    return SparseConvolution.apply(inputs, weight, bias, active, False)
+
+
+def test_one_active_weight_shifts_and_scales_by_hand() -> None:
+    inputs = torch.arange(9.0).view(1, 1, 3, 3)
+    weight = torch.zeros(1, 1, 3, 3)
+    weight[0, 0, 0, 2] = 2.0  # the upper right neighbour, twice
+    expected = torch.tensor([[0.0, 0, 0], [2, 4, 0], [8, 10, 0]])
+    assert torch.equal(convolve(inputs, weight, padding=1)[0, 0], expected)
+
+
+def test_gradients_of_one_active_weight_by_hand() -> None:
+    inputs = torch.tensor([[[[1.0, 2], [3, 4]]]], requires_grad=True)
+    weight = torch.zeros(1, 1, 2, 2)
+    weight[0, 0, 1, 0] = 3.0  # the pixel below
+    weight.requires_grad_()
+    outputs = convolve(inputs, weight)
+    assert outputs.item() == 9
+    outputs.backward(torch.full((1, 1, 1, 1), 5.0))
+    assert torch.equal(inputs.grad, torch.tensor([[[[0.0, 0], [15, 0]]]]))
+    assert torch.equal(weight.grad, torch.tensor([[[[0.0, 0], [15, 0]]]]))
+
+
+def test_stride_two_reads_every_second_pixel_by_hand() -> None:
+    inputs = torch.arange(16.0).view(1, 1, 4, 4)
+    weight = torch.zeros(1, 1, 3, 3)
+    weight[0, 0, 1, 1] = 1.0
+    assert torch.equal(convolve(inputs, weight, stride=2, padding=1)[0, 0], torch.tensor([[0.0, 2], [8, 10]]))
+
+
+def test_a_linear_layer_is_a_convolution_of_one_pixel_by_hand() -> None:
+    weight = torch.tensor([[1.0, 0, 2], [0, 0, 0]]).view(2, 3, 1, 1)
+    inputs = torch.tensor([[1.0, 2, 3], [4, 5, 6]]).view(2, 3, 1, 1)
+    outputs = convolve(inputs, weight, bias=torch.tensor([0.5, -1]))
+    assert torch.equal(outputs.flatten(1), torch.tensor([[7.5, -1], [16.5, -1]]))
+
+
+SHAPES = st.fixed_dictionaries(
+    {
+        "images": st.sampled_from([1, 2, 3, 16, 33, 64, 65]),
+        "channels": st.sampled_from([1, 3, 20, 70]),
+        "outputs": st.sampled_from([1, 5, 18]),
+        "size": st.integers(1, 9),
+        "kernel": st.sampled_from([1, 2, 3, 5]),
+        "stride": st.sampled_from([1, 2, 3]),
+        "padding": st.integers(0, 2),
+        "density": st.sampled_from([0.0, 0.03, 0.3, 1.0]),
+        "bias": st.booleans(),
+        "threads": st.sampled_from([1, 2]),
+        "channels_last": st.booleans(),
+    }
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(SHAPES, st.integers(0, 2**31))
+def test_equals_pytorchs_convolution(case: dict, seed: int) -> None:
+    size, kernel, stride, padding = (case[name] for name in ("size", "kernel", "stride", "padding"))
+    if size + 2 * padding < kernel:
+        return
+    torch.manual_seed(seed)
+    functions._scratch.fill_(torch.nan)  # what other layers left there is nobody's business
+    before = torch.get_num_threads()
+    torch.set_num_threads(case["threads"])
+    try:
+        inputs = torch.randn(case["images"], case["channels"], size, size)
+        weight = torch.randn(case["outputs"], case["channels"], kernel, kernel)
+        weight *= torch.rand_like(weight) < case["density"]
+        if case["channels_last"]:
+            weight = weight.contiguous(memory_format=torch.channels_last)
+        bias = torch.randn(case["outputs"]) if case["bias"] else None
+        active = weight != 0
+        results = []
+        for function in (convolve, F.conv2d):
+            leaves = [t.clone().requires_grad_() for t in (inputs, weight, bias) if t is not None]
+            outputs = function(*leaves, stride=stride, padding=padding)
+            torch.manual_seed(seed)
+            outputs.backward(torch.randn(outputs.shape))
+            results.append([outputs.detach(), *(leaf.grad for leaf in leaves)])
+    finally:
+        torch.set_num_threads(before)
+    mine, dense = results
+    assert not mine[2][~active].any()
+    dense[2] = dense[2] * active
+    for got, expected in zip(mine, dense, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5 * max(1.0, float(expected.abs().max())))
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 300), st.integers(0, 4), st.integers(0, 4), st.booleans())
+def test_tiles_fit_the_registers_and_hold_what_they_cover(
+    rows: int, columns: int, images: int, down: int, right: int, is_contiguous: bool
+) -> None:
+    tile = choose_tile(Grid(rows, columns, images), (down, right), is_contiguous)
+    assert tile.vectors <= BLOCK
+    assert 1 <= tile.rows <= rows
+    assert 1 <= tile.columns <= columns
+    assert 1 <= tile.images <= images
+    last = (tile.rows - 1) * tile.place[0] + (tile.columns - 1) * tile.place[1] + tile.images
+    assert last <= tile.vectors * LANES
+
+
+def test_results_do_not_depend_on_who_does_which_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(40, 30, 3, 3) * (torch.rand(40, 30, 3, 3) < 0.2)
+    inputs = torch.randn(16, 30, 8, 8)
+    monkeypatch.setattr(functions.torch, "get_num_threads", lambda: 4)
+
+    def results() -> list[Tensor]:
+        leaves = [inputs.clone().requires_grad_(), weight.clone().requires_grad_()]
+        outputs = convolve(*leaves, padding=1)
+        outputs.square().sum().backward()
+        return [outputs.detach(), *(leaf.grad for leaf in leaves)]
+
+    by_openmp = results()
+    monkeypatch.setattr(threads, "_starter", lambda: threads._threads)
+    for _ in range(3):
+        for a, b in zip(by_openmp, results(), strict=True):
+            assert torch.equal(a, b)
+
+
+def write(outputs: Tensor, norm: Norm) -> Tensor:
+    norm.write(outputs.detach(), relu=False)
+    return outputs
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("affine", [True, False])
+def test_batch_norm_equals_pytorchs(training: bool, affine: bool) -> None:
+    torch.manual_seed(0)
+    inputs = 3 * torch.randn(5, 7, 4, 6) + 20
+    parameters = [torch.randn(7), torch.randn(7)] if affine else [None, None]
+    mean, variance = torch.randn(7), torch.rand(7) + 0.5
+    gradient = torch.randn(5, 7, 4, 6)
+    results = []
+    for is_mine in (True, False):
+        x = inputs.clone().requires_grad_()
+        leaves = [None if p is None else p.clone().requires_grad_() for p in parameters]
+        if is_mine:
+            norms: list = []
+            known = (None, None) if training else (mean, variance)
+            outputs = BatchNorm.apply(x, *leaves, *known, 1e-5, lambda *norm, found=norms: found.extend(norm))
+            write(outputs, norms[0])
+        else:
+            outputs = F.batch_norm(x, mean.clone(), variance.clone(), *leaves, training=training)
+        outputs.backward(gradient)
+        results.append([outputs.detach(), x.grad, *(leaf.grad for leaf in leaves if leaf is not None)])
+    for got, expected in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_activations_lie_image_innermost() -> None:
+    activations = empty_activations(5, 3, 2, 4)
+    assert activations.shape == (5, 3, 2, 4)
+    assert activations.stride() == (1, 40, 20, 5)
+    assert image_last(activations).data_ptr() == activations.data_ptr()
