@@ -150,19 +150,20 @@ class CostMeter:
     def __init__(self, layers: Mapping[str, float]) -> None:
         self.layers = layers
         self.flops = 0.0
-        self._per_sample = 0.0
+        self._dense = inference_flops(layers)
+        self._sparse = self._dense
 
     def forward(self, weights: Mapping[str, Tensor]) -> float:
         """Forward FLOPs per sample with these weights or masks, f_S; a layer that is not among them is dense."""
         return inference_flops(self.layers, layer_densities(weights))
 
-    def price(self, masks: Mapping[str, Tensor], sparse_steps: int | None) -> None:
-        """Set what a training sample costs from now on: :func:`training_flops` with these masks."""
-        self._per_sample = training_flops(self.forward(masks), inference_flops(self.layers), sparse_steps)
+    def train_with(self, masks: Mapping[str, Tensor]) -> None:
+        """Set the masks that are trained with from now on."""
+        self._sparse = self.forward(masks)
 
-    def count(self, samples: int) -> None:
-        """Add the cost of training on so many samples."""
-        self.flops += samples * self._per_sample
+    def count(self, samples: int, sparse_steps: int | None) -> None:
+        """Add the cost of training on so many samples: :func:`training_flops`."""
+        self.flops += samples * training_flops(self._sparse, self._dense, sparse_steps)
 
 
 def cost_summary(

@@ -140,7 +140,7 @@ class Trainer:
         done = (self.epoch - self.plan.first_epoch) * batches + self.batch
         self.progress.start(done, (self.plan.end_epoch - self.plan.first_epoch) * batches)
         self._resumed_at = time.perf_counter()
-        self._price_training()
+        self._costs.train_with(self._masks())
         if self.continues:
             self._restore_files()
         try:
@@ -167,10 +167,8 @@ class Trainer:
         batches = len(self.sources.train)
         plan = self.plan
         self.passes.network.train()
-        if self.masking and plan.is_cycle(self.epoch):
-            if not plan.updates_in_cycles:
-                self.masking.updates_enabled = False
-            self._price_training()
+        if self.masking and plan.is_cycle(self.epoch) and not plan.updates_in_cycles:
+            self.masking.updates_enabled = False
         began = time.perf_counter()
         images = 0  # since this call began: a resumed epoch's rate is its own
         try:
@@ -198,6 +196,7 @@ class Trainer:
         finite = torch.isfinite(loss.detach())
         self._bad_batch = torch.where(finite | (self._bad_batch >= 0), self._bad_batch, self.batch)
         update_due = self.masking is not None and self.masking.update_due
+        sparse_steps = self.masking.sparse_steps if self.masking else None
         if update_due or self.device.type == "cpu":  # looking costs a GPU a wait, a CPU nothing
             self._check_finite()
         scaler = self.passes.precision.scaler
@@ -209,9 +208,9 @@ class Trainer:
         else:
             take_step(self.optimizer, scaler)
         self._tally.add(logits.detach(), batch.labels, loss.detach())
-        self._costs.count(len(batch.labels))
+        self._costs.count(len(batch.labels), sparse_steps)
         if update_due:
-            self._price_training()
+            self._costs.train_with(self._masks())
 
     def _finish_epoch(self) -> None:
         """Evaluate, superpose at the end of a cycle, and commit; begun anew if it is interrupted."""
@@ -284,7 +283,7 @@ class Trainer:
             if not self.masking.gradients_are_finite():
                 raise self._diverged(self.batch)
         self.masking.truncate_weights(self.plan.explore_rate)
-        self._price_training()
+        self._costs.train_with(self._masks())
 
     def _look_at_gradients(self, scaled: bool) -> None:
         """Compute the gradients of the epoch's first batch, ahead of training on it."""
@@ -437,10 +436,6 @@ class Trainer:
         )
 
     # ------------------------------------------------------------------------------------------------- costs
-
-    def _price_training(self) -> None:
-        """Reckon what a training sample costs from now on, until the topology changes again."""
-        self._costs.price(self._masks(), self.masking.sparse_steps if self.masking else None)
 
     def _bn_flops(self, state: State) -> float:
         """Cost of re-estimating a superposition's BatchNorm statistics, if that is done."""

@@ -149,7 +149,7 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
         "--multiplier",
         type=positive,
         default=1,
-        help="stretch epochs, milestones, warm-up and pruning window this many times",
+        help="stretch all counts of epochs, milestones and warm-up among them, this many times, but for --cycle",
     )
     group.add_argument(
         "--show-layers", action="store_true",
@@ -227,6 +227,11 @@ def add_sparse_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--final-prune-epoch", type=non_negative, default=110, metavar="EPOCH",
         help="gradual pruning reaches the final density here",
+    )  # fmt: skip
+    group.add_argument(
+        "--final-update-epoch", type=non_negative, metavar="EPOCH",
+        help="updates prune and grow in the epochs before this one only; gradual pruning and --re_explore go on "
+        "(default: in all)",
     )  # fmt: skip
     group.add_argument("--rm-first", action="store_true", help="keep the first layer dense, outside the masks")
     group.add_argument(
@@ -328,6 +333,9 @@ def check(args: argparse.Namespace, momentum_is_zero: bool, has_weights: bool) -
     if layer_densities(args) and not (args.pre_train and SPARSE_INITS[args.sparse_init].shares_density):
         sharing = ", ".join(name for name, init in SPARSE_INITS.items() if init.shares_density)
         raise UsageError(f"--layer-density is about first masks: it needs --pre_train and --sparse-init {sharing}")
+    if args.final_update_epoch is not None and (args.fix or not METHODS[args.method].grows):
+        never = "--fix freezes the topology" if args.fix else f"{args.method} only prunes"
+        warnings.append(f"{never}: --final-update-epoch has no effect")
     modes = chosen_modes(args.prune, args.growth, args.redistribution)
     if momentum_is_zero and any(mode.reads_momentum for mode in modes):
         raise UsageError("--growth and --redistribution by momentum need a --momentum above 0")
@@ -435,6 +443,9 @@ def sparse_training(args: argparse.Namespace, steps_per_epoch: int, total_epochs
             "final_density": args.final_density,
             "prune_start_step": args.init_prune_epoch * args.multiplier * steps_per_epoch,
             "prune_end_step": args.final_prune_epoch * args.multiplier * steps_per_epoch,
+            "final_update_step": None
+            if args.final_update_epoch is None
+            else args.final_update_epoch * args.multiplier * steps_per_epoch,
             "total_steps": total_epochs * steps_per_epoch,
             "seed": args.seed,
         },

@@ -63,6 +63,7 @@ class Masking:
         final_density: share that gradual methods end at, in (0, ``init_density``].
         prune_start_step: step before which gradual methods change nothing.
         prune_end_step: step from which gradual methods hold ``final_density``; they need it.
+        final_update_step: last step that may prune and grow; None: there is none. Gradual pruning goes on after it.
         total_steps: steps of the whole run; needed by every decay but ``constant``.
         seed: of the first masks and of random growth. Rank 0's counts.
 
@@ -90,6 +91,7 @@ class Masking:
         final_density: float = 0.05,
         prune_start_step: int = 0,
         prune_end_step: int | None = None,
+        final_update_step: int | None = None,
         total_steps: int | None = None,
         seed: int = 0,
     ) -> None:
@@ -114,6 +116,7 @@ class Masking:
         update_frequency = _whole("update_frequency", update_frequency, at_least=1)
         prune_start_step = _whole("prune_start_step", prune_start_step)
         prune_end_step = None if prune_end_step is None else _whole("prune_end_step", prune_end_step)
+        final_update_step = None if final_update_step is None else _whole("final_update_step", final_update_step)
         total_steps = None if total_steps is None else _whole("total_steps", total_steps, at_least=1)
         if decay_schedule != "constant" and not total_steps:
             raise UsageError(f"decay_schedule {decay_schedule!r} needs total_steps")
@@ -144,6 +147,7 @@ class Masking:
         self.final_density = final_density
         self.prune_start_step = prune_start_step
         self.prune_end_step = prune_end_step
+        self.final_update_step = final_update_step
         self.total_steps = total_steps
         self.seed = int(seed)
 
@@ -331,12 +335,24 @@ class Masking:
     @property
     def update_due(self) -> bool:
         """Whether the next :meth:`step` ends with a topology update."""
-        return self.updates_enabled and (self._overdue or (self.steps + 1) % self.update_frequency == 0)
+        coming = self.steps + 1
+        due = self._overdue or coming % self.update_frequency == 0
+        return self.updates_enabled and due and (self._shrinks_at(coming) or self._grows_at(coming))
+
+    def _shrinks_at(self, step: int) -> bool:
+        """Whether an update at this step prunes gradually."""
+        return self._method.shrink is not None and step >= self.prune_start_step
+
+    def _grows_at(self, step: int) -> bool:
+        """Whether an update at this step prunes and grows."""
+        waits = self._method.shrink is not None and step < self.prune_start_step
+        ended = self.final_update_step is not None and step > self.final_update_step
+        return self._method.grows and not waits and not ended
 
     @property
     def needs_dense_gradients(self) -> bool:
         """Whether the next :meth:`step` reads gradients of inactive weights, which the backward pass then computes."""
-        return self._tracks_momentum or (self._method.grows and self._reads_gradient and self.update_due)
+        return self._tracks_momentum or (self._reads_gradient and self.update_due and self._grows_at(self.steps + 1))
 
     @property
     def parameters(self) -> Mapping[str, nn.Parameter]:
@@ -406,11 +422,13 @@ class Masking:
 
     @property
     def sparse_steps(self) -> int | None:
-        """Steps on sparse gradients for each that needs dense ones, ΔT of ``costs.training_flops``; None: none does."""
+        """Steps on sparse gradients for each that needs dense ones, ΔT of ``costs.training_flops``; None: none does.
+
+        It holds for the next step, and changes where growth begins, ends or is switched off.
+        """
         if self._tracks_momentum:
             return 0
-        waits = self._method.shrink is not None and self.steps < self.prune_start_step
-        updates = self.updates_enabled and self._method.grows and not waits
+        updates = self.updates_enabled and self._grows_at(self.steps + 1)
         return self.update_frequency if updates and GROWTH[self.growth].reads_gradient else None
 
     def scheduled_density(self) -> float:
@@ -502,12 +520,10 @@ class Masking:
 
     @torch.no_grad()
     def _update_topology(self) -> None:
-        if self._method.shrink and self.steps < self.prune_start_step:
-            return
         layers = self._layers()
         if self._method.shrink:
             self._method.shrink(layers, self.scheduled_density())
-        if self._method.grows:
+        if self._grows_at(self.steps):
             self._explore(layers)
         self._settle(layers)
 

@@ -12,7 +12,7 @@ from imagenet_resnet import build_model as build_imagenet_model
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from sparselearning.costs import cost_summary, inference_flops, layer_densities, layer_flops, training_flops
+from sparselearning.costs import CostMeter, cost_summary, inference_flops, layer_densities, layer_flops, training_flops
 from sparselearning.distributions import erk_densities, uniform_densities
 from sparselearning.layers import maskable_parameters
 from sparselearning.schedules import gradual_density
@@ -181,6 +181,17 @@ def test_gradual_pruning_is_the_sum_over_stretches_of_one_density():
     densities = [gradual_density(step, 0, 4, 1.0, 0.125) for step in range(8)]
     spent = sum(2 * training_flops(inference_flops({"a": 10}, {"a": density}), 10) for density in densities)
     assert spent == pytest.approx(60 + 29.6484375 + 14.0625 + 8.3203125 + 4 * 7.5)
+
+
+def test_a_meter_adds_up_what_each_batch_costs():
+    # f_D = 10, f_S = 10 · ¼ = 2.5; static 3 · 2.5 = 7.5; RigL with ΔT = 1: (7.5 + 5 + 10) / 2 = 11.25.
+    meter = CostMeter({"a": 10.0})
+    meter.count(1, None)
+    assert meter.flops == 30, "dense until there are masks"
+    meter.train_with({"a": torch.tensor([True, False, False, False])})
+    meter.count(2, None)
+    meter.count(4, 1)
+    assert meter.flops == 30 + 2 * 7.5 + 4 * 11.25
 
 
 # -------------------------------------------------------------------------------------------------- summary

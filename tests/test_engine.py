@@ -489,6 +489,19 @@ def test_no_mask_updates_in_cycles(tmp_path, updates):
     assert any(i >= 6 for i in moved) == updates
 
 
+def test_dense_gradients_are_charged_until_prune_and_grow_ends(tmp_path):
+    spent = []
+    for end in (None, 3, 0):  # an epoch has three steps
+        masks = MASKING | {"method": "DST", "growth": "gradient", "prune_end_step": None, "final_update_step": end}
+        trainer = prepare(tmp_path / str(end), masks=masks)
+        trainer.run()
+        spent.append([row["training_flops"] for row in lines(trainer.folder.metrics)[:2]])
+    without_end, one_epoch, never = spent
+    assert one_epoch[0] == without_end[0] > never[0]
+    assert one_epoch[1] < without_end[1]
+    assert never[0] == never[1], "as static training"
+
+
 def test_fixed_topology_stays(tmp_path):
     plan = dataclasses.replace(PLAN, explore_rate=None)
     trainer = prepare(tmp_path, plan, sparse(frozen=True, init_density=0.3))
@@ -818,6 +831,7 @@ CONFIGURATIONS = {
     "no updates in cycles": {"plan": dataclasses.replace(PLAN, updates_in_cycles=False)},
     "CAA without BN": {"plan": dataclasses.replace(PLAN, update_bn=False, averaging=AVERAGING["CAA"](0.5))},
     "bf16, channels last": {"amp": "bf16", "memory_format": torch.channels_last},
+    "growth ends at step 5": {"masks": MASKING | {"prune_start_step": 3, "final_update_step": 5}},
     "dense": {"masks": None, "plan": DENSE},
     "pre-training alone": {"plan": dataclasses.replace(PLAN, cyclic_train=False)},
 }

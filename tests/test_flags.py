@@ -432,9 +432,17 @@ def test_learning_rate_of_pretraining():
 
 
 def test_pruning_window_in_steps_and_the_multiplier():
-    args = parse(RUN + "--init-prune-epoch 2 --final-prune-epoch 5 --multiplier 3")
+    args = parse(RUN + "--init-prune-epoch 2 --final-prune-epoch 5 --final-update-epoch 4 --multiplier 3")
     masking = flags.sparse_training(args, steps_per_epoch=10, total_epochs=30).masking
     assert (masking["prune_start_step"], masking["prune_end_step"], masking["total_steps"]) == (60, 150, 300)
+    assert masking["final_update_step"] == 120
+    assert flags.sparse_training(parse(RUN), 10, 30).masking["final_update_step"] is None
+
+
+@pytest.mark.parametrize(("text", "said"), [("--method GMP", "GMP only prunes"), ("--fix", "--fix freezes")])
+def test_a_last_update_is_nothing_to_what_never_grows(text, said):
+    warnings = main_suptickets.check(parse(RUN + f"--final-update-epoch 3 {text}"))
+    assert [said in warning for warning in warnings if "--final-update-epoch" in warning] == [True]
 
 
 def test_dense_training_has_neither_masks_nor_a_budget():

@@ -429,6 +429,45 @@ def test_updates_come_at_multiples_of_the_frequency_and_can_be_stopped():
     assert masking.steps == 16
 
 
+@pytest.mark.parametrize(("end", "changed"), [(None, [4, 8, 12, 16]), (11, [4, 8]), (8, [4, 8]), (0, [])])
+def test_prune_and_grow_ends_at_the_final_update_step(end, changed):
+    model = SmallNet()
+    masking = Masking(sgd(model), update_frequency=4, init_density=0.3, final_update_step=end)
+    masking.add_module(model)
+    needed, priced = [], []
+    for number in range(1, 17):
+        before = snapshot(masking)
+        needed += [number] * masking.needs_dense_gradients
+        priced += [number] * (masking.sparse_steps is not None)
+        assert masking.update_due == masking.needs_dense_gradients
+        random_gradients(model, number)
+        masking.step()
+        assert same(before, masking.masks) == (number not in changed)
+    assert needed == changed
+    assert priced == list(range(1, 1 + (16 if end is None else end)))
+    before = snapshot(masking)
+    random_gradients(model, 17)
+    masking.truncate_weights(0.3)
+    assert not same(before, masking.masks), "exploring goes on"
+
+
+def test_gradual_pruning_goes_on_after_the_final_update_step():
+    model = SmallNet()
+    masking = Masking(
+        sgd(model), method="GraNet", update_frequency=1, init_density=0.8, final_density=0.2, prune_start_step=2,
+        prune_end_step=9, final_update_step=4,
+    )  # fmt: skip
+    masking.add_module(model)
+    for number in range(1, 12):
+        before = snapshot(masking)
+        assert (masking.update_due, masking.needs_dense_gradients) == (number >= 2, 2 <= number <= 4)
+        random_gradients(model, number)
+        masking.step()
+        grown = any((masking.masks[name] & ~mask).any() for name, mask in before.items())
+        assert grown == (2 <= number <= 4)
+        assert sum(counts(masking).values()) == round(SIZE * gradual_density(number, 2, 9, 0.8, 0.2))
+
+
 def test_add_module_draws_erk_by_default():
     model = SmallNet()
     masking = Masking(sgd(model), init_density=0.3)
@@ -1344,6 +1383,7 @@ WRONG = [
     ("prune_start_step", {"prune_start_step": -1}),
     ("prune_start_step", {"method": "GraNet", "prune_start_step": math.nan, "prune_end_step": 9}),
     ("prune_end_step", {"method": "GraNet", "prune_end_step": math.nan}),
+    ("final_update_step", {"final_update_step": -1}),
     ("prune_end_step", {"method": "GraNet", "prune_end_step": math.inf}),
     ("total_steps", {"decay_schedule": "cosine", "total_steps": 0}),
     ("total_steps", {"decay_schedule": "cosine", "total_steps": math.nan}),
