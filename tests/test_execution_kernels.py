@@ -80,7 +80,7 @@ SHAPES = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(SHAPES, st.integers(0, 2**31))
 def test_equals_pytorchs_convolution(case: dict, seed: int) -> None:
     size, kernel, stride, padding = (case[name] for name in ("size", "kernel", "stride", "padding"))

@@ -4,8 +4,10 @@ Activations are ordinary tensors [image, channel, row, column] that lie in memor
 (:func:`image_last`); weights and their gradients are ordinary dense tensors, zero where inactive.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -52,6 +54,7 @@ class Shape:
         )
         return Grid(rows, columns, source.images)
 
+    @cache  # noqa: B019  shapes are few, and kept with the networks that have them
     def forward(self, source: Grid, shares: int, active: int) -> Correlation:
         """The forward pass, whose lists also serve the gradient of the weights."""
         target = self.target(source)
@@ -66,6 +69,7 @@ class Shape:
         strides = (size, target.columns * target.images, target.images)
         return Correlation(self.channels, self.outputs, source, target, self.stride, taps, strides, shares, active)
 
+    @cache  # noqa: B019
     def backward(self, source: Grid, shares: int, active: int) -> list[tuple[Correlation, np.ndarray, int]]:
         """The gradient with respect to the input, for every ``stride``-th row and column at a time.
 
@@ -191,12 +195,14 @@ class ActiveWeights:
         full = (self._outputs, self._channels, rows, columns)
         self._places = sum((i * stride for i, stride in zip(full, strides, strict=False)), np.zeros_like(self._taps))
         self._kernels: dict[Any, Any] = {}
+        # Roughly how many there are decides how the work is cut, so that a changed mask finds most of it cut already.
+        self._roughly = 1 << round(math.log2(max(len(self._taps), 1)))
 
     def forward(self, source: Grid) -> _Kernel:
         """For the output, and for the gradient of the weights."""
 
         def make(shares: int) -> _Kernel:
-            correlation = self.shape.forward(source, shares, len(self._places))
+            correlation = self.shape.forward(source, shares, self._roughly)
             kernel = _Kernel(correlation, self._outputs, self._channels, self._taps, self._places)
             kernel.keeps_values = self._keeps_values
             return kernel
@@ -208,7 +214,7 @@ class ActiveWeights:
 
         def make(shares: int) -> list[tuple[_Kernel, int]]:
             kernels = []
-            for correlation, taps, begin in self.shape.backward(source, shares, len(self._places)):
+            for correlation, taps, begin in self.shape.backward(source, shares, self._roughly):
                 number = np.full(self.shape.kernel[0] * self.shape.kernel[1], -1)
                 number[taps] = np.arange(len(taps))
                 there = number[self._taps] >= 0

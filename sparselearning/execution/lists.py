@@ -118,7 +118,7 @@ class Correlation:
         taps: row and column of each tap, relative to the target's position times the step.
         target_strides: numbers from plane to plane, row to row, column to column of the target in memory.
         shares: into how many parts the work is to be cut.
-        active: number of active weights.
+        active: number of active weights, roughly.
     """
 
     channels: int

@@ -7,7 +7,6 @@ very library that PyTorch uses; where that one cannot be found, a few plain thre
 
 import ctypes
 import os
-import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -40,22 +39,18 @@ def _starter() -> Start:
 
 
 def _openmp() -> Start | None:
-    """The entry of the OpenMP library that PyTorch has loaded, if it has the one that GCC's code calls."""
+    """The entry of PyTorch's OpenMP library that GCC's code calls, if it has that one.
+
+    It is looked up from where PyTorch calls it: other packages may have brought OpenMP libraries of their own.
+    """
     try:
-        loaded = Path("/proc/self/maps").read_text()
-    except OSError:
+        library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"), mode=os.RTLD_NOLOAD)
+        parallel = library.GOMP_parallel
+    except (OSError, AttributeError):
         return None
-    beside_torch = str(Path(torch.__file__).parent.parent)
-    found = sorted(set(re.findall(r"\s(/\S*/lib(?:gomp|iomp5|omp)\S*\.so\S*)", loaded)))
-    for path in sorted(found, key=lambda path: not path.startswith(beside_torch)):
-        try:
-            parallel = ctypes.CDLL(path, mode=os.RTLD_NOLOAD | os.RTLD_LAZY).GOMP_parallel
-        except (OSError, AttributeError):
-            continue
-        parallel.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
-        parallel.restype = None
-        return lambda kernel, task, shares: parallel(kernel, task, shares, 0)
-    return None
+    parallel.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
+    parallel.restype = None
+    return lambda kernel, task, shares: parallel(kernel, task, shares, 0)
 
 
 def _threads(kernel: int, task: int, shares: int) -> None:
