@@ -30,7 +30,7 @@ import main_suptickets
 
 from sparselearning import flags, report
 from sparselearning.errors import FaultError, UsageError
-from sparselearning.files import RunFolder
+from sparselearning.files import RunFolder, check_output
 from sparselearning.script import run_script
 from sparselearning.signals import stop_signals
 
@@ -70,7 +70,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Do all runs that are not done, and report on those that are.
 
     Raises:
-        UsageError: if a run's flags contradict one another, or its folder holds a run with other flags.
+        UsageError: if a run's flags contradict one another, its folder holds a run with other flags, or something else
+            stands where a log or the report is to go.
         FaultError: if runs failed, after all others are done.
     """
     words = list(sys.argv[1:] if argv is None else argv)
@@ -82,6 +83,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         for method in dict.fromkeys(args.methods)
         for control in ((False, True) if args.control else (False,))
     ]
+    report.check_out(args.out / "report")
+    for run in runs if args.gpus else ():
+        check_output(run.log, SCRIPT.name)
     if args.dry_run:
         print("\n".join(f"# finished: {run.name}" if run.finished else shlex.join(run.command()) for run in runs))
         return
@@ -252,6 +256,8 @@ def _start(run: Run, gpu: str | None, at_once: int) -> subprocess.Popen:
         if gpu is None:
             return subprocess.Popen(run.command(), env=environment, start_new_session=True)
         with run.log.open("ab") as log:
+            log.write(f"{shlex.join(run.command())}\n".encode())
+            log.flush()
             return subprocess.Popen(
                 run.command(), env=environment, start_new_session=True, stdout=log, stderr=subprocess.STDOUT
             )

@@ -9,6 +9,10 @@ from typing import Any, NamedTuple
 
 import torch
 
+from sparselearning.files import write_whole
+
+COMMAND = "benchmarks/speed.py"
+"""What files name as the program that wrote them."""
 TITLES = ["what", "this", "reference", "ratio", "to reach"]
 COLUMNS = "{:<42} {:>30} {:>30} {:>23}  {}"
 
@@ -156,7 +160,11 @@ def number(value: float) -> str:
 
 
 def plot(rows: Sequence[Row], title: str, path: Path) -> None:
-    """Draw how many times faster each row is than its reference, with its range and its bars. Needs matplotlib."""
+    """Draw how many times faster each row is than its reference, with its range and its bars. Needs matplotlib.
+
+    Raises:
+        FaultError: if the disk refuses.
+    """
     from matplotlib import style
     from matplotlib.figure import Figure
 
@@ -184,4 +192,4 @@ def plot(rows: Sequence[Row], title: str, path: Path) -> None:
         axes.margins(x=0.15)
         axes.set_xlabel("times faster than the reference (line: range of the rounds; red: to reach)")
         figure.suptitle(title, fontsize=7, wrap=True)
-        figure.savefig(path)
+        write_whole(path, lambda file: figure.savefig(file, format="png", metadata={"Software": COMMAND}))

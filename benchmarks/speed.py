@@ -15,12 +15,12 @@ import argparse
 import copy
 import gc
 import itertools
-import json
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -35,14 +35,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "CIFAR"))
 import references
 from cifar_data import DATASETS, TensorLoader, channel_statistics
 from cifar_models import build_model, model_names
-from comparison import TITLES, Bar, Row, Side, alternate, line, markdown, plot
+from comparison import COMMAND, TITLES, Bar, Row, Side, alternate, line, markdown, plot
 
 from sparselearning import experiment, flags
 from sparselearning.data import Batch
 from sparselearning.engine import Sources, Trainer
-from sparselearning.errors import UsageError
+from sparselearning.errors import FaultError, UsageError
 from sparselearning.experiment import SparseTraining
-from sparselearning.files import RunFolder, check_output, write_json
+from sparselearning.files import RunFolder, check_output, read_json, write_json
 from sparselearning.layers import maskable_parameters
 from sparselearning.masking import Masking
 from sparselearning.plan import EpochBudget, Plan
@@ -460,11 +460,15 @@ def markdown_of(path: Path) -> str:
 
     Raises:
         UsageError: if there is no such file.
+        FaultError: if it is damaged, or another program's.
     """
     if not path.is_file():
         raise UsageError(f"there is no file {path}: --out writes such a one")
-    saved = json.loads(path.read_text())
-    return f"{markdown(map(Row.from_json, saved['rows']))}\n{saved['title']}"
+    saved = read_json(path)
+    try:
+        return f"{markdown(map(Row.from_json, saved['rows']))}\n{saved['title']}"
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise FaultError(f"{path} is damaged, or nothing that --out wrote") from error
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -497,8 +501,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.show:
         print(markdown_of(args.show))
         return
-    if args.out:
-        check_output(args.out, "benchmarks/speed.py")
+    for path in filter(None, (args.out, args.plot)):
+        check_output(path, COMMAND)
+    if args.plot and not find_spec("matplotlib"):
+        raise UsageError("--plot needs matplotlib: pip install matplotlib, or leave it out")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UsageError("there is no GPU that PyTorch can use here: measure with --device cpu")
     device, _ = Runtime(use_cuda=args.device == "cuda").start()
@@ -510,7 +516,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(head, line(TITLES), sep="\n\n", flush=True)
     results: dict[str, Any] = {
         "title": head,
-        "command": shlex.join(["python", "benchmarks/speed.py", *argv]),
+        "command": shlex.join(["python", COMMAND, *argv]),
         "setting": asdict(setting) | {"device": device.type},
         "machine": here,
     }

@@ -27,7 +27,7 @@ import sweep  # noqa: E402
 
 from sparselearning import flags  # noqa: E402
 from sparselearning.errors import UsageError  # noqa: E402
-from sparselearning.files import RunFolder, copy_whole, write_json, write_text, write_whole  # noqa: E402
+from sparselearning.files import RunFolder, check_output, copy_whole, write_json, write_text, write_whole  # noqa: E402
 from sparselearning.runs import find_runs, group_runs, read_run  # noqa: E402
 from sparselearning.script import run_script  # noqa: E402
 from sparselearning.tables import markdown_report, markdown_table  # noqa: E402
@@ -248,11 +248,16 @@ def runs_under(folder: Path) -> list[Path]:
 
 
 def collect(source: Path, target: Path) -> None:
-    """Copy what finished runs say, but no networks, nor how to build them."""
+    """Copy what finished runs say, but no networks, nor how to build them.
+
+    Raises:
+        UsageError: if anything but an earlier copy stands there.
+    """
     for path in runs_under(source):
         run, kept = RunFolder(path), RunFolder(target / path.relative_to(source))
         if not run.summary.is_file():
             continue
+        check_output(kept.config, '"versions"')
         write_json(kept.config, {name: value for name, value in run.read_config().items() if name != "network"})
         for there, here in zip(_text_files(run), _text_files(kept), strict=True):
             if there.is_file():

@@ -21,7 +21,7 @@ from sparselearning.files import write_whole
 from sparselearning.records import EpochRow
 from sparselearning.runs import Group, Run, legend, masked_weights
 from sparselearning.schedules import cyclic_lr
-from sparselearning.tables import COLUMNS
+from sparselearning.tables import COLUMNS, DRAWN_BY
 
 # Okabe and Ito's colours, which people with any colour vision can tell apart; shapes and dashes differ as well.
 BLUE, ORANGE, GREEN, VERMILION, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#555555"
@@ -82,7 +82,7 @@ def save(figure: Figure, stem: Path) -> None:
     Raises:
         FaultError: if the disk refuses.
     """
-    undated: dict[str, dict[str, Any]] = {"png": {"Software": None}, "svg": {"Date": None}}
+    undated: dict[str, dict[str, Any]] = {"png": {"Software": DRAWN_BY}, "svg": {"Creator": DRAWN_BY, "Date": None}}
     with style.context(STYLE):
         for kind, metadata in undated.items():
             write_whole(stem.with_name(f"{stem.name}.{kind}"), partial(figure.savefig, format=kind, metadata=metadata))

@@ -10,12 +10,22 @@ from pathlib import Path
 from types import ModuleType
 
 from sparselearning.errors import UsageError
-from sparselearning.files import write_text
+from sparselearning.files import check_output, write_text
 from sparselearning.flags import Parser, path
 from sparselearning.progress import run_table
 from sparselearning.runs import find_runs, group_runs, read_run
 from sparselearning.script import run_script
-from sparselearning.tables import csv_of_runs, csv_table, latex_table, markdown_report
+from sparselearning.tables import DRAWN_BY, csv_of_runs, csv_table, latex_table, markdown_report
+
+PICTURES = ("curves", "schedules", "layers", "comparison")
+MARKS = {
+    "results.md": "ran on (commits): ",
+    "results.csv": "method,n,",
+    "results.tex": r"% \usepackage{booktabs}",
+    "runs.csv": "method,seed,",
+    **{f"{name}.{kind}": DRAWN_BY for name in PICTURES for kind in ("png", "svg")},
+}
+"""Every file that a report may write, and what ``files.check_output`` knows it by."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -41,6 +51,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     out = args.out or (single.folder.path / "report" if single else Path("report"))
     if out.exists() and not out.is_dir():
         raise UsageError(f"--out {out} is a file: name a folder")
+    check_out(out)
 
     groups, left_out = group_runs(runs)
     if not groups and not single:
@@ -67,6 +78,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     else:
         print(tables.get("results.md") or f"{left_out[0]}; pictures, but no tables yet")
     print(f"written to {out}")
+
+
+def check_out(folder: Path) -> None:
+    """Check that a report there replaces nothing but an earlier one.
+
+    Raises:
+        UsageError: if another file, or anything else, stands where one of :data:`MARKS` may go.
+    """
+    for name, mark in MARKS.items():
+        check_output(folder / name, mark)
 
 
 def _plots() -> ModuleType:

@@ -12,6 +12,9 @@ from sparselearning.analysis import ENSEMBLE, Matrix, Pairs, ticket_name
 from sparselearning.records import Environment, Summary
 from sparselearning.runs import Group, Run, differing_flags, legend, one_line
 
+DRAWN_BY = "sparselearning.report"
+"""What pictures of reports name as the program that drew them."""
+
 Figure = Callable[[Group, Run], float | None]
 """From one run of a group to a number; None if it has none."""
 

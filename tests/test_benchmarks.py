@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from sparselearning.errors import UsageError
+from sparselearning.errors import FaultError, UsageError
+from sparselearning.files import check_output
 from sparselearning.superpose import prune_to_density
 from sparselearning.topology import Layer, shrink_globally
 
@@ -17,7 +18,7 @@ sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
 import references
 import speed
-from comparison import Bar, Row, Side, alternate
+from comparison import COMMAND, Bar, Row, Side, alternate, plot
 
 TINY = speed.Setting(
     model="cifar_resnet_8",
@@ -55,6 +56,24 @@ def test_one_command_measures_everything(tmp_path, capsys):
     shown = capsys.readouterr().out
     assert f"| {report['rows'][0]['what']} | " in shown
     assert report["title"] in shown
+    out.write_text('{"rows": [{}], "title": "none"}')
+    with pytest.raises(FaultError, match=r"speed\.json is damaged"):
+        speed.main(["--show", str(out)])
+
+
+@pytest.mark.parametrize("flag", ["--out", "--plot"])
+def test_no_other_file_is_replaced(tmp_path, flag):
+    (tmp_path / "mine").write_text("mine")
+    with pytest.raises(UsageError, match="mine exists, and is no earlier output"):
+        speed.main(["--device", "cpu", flag, str(tmp_path / "mine")])
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("matplotlib"), reason="needs matplotlib")
+def test_a_picture_may_be_replaced_by_a_later_one(tmp_path):
+    path = tmp_path / "speed.png"
+    for _ in range(2):
+        check_output(path, COMMAND)
+        plot([Row("a", "ms", [1.0], [2.0])], "title", path)
 
 
 def test_a_row_survives_its_file():

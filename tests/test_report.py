@@ -14,7 +14,7 @@ import torch
 import sparselearning
 from sparselearning.errors import FaultError, UsageError
 from sparselearning.records import EpochRow
-from sparselearning.report import main
+from sparselearning.report import MARKS, main
 from sparselearning.runs import LONGEST_LABEL, find_runs, group_runs, legend, masked_weights, read_run
 from sparselearning.schedules import cyclic_lr
 from sparselearning.tables import (
@@ -618,6 +618,28 @@ def test_wrong_calls_are_told_in_a_sentence(tmp_path):
         main([str(tmp_path), "--no-plots"])
     with pytest.raises(UsageError, match="is a file: name a folder"):
         main([str(tmp_path / "1"), "--no-plots", "--out", str(tmp_path / "1/config.json")])
+
+
+@pytest.mark.parametrize(
+    "name", ["results.md", "results.csv", "results.tex", "runs.csv", "curves.png", "schedules.svg"]
+)
+def test_no_other_file_is_replaced(tmp_path, name):
+    folder, out = write_run(tmp_path / "run"), tmp_path / "out"
+    out.mkdir()
+    (out / name).write_text("mine")
+    with pytest.raises(UsageError, match=f"{name} exists, and is no earlier output"):
+        main([str(folder), "--no-plots", "--out", str(out)])
+    assert [(path.name, path.read_text()) for path in out.iterdir()] == [(name, "mine")]
+
+
+def test_a_report_may_be_replaced_by_a_later_one(tmp_path):
+    pytest.importorskip("matplotlib")
+    out = tmp_path / "out"
+    for seed in (1, 2):
+        folder = write_run(tmp_path / f"{seed}", seed=seed)
+        main([str(folder), "--out", str(out)])
+        main([str(tmp_path), "--out", str(out)])
+    assert {path.name for path in out.iterdir()} <= MARKS.keys()
 
 
 def ticket_line(number):

@@ -215,11 +215,23 @@ def test_each_gpu_has_one_run_at_a_time(out, capfd):
     by_gpu = {gpu: [row["from"] for row in rows if row["gpu"] == gpu] for gpu in ("3", "5")}
     assert sorted(map(len, by_gpu.values())) == [2, 2]
     assert all(later - earlier > 0.3 for earlier, later in by_gpu.values())
-    assert (out / "rigl" / "seed1.log").read_text() == "training\n"
+    command, *printed = (out / "rigl" / "seed1.log").read_text().splitlines()
+    assert "stub.py --pre_train" in command or "stub.py --data" in command
+    assert printed == ["training"]
     assert "training" not in capfd.readouterr().out
 
 
 # --------------------------------------------------------------------------------------------------------- misuse
+
+
+@pytest.mark.parametrize("name", ["rigl/seed1.log", "report/runs.csv"])
+def test_no_other_file_is_replaced_or_added_to(out, name):
+    (out / name).parent.mkdir()
+    (out / name).write_text("mine")
+    with pytest.raises(UsageError, match="exists, and is no earlier output"):
+        run_sweep(out, "--seeds", 1, "--methods", "rigl", "--gpus", "0")
+    assert (out / name).read_text() == "mine"
+    assert not journal(out)
 
 
 def test_a_folder_with_a_run_of_other_flags_is_left_alone(out):
