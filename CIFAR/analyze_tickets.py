@@ -53,7 +53,15 @@ from sparselearning.passes import Passes
 from sparselearning.progress import print_notes
 from sparselearning.runs import find_runs, read_run
 from sparselearning.script import run_script
-from sparselearning.superpose import AVERAGING, State, differing_entries, prune_to_density, superpose
+from sparselearning.superpose import (
+    AVERAGING,
+    Averaging,
+    State,
+    chooses,
+    differing_entries,
+    prune_to_density,
+    superpose,
+)
 
 MADE_BY = "analyze_tickets.py"
 """What ``--save-network`` writes says so."""
@@ -65,6 +73,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     if given.save_network:
         check_output(given.save_network, MADE_BY)
     folder, args = rebuilt_flags(given)
+    if chooses(args.superposing_method) and not args.valid_split:
+        raise UsageError(
+            f"--superposing_method {args.superposing_method} chooses by accuracy on held-out training images, and the "
+            f"run in {folder.path} held none out (--valid_split)"
+        )
     bench = Bench.of(args)
     numbers = given.tickets or kept_tickets(folder)
     members = [bench.load_ticket(folder, number) for number in numbers]
@@ -77,9 +90,10 @@ def main(argv: Sequence[str] | None = None) -> None:
                 f"{folder.ticket(number)} is damaged: masks: {differing[0]} is not masked as in ticket {numbers[0]}"
             )
     budget = args.final_density if args.sparse or "final_density" in given else None
-    superposed = superpose_again(members, AVERAGING[args.superposing_method](args.CIMA_factor), names, budget)
-    if args.update_bn:
-        superposed = [bench.with_fresh_bn(network) for network in superposed]
+    averaging = AVERAGING[args.superposing_method](args.CIMA_factor)
+    finished = bench.with_fresh_bn if args.update_bn else lambda network: network
+    superposed = superpose_again(members, averaging, names, budget, lambda made: bench.accuracy(finished(made)))
+    superposed = [finished(network) for network in superposed]
     if given.save_network:
         final = superposed[-1]
         SavedNetwork(final.state, final.masks, final.epoch + 1).write(given.save_network, MADE_BY)
@@ -269,6 +283,10 @@ class Bench:
         hits = int((logits.argmax(dim=1) == self.labels).sum())
         return Quality(accuracy=hits / len(self.labels), loss=F.cross_entropy(logits, self.labels).item())
 
+    def accuracy(self, network: Network) -> float:
+        """Accuracy in [0, 1] of a network as it is."""
+        return self.quality(self.logits(network.state)).accuracy
+
     def row(
         self, networks: Sequence[Network], predictions: Mapping[str, Tensor], maskable: Iterable[str]
     ) -> NetworkRow:
@@ -331,26 +349,35 @@ class Bench:
 
 
 def superpose_again(
-    members: Sequence[Network], averaging: Callable[[int], float], maskable: Sequence[str], budget: float | None
+    members: Sequence[Network],
+    averaging: Averaging,
+    maskable: Sequence[str],
+    budget: float | None,
+    accuracy: Callable[[Network], float],
 ) -> list[Network]:
     """Superpose tickets one by one, as the run did; return what there was after each but the first.
 
-    BatchNorm statistics are averaged here. Weights never depend on them, and re-estimating forgets them: doing so
-    afterwards, with :meth:`Bench.with_fresh_bn`, gives what doing so at once gives.
+    BatchNorm statistics are averaged here. Re-estimating forgets them, so that doing so afterwards, with
+    :meth:`Bench.with_fresh_bn`, gives what doing so at once gives.
 
     Args:
         members: the first is the start; the others enter as numbers 1, 2, ….
-        averaging: number to weight.
+        averaging: number to the weights that are tried.
         maskable: names of the weights that the budget covers.
         budget: density in (0, 1] that each superposition is pruned to; None: no pruning.
+        accuracy: what decides between several weights; the first of the best is taken.
     """
     state, made = members[0].state, []
     for number, member in enumerate(members[1:], start=1):
-        state = superpose(state, member.state, averaging(number))
-        masks = nonzero(state, maskable)
-        if budget is not None:
-            state, masks = prune_to_density(state, maskable, budget)
-        made.append(Network(f"superposition {number}", state, masks, member.epoch))
+        tried = []
+        for factor in averaging(number):
+            union = superpose(state, member.state, factor)
+            masks = nonzero(union, maskable)
+            if budget is not None:
+                union, masks = prune_to_density(union, maskable, budget)
+            tried.append(Network(f"superposition {number}", union, masks, member.epoch))
+        made.append(tried[0] if len(tried) == 1 else max(tried, key=accuracy))
+        state = made[-1].state
     return made
 
 
@@ -361,7 +388,7 @@ def grid(
     rows = []
     for method, factor in [("CAA", None), *(("CIMA", factor) for factor in factors)]:
         averaging = AVERAGING[method](0.0 if factor is None else factor)
-        network = superpose_again(members, averaging, maskable, budget)[-1]
+        network = superpose_again(members, averaging, maskable, budget, bench.accuracy)[-1]
         averaged, re_estimated = (
             bench.quality(bench.logits(candidate.state)) for candidate in (network, bench.with_fresh_bn(network))
         )

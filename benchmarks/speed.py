@@ -49,7 +49,7 @@ from sparselearning.plan import EpochBudget, Plan
 from sparselearning.provenance import environment
 from sparselearning.runtime import Runtime
 from sparselearning.script import run_script
-from sparselearning.superpose import caa_factor, prune_to_density, superpose
+from sparselearning.superpose import AVERAGING, prune_to_density, superpose
 from sparselearning.topology import Layer, shrink_globally
 
 LR = 0.001
@@ -182,7 +182,7 @@ def make_trainer(setting: Setting, runtime: Runtime, sparse: bool = True) -> Tra
             sample_shape=(3, 32, 32),
             class_balanced_batch=lambda: loader.class_balanced_batch(setting.batch_size, seed=0),
         ),
-        Plan(EpochBudget(1, 1, 0), pretrain_lr=lambda epoch: LR, averaging=caa_factor),
+        Plan(EpochBudget(1, 1, 0), pretrain_lr=lambda epoch: LR, averaging=AVERAGING["CAA"](0.5)),
         SparseTraining(density, frozen=True) if sparse else None,
         runtime,
         experiment.Output(RunFolder(Path("unused")), config={}),

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -294,10 +294,32 @@ class Trainer:
     def _superpose_ticket(self, ticket_acc: float) -> TicketRow:
         """Superpose the network as it is with the superposition so far; the network itself stays as it is."""
         began = time.perf_counter()
-        assert self.superposition is not None
         number = self.plan.ticket(self.epoch)
         assert number is not None
-        factor = self.plan.averaging(number)
+        best, bn_flops = None, 0.0
+        for factor in self.plan.averaging(number):
+            made = self._superposed(factor)
+            bn_flops += self._bn_flops(made.state)
+            if best is None or made.accuracy > best.accuracy:
+                best = made
+        assert best is not None
+        if not _all_finite(best.state):
+            raise FaultError(f"superposition {number} is not finite: its BatchNorm statistics overflow")
+        self.superposition, self.superposition_masks = best.state, best.masks
+        return TicketRow(
+            ticket=number,
+            ticket_acc=ticket_acc,
+            superposed_acc=best.accuracy,
+            factor=best.factor,
+            union_density=best.union_density,
+            density=self._density(best.state),
+            bn_flops=bn_flops,
+            seconds=time.perf_counter() - began,
+        )
+
+    def _superposed(self, factor: float) -> "_Superposition":
+        """What the superposition becomes if the network as it is enters it with this factor."""
+        assert self.superposition is not None
         state = superpose(self.superposition, self.model.state_dict(), factor)
         union_density = self._density(state)
         masks: dict[str, Tensor] = {}
@@ -306,21 +328,8 @@ class Trainer:
         with self.passes.borrowing(state):
             if self.plan.update_bn:
                 self.passes.re_estimate_bn(self._guarded(self.sources.train_once))
-            _, superposed_acc = self.evaluate()
-            state = self.passes.state()
-        if not _all_finite(state):
-            raise FaultError(f"superposition {number} is not finite: its BatchNorm statistics overflow")
-        self.superposition, self.superposition_masks = state, masks
-        return TicketRow(
-            ticket=number,
-            ticket_acc=ticket_acc,
-            superposed_acc=superposed_acc,
-            factor=factor,
-            union_density=union_density,
-            density=self._density(state),
-            bn_flops=self._bn_flops(state),
-            seconds=time.perf_counter() - began,
-        )
+            _, accuracy = self.evaluate()
+            return _Superposition(factor, self.passes.state(), masks, union_density, accuracy)
 
     def evaluate(self, source: BatchSource | None = None) -> tuple[float, float]:
         """Mean loss and accuracy in [0, 1] of the network as it is, on the evaluation set if no other is given."""
@@ -570,6 +579,16 @@ class Trainer:
 
 def _all_finite(state: Mapping[str, Tensor]) -> bool:
     return all(bool(entry.isfinite().all()) for entry in state.values())
+
+
+class _Superposition(NamedTuple):
+    """A superposition that a ticket has entered: pruned back, BatchNorm re-estimated, measured."""
+
+    factor: float
+    state: State
+    masks: dict[str, Tensor]
+    union_density: float  # before it was pruned back
+    accuracy: float
 
 
 class _StopRequested(Exception):

@@ -16,7 +16,7 @@ from sparselearning.runtime import AMP, Runtime
 from sparselearning.schedules import DECAYS
 from sparselearning.schema import shown
 from sparselearning.sparse_init import SPARSE_INITS
-from sparselearning.superpose import AVERAGING
+from sparselearning.superpose import AVERAGING, chooses
 from sparselearning.topology import GROWTH, METHODS, PRUNE, REDISTRIBUTION, chosen_modes
 
 # Flags that change where a run's files lie, what it shows, or how much it evaluates at a time, not what it computes
@@ -270,7 +270,8 @@ def add_ticket_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--no_maskupdates", action="store_true", help="stop the periodic topology updates in the cycles")
     group.add_argument(
         "--superposing_method", choices=AVERAGING, default="CIMA",
-        help="CIMA: every ticket enters with --CIMA_factor; CAA: all members weigh the same",
+        help="CIMA: every ticket enters with --CIMA_factor; CAA: all members weigh the same; greedy: with what factor "
+        "is best on the images that --valid_split holds out",
     )  # fmt: skip
     group.add_argument("--CIMA_factor", type=rate, default=0.5, help="weight of the new ticket in CIMA")
     group.add_argument(
@@ -313,6 +314,12 @@ def check(args: argparse.Namespace, momentum_is_zero: bool, has_weights: bool) -
             raise UsageError(
                 "--execution sparse compiles its kernels with a package that is missing: pip install numba"
             )
+    if chooses(args.superposing_method) and not getattr(args, "valid_split", 0):
+        has_flag = hasattr(args, "valid_split")
+        how = "give --valid_split SHARE" if has_flag else "this script evaluates on its validation set alone"
+        raise UsageError(
+            f"--superposing_method {args.superposing_method} chooses by accuracy on held-out training images: {how}"
+        )
     if args.fp16 and args.amp not in (None, "fp16"):
         raise UsageError(f"--fp16 means --amp fp16, which contradicts --amp {args.amp}")
     if not (args.pre_train or args.cyclic_train):

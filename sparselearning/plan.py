@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from sparselearning.schedules import cyclic_lr
+from sparselearning.superpose import Averaging
 
 
 @dataclass(frozen=True)
@@ -50,14 +51,14 @@ class Plan:
         explore_rate: share of every layer's active weights that the exploration at the start of a cycle moves;
             None: no exploration.
         updates_in_cycles: whether the periodic topology updates go on in the cycles.
-        averaging: ticket number 1, 2, … to its weight in the superposition.
+        averaging: ticket number 1, 2, … to the factors that are tried as its weight in the superposition.
         update_bn: re-estimate the superposition's BatchNorm statistics.
         final_density: budget that a superposition is pruned back to; None: dense training.
     """
 
     budget: EpochBudget
     pretrain_lr: Callable[[int], float]
-    averaging: Callable[[int], float]
+    averaging: Averaging
     pre_train: bool = True
     cyclic_train: bool = True
     cycle_lr: tuple[float, float] | None = None

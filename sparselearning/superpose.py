@@ -4,7 +4,7 @@ Networks travel as state dicts, in memory, on whatever device they are.
 """
 
 import itertools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,21 +17,28 @@ from sparselearning.selection import select_largest
 State = dict[str, Tensor]
 
 
-def cima_factor(factor: float) -> Callable[[int], float]:
-    """Cyclical moving average: every ticket enters with the same constant ``factor``."""
-    return lambda n: factor
-
-
 def caa_factor(n: int) -> float:
     """Cumulative arithmetic average: ticket ``n`` = 1, 2, … enters with 1/(n+1), so that all members weigh the same."""
     return 1 / (n + 1)
 
 
-AVERAGING: dict[str, Callable[[float], Callable[[int], float]]] = {
-    "CIMA": cima_factor,
-    "CAA": lambda factor: caa_factor,
+GREEDY_FACTORS = (0.0, 0.05, 0.1, 0.3, 0.5, 0.7, 0.9, 0.95)
+"""What a greedy average tries, the smallest change first; 0 leaves the ticket out (Lottery Pools, Yin et al. 2023)."""
+
+Averaging = Callable[[int], Sequence[float]]
+"""Ticket number 1, 2, … → factors that it may enter with, of which the first one with the best result is taken."""
+
+AVERAGING: dict[str, Callable[[float], Averaging]] = {
+    "CIMA": lambda factor: lambda n: (factor,),
+    "CAA": lambda factor: lambda n: (caa_factor(n),),
+    "greedy": lambda factor: lambda n: GREEDY_FACTORS,
 }
-"""Name to a function from the user's constant factor to (ticket number → factor of that ticket)."""
+"""Name to a function from the user's constant factor to the average."""
+
+
+def chooses(average: str) -> bool:
+    """Whether a named average picks factors by accuracy, which takes images that nothing else is measured on."""
+    return len(AVERAGING[average](0.5)(1)) > 1
 
 
 def differing_entries(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> list[str]:

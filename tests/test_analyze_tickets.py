@@ -18,7 +18,7 @@ from sparselearning.analysis import Analysis
 from sparselearning.errors import FaultError, UsageError
 from sparselearning.files import save_torch
 from sparselearning.schema import read
-from sparselearning.superpose import caa_factor, cima_factor, prune_to_density, superpose
+from sparselearning.superpose import AVERAGING, prune_to_density, superpose
 
 DENSITY, FACTOR, MEMBERS = 0.1, 0.3, 3
 RUN_FLAGS = shlex.split(
@@ -85,17 +85,30 @@ def test_layers_are_set_beside_random_masks_as_dense():
     assert row.overlap == [[1.0, 0.5], [0.5, 1.0]]
 
 
+def not_asked(network):
+    raise AssertionError("an average with one factor needs no accuracy")
+
+
+def test_a_greedy_average_takes_the_first_of_the_best_factors():
+    members = [network([8.0, 0.0]), network([0.0, 4.0]), network([0.0, 0.0])]
+    first, second = superpose_again(
+        members, AVERAGING["greedy"](0.5), ["w"], None, lambda made: float(made.state["w"][1] >= 1)
+    )
+    assert first.state["w"].tolist() == pytest.approx([5.6, 1.2]), "0.3: 0.1 makes it 0.4, too little"
+    assert second.state["w"].tolist() == first.state["w"].tolist(), "0: the ticket is left out"
+
+
 def test_averages_by_hand():
     members = [network([8.0, 0.0, 4.0, 1.0]), network([0.0, 4.0, 4.0, 1.0]), network([4.0, 8.0, 0.0, 1.0])]
-    cima = superpose_again(members, cima_factor(0.5), ["w"], budget=None)
+    cima = superpose_again(members, AVERAGING["CIMA"](0.5), ["w"], None, not_asked)
     assert [made.state["w"].tolist() for made in cima] == [[4, 2, 4, 1], [4, 5, 2, 1]]
-    caa = superpose_again(members, caa_factor, ["w"], budget=None)[-1]
+    caa = superpose_again(members, AVERAGING["CAA"](0.5), ["w"], None, not_asked)[-1]
     torch.testing.assert_close(caa.state["w"], torch.tensor([4.0, 4.0, 8 / 3, 1.0]))
 
 
 def test_every_superposition_is_pruned_before_the_next_ticket_enters():
     members = [network([8.0, 0.0, 3.0, 1.0]), network([0.0, 4.0, 4.0, 1.0]), network([4.0, 8.0, 0.0, 1.0])]
-    first, second = superpose_again(members, cima_factor(0.5), ["w"], budget=0.5)
+    first, second = superpose_again(members, AVERAGING["CIMA"](0.5), ["w"], 0.5, not_asked)
     assert first.state["w"].tolist() == [4, 0, 3.5, 0]
     assert first.masks["w"].tolist() == [True, False, True, False]
     assert second.state["w"].tolist() == [4, 4, 0, 0]
@@ -225,6 +238,25 @@ def test_another_average_budget_and_subset(run, tmp_path, capsys):
     assert [row["name"] for row in results["networks"]] == ["ticket 1", "ticket 2", "superposition 1", "logit ensemble"]
     assert not results["same_as_run"]
     assert "by CAA, pruned to density 0.2, BatchNorm averaged; the last superposition is not" in capsys.readouterr().out
+
+
+def test_a_greedy_run_is_superposed_again_to_the_bit(tmp_path, monkeypatch):
+    monkeypatch.setattr(analyze_tickets, "draw", lambda results, out: None)
+    folder = tmp_path / "run"
+    main_suptickets.main([*RUN_FLAGS, "--superposing_method", "greedy", "--valid_split", "0.2", "--save", str(folder)])
+    results = analyse(folder)
+    assert results["same_as_run"]
+    assert results["settings"]["superposing_method"] == "greedy"
+    rows = [json.loads(line) for line in (folder / "tickets.jsonl").read_text().splitlines()]
+    assert [row["superposed_acc"] for row in rows] == [accuracies(results)[f"superposition {n}"] for n in (1, 2)]
+    again = analyse(folder, "--superposing_method", "CIMA", "--tickets", "0", "1")
+    best = analyse(folder, "--tickets", "0", "1")
+    assert accuracies(best)["superposition 1"] >= accuracies(again)["superposition 1"]
+
+
+def test_a_greedy_average_needs_held_out_images(run):
+    with pytest.raises(UsageError, match="held none out"):
+        analyse(run, "--superposing_method", "greedy")
 
 
 def test_lines_with_bn_re_estimated_end_at_the_superposition_that_has_it_too(run):

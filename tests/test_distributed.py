@@ -31,7 +31,7 @@ from torch import nn
 from torch.distributed.elastic.multiprocessing.api import ProcessFailure, SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-from sparselearning import Masking, caa_factor, distributed, experiment, launch, update_bn
+from sparselearning import Masking, distributed, experiment, launch, update_bn
 from sparselearning.data import Batch
 from sparselearning.engine import Sources
 from sparselearning.errors import FaultError, UsageError
@@ -42,6 +42,7 @@ from sparselearning.runtime import Runtime
 from sparselearning.script import run_script
 from sparselearning.seeding import seed_everything
 from sparselearning.signals import Stopped
+from sparselearning.superpose import AVERAGING
 from sparselearning.topology import GROWTH, PRUNE, REDISTRIBUTION
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -466,8 +467,8 @@ def toy_trainer(folder, *, resume=None, shares=UNEVEN, stop_signal=lambda: 0):
         rank=distributed.rank(), world_size=distributed.world_size(),
     )  # fmt: skip
     plan = Plan(
-        EpochBudget(2, 2, 2), lambda epoch: 0.05, caa_factor, cycle_lr=(0.01, 0.1), explore_rate=0.5, update_bn=True,
-        final_density=0.3,
+        EpochBudget(2, 2, 2), lambda epoch: 0.05, AVERAGING["CAA"](0.5), cycle_lr=(0.01, 0.1), explore_rate=0.5,
+        update_bn=True, final_density=0.3,
     )  # fmt: skip
     masking = {
         "method": "GraNet", "init_density": 0.6, "final_density": 0.3, "prune_end_step": 8, "update_frequency": 3,

@@ -371,6 +371,68 @@ def test_superpositions_follow_the_rule(tmp_path, method, factors, update_bn):
         assert torch.equal(mask, state[name] != 0)
 
 
+GREEDY = dataclasses.replace(PLAN, averaging=AVERAGING["greedy"](0.5))
+
+
+@pytest.mark.parametrize("update_bn", [False, True])
+def test_a_greedy_superposition_is_the_best_of_all_factors(tmp_path, update_bn):
+    trainer = prepare(tmp_path, dataclasses.replace(GREEDY, update_bn=update_bn), keep_tickets=True)
+    trainer.run()
+    state, *tickets = ticket_states(trainer.folder, 2)
+    evaluation, model, chosen = trainer.sources.evaluation, network(0.0), []
+    for number, ticket in enumerate(tickets, start=1):
+        tried = []
+        for factor in (0, 0.05, 0.1, 0.3, 0.5, 0.7, 0.9, 0.95):
+            model.load_state_dict(prune_by_sorting(mixed(state, ticket, factor), round(TOTAL * 0.2)))
+            if update_bn:
+                batches = [b.images for b in trainer.sources.train.epoch(2 * number + 1)]
+                torch.optim.swa_utils.update_bn(batches, model)
+            with torch.no_grad():
+                hits = (model.eval()(evaluation.images).argmax(1) == evaluation.labels).sum().item()
+            tried.append((hits / len(evaluation.labels), -factor, copy.deepcopy(model.state_dict())))
+        accuracy, minus_factor, state = max(tried, key=lambda made: made[:2])
+        chosen.append(-minus_factor)
+        row = lines(trainer.folder.tickets)[number - 1]
+        assert (row["factor"], row["superposed_acc"]) == (-minus_factor, accuracy)
+        assert row["density"] <= round(TOTAL * 0.2) / TOTAL
+    assert any(chosen), "a case in which leaving all tickets out is not the best"
+    final = load_torch(trainer.folder.previous)
+    for name, mask in final["masks"].items():
+        assert torch.equal(mask, state[name] != 0)
+        torch.testing.assert_close(final["state_dict"][name], state[name], rtol=1e-6, atol=1e-7, msg=name)
+
+
+def test_a_greedy_superposition_leaves_a_ticket_out_that_changes_nothing(tmp_path):
+    plan = dataclasses.replace(GREEDY, pretrain_lr=lambda epoch: 0.0, cycle_lr=None, explore_rate=None)
+    trainer = prepare(tmp_path, plan, None)
+    trainer.run()
+    assert [row["factor"] for row in lines(trainer.folder.tickets)] == [0, 0]
+
+
+def test_every_factor_that_a_greedy_superposition_tries_costs_a_bn_pass(tmp_path):
+    spent = []
+    for plan in (PLAN, GREEDY):
+        trainer = prepare(tmp_path / str(len(spent)), dataclasses.replace(plan, final_density=None))
+        trainer.run()
+        spent.append(lines(trainer.folder.tickets)[0]["bn_flops"])
+    # Without pruning all unions are as dense as the one with CIMA, but for that without the ticket, S itself.
+    assert 7 * spent[0] < spent[1] < 8 * spent[0]
+
+
+def test_a_greedy_run_stopped_among_its_factors_equals_one_without_stops(tmp_path):
+    plan = dataclasses.replace(GREEDY, budget=EpochBudget(1, 1, 1))
+    counter = Signals()
+    trainer = prepare(tmp_path / "whole", plan, signals=counter, dropout=0.4)
+    whole = result(trainer, trainer.run())
+    for at in (counter.looks - 30, counter.looks - 3):
+        folder = tmp_path / str(at)
+        with pytest.raises(Stopped):
+            prepare(folder, plan, signals=Signals(at), dropout=0.4).run()
+        resumed = prepare(folder, plan, resume=folder, dropout=0.4)
+        assert resumed.trained
+        assert not differing(whole, result(resumed, resumed.run()))
+
+
 @pytest.mark.parametrize("method", ["CIMA", "CAA"])
 def test_one_cycle_without_pruning_is_the_plain_mixture(tmp_path, method):
     plan = dataclasses.replace(DENSE, budget=EpochBudget(1, 2, 1), averaging=AVERAGING[method](0.5), update_bn=False)

@@ -203,6 +203,7 @@ WRONG_CALLS = {
     RUN + "--sparse-init erk": "'erk'",
     RUN + "--decay-schedule step": "'step'",
     RUN + "--superposing_method EMA": "'EMA'",
+    RUN + "--superposing_method greedy": "--valid_split",
     RUN + "--optimizer lamb": "'lamb'",
     RUN + "--amp fp8": "'fp8'",
     # numbers out of range, or none

@@ -396,6 +396,7 @@ def test_strict_data_stops_at_a_damaged_image(home, tmp_path, capsys):
 
 
 CONTRADICTIONS = {
+    "--superposing_method greedy": "this script evaluates on its validation set alone",
     "--epochs 90 --pretrain_epoch 2 --cyclic_epochs 4": "--epochs 90 is not --pretrain_epoch 2 + --cyclic_epochs 4 = 6",
     "--density 0.2 --final-density 0.1": "--density 0.2 contradicts --final-density 0.1",
     "--pretrain_epoch 0 --cyclic_epochs 0": "no epochs at all",

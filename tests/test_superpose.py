@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from sparselearning import caa_factor, prune_to_density, superpose, update_bn
-from sparselearning.superpose import AVERAGING
+from sparselearning.superpose import AVERAGING, chooses
 
 # ----------------------------------------------------------------------------------------------- averaging
 
@@ -34,9 +34,10 @@ def test_superposing_by_hand(factor, expected):
 
 def test_factors_by_hand():
     assert [caa_factor(n) for n in (1, 2, 3, 9)] == pytest.approx([1 / 2, 1 / 3, 1 / 4, 1 / 10])
-    assert [AVERAGING["CIMA"](0.3)(n) for n in (1, 2, 9)] == [0.3] * 3
-    assert [AVERAGING["CAA"](0.3)(n) for n in (1, 2)] == pytest.approx([1 / 2, 1 / 3])
-    assert set(AVERAGING) == {"CIMA", "CAA"}
+    assert [AVERAGING["CIMA"](0.3)(n) for n in (1, 2, 9)] == [(0.3,)] * 3
+    assert [AVERAGING["CAA"](0.3)(n) for n in (1, 2)] == [(1 / 2,), (1 / 3,)]
+    assert AVERAGING["greedy"](0.3)(2) == (0, 0.05, 0.1, 0.3, 0.5, 0.7, 0.9, 0.95)
+    assert {name: chooses(name) for name in AVERAGING} == {"CIMA": False, "CAA": False, "greedy": True}
 
 
 def network(seed):
@@ -80,7 +81,7 @@ def test_cima_of_many_tickets_forgets_geometrically():
     # 1 -> 1/8 after three tickets at 0.5; the tickets weigh 1/8, 1/4, 1/2.
     result = {"w": torch.tensor([80.0])}
     for n, value in enumerate((8.0, 40.0, 20.0), start=1):
-        result = superpose(result, {"w": torch.tensor([value])}, AVERAGING["CIMA"](0.5)(n))
+        result = superpose(result, {"w": torch.tensor([value])}, *AVERAGING["CIMA"](0.5)(n))
     assert result["w"].item() == 80 / 8 + 8 / 8 + 40 / 4 + 20 / 2
 
 
