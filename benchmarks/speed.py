@@ -58,7 +58,7 @@ PRUNE_RATE = 0.5
 PER_IMAGE_SAMPLE = 1000
 """Images that the per-image pipeline is timed on."""
 BF16 = Runtime(amp="bf16")
-FP32 = Runtime(amp="off")
+FP32 = Runtime(amp="off", execution="masked")
 COMPILED = replace(BF16, compile=True)
 NCHW = torch.contiguous_format
 

@@ -17,6 +17,7 @@ from sparselearning.topology import Layer, shrink_globally
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
 import references
+import sparse
 import speed
 from comparison import COMMAND, Bar, Row, Side, alternate, plot
 
@@ -188,3 +189,18 @@ class TestComparison:
         row = Row("x", "images/s", [40.0], [20.0], [bar])
         assert row.verdict(bar) == verdict
         assert verdict in row.cells()[-1]
+
+
+def test_sparse_steps_and_kernels_are_measured_beside_their_references(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sparse, "LAYERS", [(5, 7, 3, 4, 0.5), (9, 4, 1, 4, 0.5)])
+    threads = torch.get_num_threads()
+    tiny = ["--networks", "cifar_resnet_8", "--densities", "0.1", "--batches", "3", "--repeats", "1"]
+    try:
+        sparse.main([*tiny, "--references", "dense", "masked", "--out", str(tmp_path / "steps.json")])
+        sparse.main([*tiny, "--kernels", "--out", str(tmp_path / "kernels.json")])
+    finally:
+        torch.set_num_threads(threads)
+    steps, kernels = (json.loads((tmp_path / f"{name}.json").read_text())["rows"] for name in ("steps", "kernels"))
+    assert [row["what"].rpartition("beside ")[2] for row in steps] == ["dense", "masked"]
+    assert [row["unit"] for row in kernels] == ["GFLOP/s"] * 2
+    assert steps[0]["what"] in capsys.readouterr().out
