@@ -204,24 +204,11 @@ def load(args: argparse.Namespace, runtime: Runtime, device: torch.device) -> tu
             world_size=distributed.world_size(),
         )
     model = build_model(args.model, data.num_classes, data.channels, data.image_size)
-    check_smallest_batch(model, data, args.batch_size)
+    images = min(args.batch_size, data.train.num_samples) // distributed.world_size()
+    experiment.check_smallest_batch(model, (data.channels, data.image_size, data.image_size), images)
     memory_format = runtime.memory_format(model)
     data.use_memory_format(memory_format)
     return data, model.to(device, memory_format=memory_format)
-
-
-def check_smallest_batch(model: nn.Module, data: Data, batch_size: int) -> None:
-    """Refuse single images per process where a BatchNorm would then see a single value per channel.
-
-    Raises:
-        UsageError: if this network cannot train on them.
-    """
-    if min(batch_size, data.train.num_samples) >= 2 * distributed.world_size():
-        return
-    try:
-        copy.deepcopy(model).to("meta").train()(torch.empty(1, data.channels, *[data.image_size] * 2, device="meta"))
-    except ValueError as error:
-        raise UsageError("BatchNorm cannot train on one image at a time: at least 2 per step and process") from error
 
 
 def pretrain_lr(args: argparse.Namespace, budget: EpochBudget) -> Callable[[int], float]:

@@ -342,6 +342,15 @@ class FolderLoader:
         own = largest if self._padded else len(range(self._rank, self.num_samples, self._world_size))
         return min(own, math.ceil(largest / self._batch_size))
 
+    @property
+    def smallest_batch(self) -> int:
+        """Images of this process's smallest batch."""
+        largest = math.ceil(self.num_samples / self._world_size)
+        if self._padded:
+            return largest % self._batch_size or self._batch_size
+        own = len(range(self._rank, self.num_samples, self._world_size))
+        return own // max(1, len(self))
+
     def batches(self, epoch: int) -> list[list[int]]:
         """Return the images of this process's batches in ``epoch``, as positions in the split."""
         order = torch.arange(self.num_samples)
@@ -462,7 +471,8 @@ class ImageNetData:
     train_once: FolderLoader  # each training image exactly once over all ranks: BatchNorm re-estimation
     evaluation: FolderLoader  # each validation image exactly once over all ranks
     num_classes: int
-    image_size: int  # pixels per side
+    image_size: int  # pixels per side of a training image
+    val_image_size: int  # of a validation image
     channels: int = 3
 
     def use_memory_format(self, memory_format: torch.memory_format) -> None:
@@ -483,6 +493,7 @@ def load_imagenet(
     strict_data: bool = False,
     image_size: int = 224,
     resize: int = 256,
+    val_image_size: int = 224,
 ) -> ImageNetData:
     """Open the folder ``root``, laid out as ``train/CLASS/*`` and ``val/CLASS/*``.
 
@@ -495,8 +506,9 @@ def load_imagenet(
         rank: number of this process.
         world_size: number of processes that share the data.
         strict_data: whether a damaged image stops the run; else it is named, left out and counted.
-        image_size: height and width of what the model sees, in pixels.
-        resize: shorter side of a validation image before its centre is cut out, at least ``image_size`` pixels.
+        image_size: height and width of what the model sees in training, in pixels.
+        resize: shorter side of a validation image before its centre is cut out, at least ``val_image_size`` pixels.
+        val_image_size: height and width of that centre, in pixels.
 
     Raises:
         UsageError: a folder is missing or laid out differently, or an argument is out of range.
@@ -504,8 +516,10 @@ def load_imagenet(
     """
     if batch_size < 1 or workers < 0:
         raise UsageError(f"batch size {batch_size}, {workers} workers: at least 1 and 0 are needed")
-    if not 1 <= image_size <= resize:
-        raise UsageError(f"a centre of {image_size} pixels cannot be cut out of images resized to {resize}")
+    if image_size < 1:
+        raise UsageError(f"images of {image_size} pixels: at least 1 is needed")
+    if not 1 <= val_image_size <= resize:
+        raise UsageError(f"a centre of {val_image_size} pixels cannot be cut out of images resized to {resize}")
     root = Path(root)
     if not root.is_dir():
         raise UsageError(f"{root} is not a folder: an ImageNet data set holds {LAYOUT}")
@@ -533,9 +547,10 @@ def load_imagenet(
     return ImageNetData(
         train=loader(train_files, augmented, shuffle=True, padded=True),
         train_once=loader(train_files, augmented, shuffle=True, padded=False),
-        evaluation=loader(val_files, evaluation_view(image_size, resize), shuffle=False, padded=False),
+        evaluation=loader(val_files, evaluation_view(val_image_size, resize), shuffle=False, padded=False),
         num_classes=len(train_files.classes),
         image_size=image_size,
+        val_image_size=val_image_size,
     )
 
 

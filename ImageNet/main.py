@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Sup-tickets on ImageNet: pre-train a sparse ResNet, harvest cheap tickets, superpose them into one.
+"""Sup-tickets on ImageNet: pre-train a sparse network, harvest cheap tickets, superpose them into one.
 
 python main.py --sparse --pre_train --cyclic_train --cyc_lr --bn_update … DIR            one GPU or CPU
 python multiproc.py --nproc_per_node 8 main.py … DIR                                     one machine with many
@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone runs wit
 
 import torch
 from imagenet_data import load_imagenet
-from imagenet_resnet import ARCHS, INITS, build_model
+from imagenet_resnet import INITS, RESNETS, build_model, check_arch
 from torch import nn
 
 from sparselearning import distributed, experiment, flags, profiling, provenance
@@ -34,9 +34,10 @@ from sparselearning.progress import print_notes
 from sparselearning.runtime import Runtime
 from sparselearning.schedules import milestone_lr
 from sparselearning.script import run_script
-from sparselearning.seeding import seed_everything
+from sparselearning.seeding import derive_seed, seed_everything
 
 FINAL_DENSITY = 0.1
+DEFAULT_INIT = "classic"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -61,8 +62,19 @@ def main(argv: Sequence[str] | None = None) -> None:
         rank=distributed.rank(),
         world_size=distributed.world_size(),
         strict_data=args.strict_data,
+        image_size=args.train_crop_size,
+        resize=args.val_resize_size,
+        val_image_size=args.val_crop_size,
     )
-    model = build_model(args.arch, data.num_classes, args.model_config)
+    network_arguments = {"arch": args.arch, "num_classes": data.num_classes, "image_size": data.image_size}
+    model = build_model(**network_arguments, init=args.model_config or DEFAULT_INIT)
+    sample_shape = (data.channels, data.image_size, data.image_size)
+    val_shape = (data.channels, data.val_image_size, data.val_image_size)
+    experiment.check_images(model, [sample_shape, val_shape])
+    passes = [data.train, data.train_once] if args.update_bn else [data.train]
+    experiment.check_smallest_batch(model, sample_shape, min(source.smallest_batch for source in passes))
+    if distributed.rank():  # ranks start from one network, and drop out units independently
+        seed_everything(derive_seed(args.seed, "rank", distributed.rank()))
     memory_format = runtime.memory_format(model)
     data.use_memory_format(memory_format)
     model = model.to(device, memory_format=memory_format)
@@ -71,14 +83,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     values = flags.values(args)
     network = {
         "builder": "imagenet_resnet:build_model",
-        "arguments": {"arch": args.arch, "num_classes": data.num_classes},
-        "input_shape": [data.channels, data.image_size, data.image_size],
+        "arguments": network_arguments,
+        "input_shape": list(val_shape),
     }
     recipe = experiment.Recipe(
         model=model,
         optimizer=make_optimizer(model, args),
         sources=Sources(train=data.train, train_once=data.train_once, evaluation=data.evaluation),
-        sample_shape=(data.channels, data.image_size, data.image_size),
+        sample_shape=sample_shape,
         class_balanced_batch=lambda: data.train.class_balanced_batch(args.batch_size, args.seed),
         label_smoothing=args.label_smoothing,
     )
@@ -111,10 +123,15 @@ def make_parser() -> flags.Parser:
     parser = flags.Parser(__doc__)
     parser.add_argument("data", type=flags.path, metavar="DIR", help="folder with train/CLASS/* and val/CLASS/*")
     recipe = parser.add_argument_group("recipe")
-    recipe.add_argument("--arch", choices=ARCHS, default="resnet50", help="network")
     recipe.add_argument(
-        "-c", "--model-config", choices=INITS, default="classic", help="Kaiming normal by fan_out (classic) or fan_in"
-    )
+        "--arch", default="resnet50", metavar="NAME",
+        help="any classification network of torchvision, by its name there, such as vit_b_16 or mobilenet_v3_small",
+    )  # fmt: skip
+    recipe.add_argument(
+        "-c", "--model-config", choices=INITS,
+        help=f"first convolutions of {', '.join(RESNETS)}: Kaiming normal by fan_out (classic) or fan_in (default: "
+        f"{DEFAULT_INIT}); other networks start as torchvision's do",
+    )  # fmt: skip
     recipe.add_argument("-b", "--batch-size", type=flags.positive, default=64, help="images per step and process")
     recipe.add_argument("--lr", type=flags.non_negative_float, default=0.1, help="learning rate of pre-training")
     recipe.add_argument("--warmup", type=flags.non_negative, default=0, metavar="EPOCHS", help="linear warm-up")
@@ -124,7 +141,9 @@ def make_parser() -> flags.Parser:
     recipe.add_argument("--momentum", type=flags.below_one, default=0.9, help="of SGD")
     recipe.add_argument("--wd", "--weight-decay", dest="wd", type=flags.non_negative_float, default=1e-4,
                         help="weight decay")  # fmt: skip
-    recipe.add_argument("--bn-weight-decay", action="store_true", help="decay BatchNorm's weights and biases too")
+    recipe.add_argument(
+        "--bn-weight-decay", action="store_true", help="decay weights and biases of BatchNorm and LayerNorm too"
+    )
     recipe.add_argument("--label-smoothing", type=flags.below_one, default=0.0, help="of the training loss")
     recipe.add_argument("--pretrain_epoch", type=flags.non_negative, default=88, metavar="EPOCHS", help="pre-training")
     recipe.add_argument("--cyclic_epochs", type=flags.non_negative, default=12, metavar="EPOCHS", help="all cycles")
@@ -140,6 +159,18 @@ def make_parser() -> flags.Parser:
     )
     files = parser.add_argument_group("data and files")
     files.add_argument("-j", "--workers", type=flags.non_negative, default=5, help="decoding processes per process")
+    files.add_argument(
+        "--train-crop-size", type=flags.positive, default=224, metavar="PIXELS",
+        help="side of the random crop that is trained on; FLOPs are counted at this size",
+    )  # fmt: skip
+    files.add_argument(
+        "--val-resize-size", type=flags.positive, default=256, metavar="PIXELS",
+        help="shorter side that a validation image is scaled to",
+    )  # fmt: skip
+    files.add_argument(
+        "--val-crop-size", type=flags.positive, default=224, metavar="PIXELS",
+        help="side of the centre that is then cut out",
+    )  # fmt: skip
     files.add_argument("--strict-data", action="store_true", help="stop at a damaged image, in place of skipping it")
     files.add_argument(
         "-p", "--print-freq", type=flags.positive, default=10, metavar="STEPS", help="steps between progress updates"
@@ -172,6 +203,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     args = make_parser().parse_args(argv)
     args.density = args.final_density = resolve_density(args.density, args.final_density)
     args.epochs = args.epochs or args.pretrain_epoch + args.cyclic_epochs
+    if args.arch in RESNETS:
+        args.model_config = args.model_config or DEFAULT_INIT
     if args.evaluate or args.show_layers or measures_only(args):
         args.pre_train = args.pre_train or not args.cyclic_train
     return args
@@ -204,6 +237,16 @@ def check(args: argparse.Namespace, budget: EpochBudget) -> list[str]:
     Raises:
         UsageError: one sentence about the first contradiction.
     """
+    check_arch(args.arch)
+    if args.model_config and args.arch not in RESNETS:
+        raise UsageError(
+            f"-c {args.model_config} is about {', '.join(RESNETS)}; {args.arch} starts as torchvision's: leave it out"
+        )
+    if args.val_crop_size > args.val_resize_size:
+        raise UsageError(
+            f"--val-crop-size {args.val_crop_size} cannot be cut out of images that --val-resize-size scales to "
+            f"{args.val_resize_size}"
+        )
     if not args.fp16 and args.amp != "fp16" and (args.static_loss_scale or args.dynamic_loss_scale):
         raise UsageError("loss scaling is for float16: give --fp16 as well")
     if args.static_loss_scale and args.dynamic_loss_scale:
@@ -232,8 +275,8 @@ def measures_only(args: argparse.Namespace) -> bool:
 
 
 def make_optimizer(model: nn.Module, args: argparse.Namespace) -> torch.optim.Optimizer:
-    """SGD whose weight decay leaves BatchNorm alone unless ``--bn-weight-decay`` is given."""
-    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    """SGD whose weight decay leaves normalisation layers alone unless ``--bn-weight-decay`` is given."""
+    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d | nn.LayerNorm)]
     undecayed = [] if args.bn_weight_decay else [p for norm in norms for p in norm.parameters()]
     exempt = set(undecayed)
     groups = [{"params": [p for p in model.parameters() if p not in exempt], "weight_decay": args.wd}]

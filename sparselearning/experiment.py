@@ -1,8 +1,9 @@
 """What both scripts do with a recipe: masks, resuming, and the run itself."""
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from sparselearning.costs import layer_densities, layer_flops, overall_density
 from sparselearning.data import Batch
 from sparselearning.distributions import active_count
 from sparselearning.engine import Sources, Trainer
-from sparselearning.errors import UsageError
+from sparselearning.errors import UsageError, first_line
 from sparselearning.execution import sparse_execution
 from sparselearning.files import RunFolder, find_checkpoint, load_torch, write_json
 from sparselearning.layers import maskable_parameters
@@ -30,6 +31,7 @@ from sparselearning.records import Summary
 from sparselearning.runtime import Runtime
 from sparselearning.signals import Stopped, stop_signals
 from sparselearning.sparse_init import SPARSE_INITS
+from sparselearning.superpose import batchnorms
 from sparselearning.tensor_schema import check
 from sparselearning.topology import METHODS, REDISTRIBUTION, Layer, classifier, shrink_globally
 
@@ -93,6 +95,45 @@ class Output:
     tensorboard: Path | None = None
 
 
+def check_images(model: nn.Module, shapes: Iterable[Sequence[int]]) -> None:
+    """Refuse images that a network does not take.
+
+    Args:
+        model: a copy of it is run, on the ``meta`` device, where nothing is computed.
+        shapes: of single images, (C, H, W).
+
+    Raises:
+        UsageError: naming the first such shape.
+    """
+    copy = deepcopy(model).to("meta").eval()
+    height = width = 0
+    try:
+        for channels, height, width in shapes:
+            copy(torch.empty(1, channels, height, width, device="meta"))
+    except Exception as error:  # networks raise errors of many kinds
+        reason = first_line(error)
+        raise UsageError(f"this network takes no images of {height} x {width} pixels ({reason})") from error
+
+
+def check_smallest_batch(model: nn.Module, shape: Sequence[int], images: int) -> None:
+    """Refuse single images per step and process where a BatchNorm would then see a single value per channel.
+
+    Args:
+        model: a copy of it is run, on the ``meta`` device, where nothing is computed.
+        shape: of an image that it takes, (C, H, W).
+        images: the fewest that a process gets in a training step.
+
+    Raises:
+        UsageError: if this network cannot train on them.
+    """
+    if images > 1:
+        return
+    try:
+        deepcopy(model).to("meta").train()(torch.empty(1, *shape, device="meta"))
+    except ValueError as error:
+        raise UsageError("BatchNorm cannot train on one image at a time: at least 2 per step and process") from error
+
+
 def prepare(
     recipe: Recipe,
     plan: Plan,
@@ -150,6 +191,8 @@ def prepare(
             trainer.load_checkpoint(saved, source)
         elif not plan.pre_train and is_checkpoint and keeps_pattern:
             trainer.load_training_state(saved, source)
+    if plan.update_bn and plan.cyclic_train and plan.budget.tickets and not batchnorms(recipe.model):
+        print_notes("this network has no BatchNorm statistics: there is nothing for --update_bn to re-estimate")
     if masking:
         _check_budget(masking, plan)
         _note_density(masking, plan)

@@ -84,6 +84,14 @@ def test_every_multiply_add_of_a_model_belongs_to_a_maskable_weight(name):
     assert sum(layers.values()) == counter.get_total_flops()
 
 
+def test_vit_b_16_by_hand():
+    with torch.device("meta"):
+        flops = layer_flops(build_imagenet_model("vit_b_16", 10, image_size=32), (3, 32, 32))
+    patches, tokens, width, hidden = 4, 5, 768, 3072
+    layer = tokens * width * (3 * width + width + 2 * hidden)
+    assert sum(flops.values()) == 2 * (patches * width * 3 * 16 * 16 + 12 * layer + 10 * width)
+
+
 def test_counting_leaves_model_and_random_state_as_they_were():
     model = small_cnn()
     model(torch.randn(2, 1, 4, 4)).sum().backward()

@@ -68,7 +68,15 @@ def folder(clean, tmp_path):
 
 
 def load(root, **options):
-    defaults = {"batch_size": 6, "workers": 0, "seed": 3, "device": "cpu", "image_size": SIZE, "resize": 28}
+    defaults = {
+        "batch_size": 6,
+        "workers": 0,
+        "seed": 3,
+        "device": "cpu",
+        "image_size": SIZE,
+        "resize": 28,
+        "val_image_size": SIZE,
+    }
     return load_imagenet(root, **(defaults | options))
 
 
@@ -106,7 +114,7 @@ def test_evaluation_is_the_centre_of_the_resized_image(tmp_path):
     # 16 x 8: five columns of 10, six of 20, five of 30. Resized to itself, the centre 8 x 8 has columns 4 to 11.
     columns = np.repeat([10, 20, 30], [5, 6, 5]).astype(np.uint8)
     write_same(tmp_path, Image.fromarray(np.tile(columns, (8, 1))))
-    (batch,) = load(tmp_path, image_size=8, resize=8).evaluation.host_batches(0)
+    (batch,) = load(tmp_path, val_image_size=8, resize=8).evaluation.host_batches(0)
     assert batch.images[0, 0, 0].tolist() == [10, 20, 20, 20, 20, 20, 20, 30]
     assert (batch.images == batch.images[:, :1, :1]).all()  # grey became RGB, all rows alike
 
@@ -145,7 +153,7 @@ def test_default_sizes_are_imagenets(clean):
     data = load_imagenet(clean, batch_size=2, workers=0, seed=0, device="cpu")
     assert next(data.train.epoch(0)).images.shape == (2, 3, 224, 224)
     assert next(data.evaluation.epoch(0)).images.shape == (2, 3, 224, 224)
-    assert (data.num_classes, data.channels, data.image_size) == (4, 3, 224)
+    assert (data.num_classes, data.channels, data.image_size, data.val_image_size) == (4, 3, 224, 224)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -302,6 +310,15 @@ def test_exact_passes_give_each_image_once_over_all_ranks(clean, part, world_siz
         assert max(sizes) - min(sizes) <= 1
     labels = torch.cat([collect(loader.epoch(2))[1] for loader in loaders])
     assert labels.bincount().tolist() == [loaders[0].num_samples // 4] * 4
+
+
+@pytest.mark.parametrize("part", ["train", "train_once"])
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 5, 7, 100])
+def test_the_smallest_batch_is_known_beforehand(clean, part, world_size, batch_size):
+    for rank in range(world_size):
+        loader = getattr(load(clean, batch_size=batch_size, rank=rank, world_size=world_size), part)
+        assert loader.smallest_batch == min(map(len, loader.batches(0)))
 
 
 def test_exact_batches_of_one_image_cannot_be_equally_many(clean):
@@ -661,8 +678,9 @@ def test_a_folder_without_permission_is_no_folder_without_images(folder, monkeyp
     [
         ({"batch_size": 0}, "batch size 0"),
         ({"workers": -1}, "-1 workers"),
-        ({"image_size": 32}, "a centre of 32 pixels cannot be cut out of images resized to 28"),
-        ({"image_size": 0}, "a centre of 0 pixels"),
+        ({"val_image_size": 32}, "a centre of 32 pixels cannot be cut out of images resized to 28"),
+        ({"val_image_size": 0}, "a centre of 0 pixels"),
+        ({"image_size": 0}, "images of 0 pixels"),
     ],
 )
 def test_arguments_out_of_range(clean, options, sentence):

@@ -11,14 +11,13 @@ import shutil
 import signal
 import sys
 import time
-from functools import partial
 from pathlib import Path
 
 import main
 import numpy as np
 import pytest
 import torch
-from imagenet_data import load_imagenet
+from imagenet_resnet import build_model
 from PIL import Image
 from test_distributed import (
     ROOT,
@@ -32,8 +31,11 @@ from test_distributed import (
     started,
     wait_until,
 )
+from torchvision.models import VisionTransformer
+from torchvision.models._api import BUILTIN_MODELS
 
-from sparselearning import profiling
+from sparselearning import export, profiling
+from sparselearning.costs import layer_flops
 from sparselearning.files import RunFolder, load_torch
 from sparselearning.script import run_script
 
@@ -253,13 +255,12 @@ DENSE = shlex.split("--no-cuda --arch resnet18 -b 4 -j 0 --pre_train --pretrain_
 
 
 def run(*words):
-    """Run the script on images of 64 pixels; return its exit status."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(main, "load_imagenet", partial(load_imagenet, image_size=64, resize=72))
-        try:
-            run_script(lambda: main.main([str(word) for word in words]))
-        except SystemExit as end:
-            return end.code
+    """Run the script, on images of 64 pixels unless it is told otherwise; return its exit status."""
+    sizes = shlex.split("--train-crop-size 64 --val-resize-size 72 --val-crop-size 64")
+    try:
+        run_script(lambda: main.main([*sizes, *(str(word) for word in words)]))
+    except SystemExit as end:
+        return end.code
     return 0
 
 
@@ -268,6 +269,54 @@ def trained(home):
     keep = ["--gather-checkpoints", "--keep-tickets"]
     assert run(*SMALL, *keep, home / "imagenet2012", "--save", home / "trained") == 0
     return RunFolder(home / "trained")
+
+
+@pytest.fixture
+def narrow_vit(monkeypatch):
+    """vit_b_16 with two narrow layers in place of twelve, and dropout, which torchvision's has at 0."""
+    sizes = {"patch_size": 16, "num_layers": 2, "num_heads": 4, "hidden_dim": 32, "mlp_dim": 64, "dropout": 0.1}
+
+    def vit_b_16(weights=None, **arguments):
+        return VisionTransformer(**sizes, **arguments)
+
+    monkeypatch.setitem(BUILTIN_MODELS, "vit_b_16", vit_b_16)
+
+
+@pytest.mark.parametrize("arch", ["mobilenet_v3_small", "vit_b_16"])
+def test_other_networks_of_torchvision(narrow_vit, home, tmp_path, capsys, arch):
+    """Trained, superposed, resumed bit by bit though they drop out units, costed, and exported."""
+    small = [word if word != "resnet18" else arch for word in SMALL]
+    sizes = shlex.split("--train-crop-size 32 --val-resize-size 40 --val-crop-size 32")
+    flags = [*small, *sizes, "--gather-checkpoints", home / "imagenet2012"]
+    assert run(*flags, "--save", tmp_path / "whole") == 0
+    printed, whole = capsys.readouterr(), RunFolder(tmp_path / "whole")
+    assert printed.err.count("no BatchNorm statistics: there is nothing for --update_bn") == (arch == "vit_b_16")
+    assert run(*flags, "--save", tmp_path / "again", "--resume", whole.epoch_checkpoint(2)) == 0
+    assert_identical(results(tmp_path / "again"), results(whole.path))
+
+    superposition, summary = load_torch(whole.previous), json.loads(whole.summary.read_text())
+    size = sum(mask.numel() for mask in superposition["masks"].values())
+    assert active(superposition["masks"]) == round(size * 0.1)
+    assert 0 < summary["inference_flops_of_dense"] < summary["training_flops_of_dense"] < 1
+
+    recipe = whole.read_config()["network"]
+    assert recipe["arguments"] == {"arch": arch, "num_classes": CLASSES, "image_size": 32}
+    export.main([str(whole.path), str(tmp_path / "packed.safetensors"), "--fold-bn"])
+    packed, metadata = export.load_sparse(tmp_path / "packed.safetensors")
+    folded = export.fold_batchnorms(export.build_network(recipe, superposition["state_dict"], whole.previous))
+    assert all(torch.equal(packed[name], entry) for name, entry in folded.state_dict().items())
+    assert metadata["folded_batchnorms"] == (34 if arch == "mobilenet_v3_small" else 0)
+
+
+def test_sizes_of_images(home, tmp_path):
+    sizes = shlex.split("--train-crop-size 32 --val-resize-size 60 --val-crop-size 48")
+    assert run(*DENSE, *sizes, home / "imagenet2012", "--save", tmp_path / "run") == 0
+    config = RunFolder(tmp_path / "run").read_config()
+    assert config["network"]["input_shape"] == [3, 48, 48]
+    assert config["network"]["arguments"]["image_size"] == 32
+    with torch.device("meta"):
+        flops = layer_flops(build_model("resnet18", CLASSES), (3, 32, 32))
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["inference_flops"] == sum(flops.values())
 
 
 def test_on_a_gpu_too(gpu, home, tmp_path):
@@ -412,7 +461,13 @@ CONTRADICTIONS = {
     "--sparse --init-prune-epoch 3 --final-prune-epoch 2": "before it starts at epoch 3",
     "--cyclic_epochs 4 --cycle 0": "at least 1, not 0",
     "--density 0": "a density lies in (0, 1], not 0",
-    "--arch alexnet": "invalid choice: 'alexnet'",
+    "--arch vit_b16": "unknown architecture 'vit_b16': the nearest of torchvision's",
+    "--arch vit_b_16 -c fanin": "vit_b_16 starts as torchvision's: leave it out",
+    "--arch vit_b_16 --train-crop-size 40": "vit_b_16 cannot be built for images of 40 pixels (Input shape indivisible",
+    "--arch squeezenet1_1 --val-crop-size 8": "this network takes no images of 8 x 8 pixels",
+    "--train-crop-size 32 -b 1": "BatchNorm cannot train on one image at a time",
+    "--train-crop-size 0": "at least 1, not 0",
+    "--val-crop-size 73": "--val-crop-size 73 cannot be cut out of images that --val-resize-size scales to 72",
     "--pretrained-weights nowhere.pth": "no file nowhere.pth",
     "--resume nowhere": "no file nowhere",
 }

@@ -36,7 +36,7 @@ def maskable(model):
     return [p for p in model.parameters() if p.dim() in (2, 4)]
 
 
-@pytest.mark.parametrize("name", [*ALL_NAMES, *imagenet_resnet.ARCHS])
+@pytest.mark.parametrize("name", [*ALL_NAMES, *imagenet_resnet.RESNETS])
 def test_masks_are_for_every_matrix_and_kernel(name):
     with torch.device("meta"):
         model = build_model(name, 10) if name in ALL_NAMES else imagenet_resnet.build_model(name, 10)
@@ -308,8 +308,43 @@ def test_imagenet_initialisation_follows_the_flag(init):
 
 
 @pytest.mark.parametrize(
-    ("arch", "init", "named"), [("ResNet50", "classic", "ResNet50"), ("resnet50", "fan_in", "fan_in")]
+    ("arch", "init", "message"),
+    [
+        ("vit_b16", "classic", "'vit_b16': the nearest .* are vit_b_16,"),
+        ("resnet50", "fan_in", "'fan_in': choose one of"),
+    ],
 )
-def test_imagenet_refuses_unknown_choices(arch, init, named):
-    with pytest.raises(UsageError, match=f"'{named}'.*choose one of"):
+def test_imagenet_refuses_unknown_choices(arch, init, message):
+    with pytest.raises(UsageError, match=message):
         imagenet_resnet.build_model(arch, init=init)
+
+
+def test_imagenets_networks_are_torchvisions_classification_networks():
+    assert {"alexnet", "vit_b_16", "convnext_tiny", "maxvit_t", "swin_v2_t", *imagenet_resnet.RESNETS} <= {
+        *imagenet_resnet.ARCHS
+    }
+    others = ("fcn_resnet50", "fasterrcnn_resnet50_fpn", "quantized_resnet50", "r3d_18", "raft_small")
+    assert not {*others} & {*imagenet_resnet.ARCHS}
+
+
+@pytest.mark.parametrize(
+    ("arch", "size"),
+    [("googlenet", 64), ("inception_v3", 96), ("vit_b_16", 32), ("maxvit_t", 64), ("swin_t", 64), ("densenet121", 64)],
+)
+def test_networks_of_every_kind_train_to_one_logit_per_class(arch, size):
+    if arch == "maxvit_t":
+        with pytest.raises(UsageError, match=r"maxvit_t cannot be built for images of 64 pixels \(.*"):
+            imagenet_resnet.build_model(arch, 7, image_size=size)
+        size = 224
+    with torch.device("meta"):
+        model = imagenet_resnet.build_model(arch, 7, image_size=size).train()
+        assert model(torch.empty(2, 3, size, size)).shape == (2, 7)
+
+
+@pytest.mark.parametrize("arch", ["squeezenet1_1", "shufflenet_v2_x0_5"])
+def test_other_networks_start_as_torchvisions(arch):
+    torch.manual_seed(3)
+    expected = torchvision.models.get_model(arch, num_classes=5).state_dict()
+    torch.manual_seed(3)
+    state = imagenet_resnet.build_model(arch, 5, "fanin").state_dict()
+    assert all(torch.equal(state[name], entry) for name, entry in expected.items())

@@ -70,7 +70,7 @@ def test_no_network_for_small_images_computes_a_narrow_strided_1x1_convolution_i
     assert all(tensor.stride(1) == tensor.shape[2] * tensor.shape[3] > 1 for tensor in seen)
 
 
-@pytest.mark.parametrize("arch", imagenet_resnet.ARCHS)
+@pytest.mark.parametrize("arch", imagenet_resnet.RESNETS)
 def test_imagenets_networks_are_channels_last(arch):
     with torch.device("meta"):
         assert Runtime().memory_format(imagenet_resnet.build_model(arch)) == LAST
