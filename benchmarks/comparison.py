@@ -167,6 +167,7 @@ def plot(rows: Sequence[Row], title: str, path: Path) -> None:
     """
     from matplotlib import style
     from matplotlib.figure import Figure
+    from matplotlib.ticker import NullFormatter
 
     from sparselearning.plots import BLUE, STYLE, VERMILION
 
@@ -189,7 +190,9 @@ def plot(rows: Sequence[Row], title: str, path: Path) -> None:
         axes.invert_yaxis()
         axes.set_xscale("log")
         axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter(NullFormatter())
         axes.margins(x=0.15)
-        axes.set_xlabel("times faster than the reference (line: range of the rounds; red: to reach)")
+        axes.set_xlabel("times faster than the reference\n(line: range of the rounds; red: to reach)")
         figure.suptitle(title, fontsize=7, wrap=True)
-        write_whole(path, lambda file: figure.savefig(file, format="png", metadata={"Software": COMMAND}))
+        options: dict[str, Any] = {"format": "png", "metadata": {"Software": COMMAND}, "bbox_inches": "tight"}
+        write_whole(path, lambda file: figure.savefig(file, **options))

@@ -14,6 +14,7 @@ less, unless the dense side is far from the processor's peak.
 import argparse
 import copy
 import itertools
+import json
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -195,6 +196,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--kernels", action="store_true", help="measure single layers in place of networks")
     parser.add_argument("--repeats", type=flags.positive, default=3, help="rounds, besides the one that warms up")
     parser.add_argument("--out", type=flags.path, metavar="FILE.json", help="write all samples there")
+    parser.add_argument(
+        "--show", type=flags.path, metavar="FILE.json", help="measure nothing: print (and draw) such a file"
+    )
     parser.add_argument("--plot", type=flags.path, metavar="FILE.png", help="draw the table there; needs matplotlib")
     return parser.parse_args(argv)
 
@@ -217,6 +221,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Measure, print the table, write the files."""
     argv = sys.argv[1:] if argv is None else argv
     args = parse(argv)
+    if args.show:
+        saved = json.loads(args.show.read_text())
+        shown = [Row.from_json(row) for row in saved["rows"]]
+        print(saved["title"], markdown(shown), sep="\n\n")
+        if args.plot:
+            plot(shown, f"{saved['title']}\n{saved['command']}", args.plot)
+        return
     if args.out:
         check_output(args.out, "benchmarks/sparse.py")
     device, _ = Runtime(use_cuda=False).start()

@@ -57,7 +57,7 @@ for script in scripts:
         capture_output=True,
         text=True,
     )
-    assert len(SCRIPTS) == 9
+    assert len(SCRIPTS) >= 10
     assert done.returncode == 0, done.stderr
 
 
