@@ -209,6 +209,9 @@ def test_auto_computes_sparsely_from_where_it_pays() -> None:
         _, masking = masked(one, density)
         assert sparse_execution(one, masking, flops).is_sparse is pays
         assert sparse_execution(one, masking).is_sparse
+    small = build_model("lenet-300-100", 10, 1, 28)  # layers too small for kernels of their own
+    _, masking = masked(small, 0.05)
+    assert not sparse_execution(small, masking, layer_flops(small, (1, 28, 28))).is_sparse
 
 
 def test_networks_that_it_is_not_for_are_refused() -> None:

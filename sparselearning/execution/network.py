@@ -96,7 +96,8 @@ class SparseNetwork(nn.Module):
         state = [(entries.data_ptr(), entries._version) for entries in active.values()]
         if trains not in self._pays or self._pays[trains][0] != state:
             dense = sum(self._layer_flops.values())
-            share = inference_flops(self._layer_flops, layer_densities(active)) / dense if dense else 1.0
+            saving = layer_densities({name: entries for name, entries in active.items() if _has_kernel(entries)})
+            share = inference_flops(self._layer_flops, saving) / dense if dense else 1.0
             self._pays[trains] = state, share <= LARGEST_SHARE
         return self._pays[trains][1]
 
@@ -207,11 +208,16 @@ def _conv2d(
     return SparseConvolution.apply(inputs, weight, bias, active, network.wants_dense_gradients)
 
 
+def _has_kernel(weight: Tensor) -> bool:
+    """Whether a layer with a weight of this shape is, as a rule, computed with active weights alone."""
+    return weight.dim() == 4 or weight.numel() >= LEAST_LINEAR
+
+
 def _linear(watch: _Watch, inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
     network = watch.network
     if not network.has(weight):
         return NotImplemented
-    if inputs.dim() != 2 or weight.numel() < LEAST_LINEAR:
+    if inputs.dim() != 2 or not _has_kernel(weight):
         return F.linear(inputs, network.with_active_gradient(weight), bias)
     active = network.active(weight, Shape(weight.shape[0], weight.shape[1], (1, 1)))
     planes = inputs.unsqueeze(-1).unsqueeze(-1)
