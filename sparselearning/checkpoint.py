@@ -17,7 +17,7 @@ from sparselearning.plan import Plan
 from sparselearning.records import EpochRow, TicketRow
 from sparselearning.schema import LARGEST, Amount, Count, FlagValue, Mismatch, Share
 from sparselearning.seeding import rng_schema
-from sparselearning.superpose import differing_entries
+from sparselearning.superpose import differing_entries, floating_entries
 from sparselearning.tensor_schema import (
     Check,
     all_of,
@@ -93,6 +93,8 @@ class CheckpointSchema:
             "tally": Tally.check,
             "flops": Amount,
         }
+        averaged = {name: like(entry) for name, entry in floating_entries(self.passes.model).items()}
+        started = epoch > plan.first_epoch or batch > 0
         fields = {
             "config": dict[str, FlagValue],
             "epoch": exactly(epoch),
@@ -113,6 +115,8 @@ class CheckpointSchema:
             "total_seconds": Amount,
             "ranks": sequence(list, *[record(rank)] * distributed.world_size()),
         }
+        if plan.ema_decay is not None:
+            fields["average"] = record(averaged if started else {}, exact=True)
         return all_of(
             record(fields),
             masked_zeros("state_dict", "masks"),

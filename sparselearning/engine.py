@@ -33,7 +33,7 @@ from sparselearning.schema import read
 from sparselearning.seeding import rng_state, set_rng_state
 from sparselearning.selection import SelectionError
 from sparselearning.signals import Stopped
-from sparselearning.superpose import State, batchnorms, prune_to_density, superpose
+from sparselearning.superpose import MovingAverage, State, batchnorms, prune_to_density, superpose
 
 SECONDS_BETWEEN_CHECKPOINTS = 60
 
@@ -113,6 +113,7 @@ class Trainer:
         self.trained = False  # the epoch's batches are done, what follows them is not
         self.superposition: State | None = None
         self.superposition_masks: dict[str, Tensor] = {}
+        self.average = MovingAverage(passes.model, plan.ema_decay) if plan.ema_decay is not None else None
         self.pretrain_acc: float | None = None
         self.metrics: list[EpochRow] = []
         self.tickets: list[TicketRow] = []
@@ -154,7 +155,11 @@ class Trainer:
             summary = self._summary()
             if self.sources.test is not None:
                 _, test_acc = self.evaluate_superposition(self.sources.test)
-                summary = replace(summary, test_acc=test_acc, total_seconds=self._total_seconds())
+                summary = replace(summary, test_acc=test_acc)
+            if self.average is not None:
+                ema_acc, ema_test_acc = self._measure_average(self.average.state())
+                summary = replace(summary, ema_acc=ema_acc, ema_test_acc=ema_test_acc)
+            summary = replace(summary, total_seconds=self._total_seconds())
         except _StopRequested as request:
             self._check_finite(stopping=True)
             self.save_checkpoint()
@@ -207,6 +212,8 @@ class Trainer:
                 raise self._diverged(self.batch) from error
         else:
             take_step(self.optimizer, scaler)
+        if self.average is not None:
+            self.average.update()
         self._tally.add(logits.detach(), batch.labels, loss.detach())
         self._costs.count(len(batch.labels), sparse_steps)
         if update_due:
@@ -322,14 +329,30 @@ class Trainer:
         assert self.superposition is not None
         state = superpose(self.superposition, self.model.state_dict(), factor)
         union_density = self._density(state)
-        masks: dict[str, Tensor] = {}
-        if self.plan.final_density is not None:
-            state, masks = prune_to_density(state, self.maskable, self.plan.final_density)
+        state, masks = self._pruned(state)
         with self.passes.borrowing(state):
             if self.plan.update_bn:
                 self.passes.re_estimate_bn(self._guarded(self.sources.train_once))
             _, accuracy = self.evaluate()
             return _Superposition(factor, self.passes.state(), masks, union_density, accuracy)
+
+    def _pruned(self, state: State) -> tuple[State, dict[str, Tensor]]:
+        """A network pruned to the budget, and its masks; dense training has neither."""
+        if self.plan.final_density is None:
+            return state, {}
+        return prune_to_density(state, self.maskable, self.plan.final_density)
+
+    def _measure_average(self, state: State) -> tuple[float, float | None]:
+        """Accuracy of the moving average, pruned to the budget, its BatchNorm re-estimated; that on the test set."""
+        rng = rng_state(self.device)
+        try:
+            with self.passes.borrowing(self._pruned(state)[0]):
+                self.passes.re_estimate_bn(self._guarded(self.sources.train_once))
+                _, accuracy = self.evaluate()
+                return accuracy, None if self.sources.test is None else self.evaluate(self.sources.test)[1]
+        except _StopRequested:
+            set_rng_state(rng, self.device)  # dropout draws while BatchNorm is re-estimated
+            raise
 
     def evaluate(self, source: BatchSource | None = None) -> tuple[float, float]:
         """Mean loss and accuracy in [0, 1] of the network as it is, on the evaluation set if no other is given."""
@@ -512,7 +535,8 @@ class Trainer:
                     "seconds": self._seconds,
                     "total_seconds": self._total_seconds(),
                     "ranks": ranks,
-                },
+                }
+                | ({"average": self.average.average} if self.average else {}),
             )
         self._last_checkpoint = time.monotonic()
 
@@ -537,6 +561,8 @@ class Trainer:
         if saved["superposition"] is not None:
             self.superposition = {k: v.to(self.device) for k, v in saved["superposition"].items()}
         self.superposition_masks = {k: v.to(self.device) for k, v in saved["superposition_masks"].items()}
+        if self.average is not None:
+            self.average.load(saved["average"])
         self.pretrain_acc = saved["pretrain_acc"]
         self.metrics = read(list[EpochRow], saved["metrics"], str(source))
         self.tickets = read(list[TicketRow], saved["tickets"], str(source))

@@ -79,6 +79,11 @@ def below_one(text: str) -> float:
     return _number(text, float, lambda value: 0 <= value < 1, "it lies in [0, 1)")
 
 
+def between_zero_and_one(text: str) -> float:
+    """Parse a number in (0, 1)."""
+    return _number(text, float, lambda value: 0 < value < 1, "it lies in (0, 1)")
+
+
 def non_negative_float(text: str) -> float:
     """Parse a finite number, at least 0."""
     return _number(text, float, lambda value: 0 <= value < float("inf"), "it is a number of at least 0")
@@ -154,6 +159,11 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--show-layers", action="store_true",
         help="print every layer's shape, density now and at the end, and FLOPs, in place of training",
+    )  # fmt: skip
+    group.add_argument(
+        "--ema", type=between_zero_and_one, metavar="DECAY",
+        help="a baseline beside superposing: also measure, at the end, the exponential moving average of every step's "
+        "weights, pruned to the budget and with BatchNorm re-estimated",
     )  # fmt: skip
     group.add_argument("--no-cuda", action="store_true", help="train on the CPU even if there is a GPU")
     group = parser.add_argument_group("speed")
@@ -478,6 +488,7 @@ def plan(args: argparse.Namespace, budget: EpochBudget, pretrain_lr: Callable[[i
         updates_in_cycles=not args.no_maskupdates,
         update_bn=args.update_bn,
         final_density=args.final_density if args.sparse else None,
+        ema_decay=args.ema,
     )
 
 

@@ -54,6 +54,7 @@ class Plan:
         averaging: ticket number 1, 2, … to the factors that are tried as its weight in the superposition.
         update_bn: re-estimate the superposition's BatchNorm statistics.
         final_density: budget that a superposition is pruned back to; None: dense training.
+        ema_decay: of the moving average of all steps' weights, in (0, 1); None: there is none.
     """
 
     budget: EpochBudget
@@ -66,6 +67,7 @@ class Plan:
     updates_in_cycles: bool = True
     update_bn: bool = False
     final_density: float | None = None
+    ema_decay: float | None = None
 
     @property
     def first_epoch(self) -> int:

@@ -133,6 +133,10 @@ def run_table(summary: Summary, folder: Path) -> str:
     rows.append(("final", summary.final_acc))
     if summary.test_acc is not None:
         rows.append(("final, on the test set", summary.test_acc))
+    if summary.ema_acc is not None:
+        rows.append(("moving average", summary.ema_acc))
+    if summary.ema_test_acc is not None:
+        rows.append(("same, on the test set", summary.ema_test_acc))
     lines = [f"{'network':<24}accuracy", *(f"{name:<24}{accuracy:8.2%}" for name, accuracy in rows), ""]
     lines.append(f"density {summary.density:.4f}   gain over pre-training {summary.gain:+.2f} points")
     if summary.gain_over_ticket is not None:

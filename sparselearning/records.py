@@ -99,6 +99,8 @@ class Summary(Record):
         inference_flops_of_dense: the same.
         training_flops_of_dense: the same.
         test_acc: of the final network on a test set that was kept for the end; None: there was none.
+        ema_acc: of the moving average of all steps' weights, measured as ``final_acc`` is; None: there was none.
+        ema_test_acc: of the same on a test set that was kept for the end.
         total_seconds: of the whole run, stops left out.
     """
 
@@ -118,6 +120,8 @@ class Summary(Record):
     inference_flops_of_dense: Amount | None = None
     training_flops_of_dense: Amount | None = None
     test_acc: Share | None = None
+    ema_acc: Share | None = None
+    ema_test_acc: Share | None = None
     total_seconds: Amount
 
     def __post_init__(self) -> None:

@@ -117,6 +117,52 @@ def prune_to_density(
     )
 
 
+def floating_entries(model: nn.Module) -> State:
+    """What averages are made of: weights and statistics, no counters; the model's own, tied ones by their first name."""
+    firsts: dict[tuple, tuple[str, Tensor]] = {}
+    for name, entry in model.state_dict().items():
+        if entry.is_floating_point():
+            firsts.setdefault(_memory(entry), (name, entry))
+    return dict(firsts.values())
+
+
+class MovingAverage:
+    """Exponential moving average of a network's weights, A ← decay · A + (1 - decay) · W, from the first step's on.
+
+    Args:
+        model: whose floating-point entries are averaged; its others are taken as they are.
+        decay: in (0, 1).
+
+    Attributes:
+        entries: what is averaged, the model's own.
+        average: of them so far, by name; empty before the first step.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.model = model
+        self.decay = decay
+        self.entries = floating_entries(model)
+        self.average: State = {}
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Let the weights after a step enter."""
+        if self.average:
+            torch._foreach_lerp_(list(self.average.values()), list(self.entries.values()), 1 - self.decay)
+        else:
+            self.average = {name: entry.clone() for name, entry in self.entries.items()}
+
+    def load(self, average: Mapping[str, Tensor]) -> None:
+        """Go on from an earlier :attr:`average`, wherever it lies."""
+        entries = self.entries.items() if average else ()
+        self.average = {name: torch.empty_like(entry).copy_(average[name]) for name, entry in entries}
+
+    def state(self) -> State:
+        """State dict of the averaged network."""
+        averaged = {_memory(self.entries[name]): entry for name, entry in self.average.items()}
+        return {name: averaged.get(_memory(entry), entry) for name, entry in self.model.state_dict().items()}
+
+
 def _memory(tensor: Tensor) -> tuple:
     """What two tensors share if they are one."""
     return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()

@@ -108,6 +108,8 @@ COLUMNS = (
     Column("last_ticket_acc_percent", "last ticket [%]", _of_tickets(_last_ticket)),
     Column("final_acc_percent", "final [%]", _summary(lambda of: of.final_acc, 100)),
     Column("test_acc_percent", "final on test set [%]", _summary(lambda of: of.test_acc, 100)),
+    Column("ema_acc_percent", "moving average [%]", _summary(lambda of: of.ema_acc, 100)),
+    Column("ema_test_acc_percent", "moving average on test set [%]", _summary(lambda of: of.ema_test_acc, 100)),
     Column("gain_points", "gain over pre-training [points]", _of_tickets(_summary(lambda of: of.gain)), signed=True),
     Column(
         "gain_over_ticket_points", "over last ticket [points]", _summary(lambda of: of.gain_over_ticket), signed=True

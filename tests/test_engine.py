@@ -21,6 +21,7 @@ from sparselearning.errors import FaultError, UsageError
 from sparselearning.experiment import Output, Recipe, SparseTraining
 from sparselearning.files import RunFolder, load_torch
 from sparselearning.plan import EpochBudget, Plan
+from sparselearning.progress import run_table
 from sparselearning.runtime import Runtime
 from sparselearning.signals import Stopped, stop_signals
 from sparselearning.superpose import AVERAGING
@@ -863,6 +864,59 @@ def test_the_test_set_is_touched_once_at_the_end(tmp_path, capsys):
     assert "on the test set" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("plan", "masks"), [(PLAN, MASKING), (DENSE, None)], ids=["sparse", "dense"])
+def test_the_moving_average_is_pruned_and_measured_as_the_result_is(tmp_path, plan, masks, capsys):
+    decay, test, kept = 0.8, Batches(17, 8, seed=2), []
+    trainer = prepare(tmp_path / "run", dataclasses.replace(plan, ema_decay=decay), masks, test=test)
+    train_batch = trainer.train_batch
+
+    def keep_weights(batch):
+        train_batch(batch)
+        kept.append({name: entry.double().clone() for name, entry in trainer.model.state_dict().items()})
+
+    trainer.train_batch = keep_weights
+    summary = trainer.run()
+    average = kept[0]
+    for state in kept[1:]:
+        average = {name: decay * average[name] + (1 - decay) * entry for name, entry in state.items()}
+    average = {name: entry.float() for name, entry in average.items()}
+    model = network(0.0)
+    model.load_state_dict(prune_by_sorting(average, round(TOTAL * 0.2)) if masks else average)
+    torch.optim.swa_utils.update_bn([b.images for b in trainer.sources.train.epoch(6)], model)
+    for found, images in ((summary.ema_acc, trainer.sources.evaluation), (summary.ema_test_acc, test)):
+        with torch.no_grad():
+            hits = (model.eval()(images.images).argmax(1) == images.labels).sum().item()
+        assert found == hits / len(images.labels)
+    for name, entry in trainer.average.average.items():
+        if "running" not in name:
+            torch.testing.assert_close(entry, average[name], rtol=1e-5, atol=1e-6)
+    print(run_table(summary, tmp_path))
+    assert f"moving average{summary.ema_acc:18.2%}" in capsys.readouterr().out
+
+
+def test_training_with_a_moving_average_is_training_without_it(tmp_path):
+    results = []
+    for decay in (None, 0.9):
+        trainer = prepare(tmp_path / str(decay), dataclasses.replace(PLAN, ema_decay=decay), dropout=0.4)
+        results.append(result(trainer, trainer.run()))
+    results[1]["summary"].pop("ema_acc")
+    assert not differing(*results)
+
+
+def test_a_stop_while_the_moving_average_is_measured_changes_nothing(tmp_path):
+    plan = dataclasses.replace(PLAN, budget=EpochBudget(1, 1, 0), ema_decay=0.8)
+    counter = Signals()
+    trainer = prepare(tmp_path / "whole", plan, signals=counter, dropout=0.4)
+    whole = result(trainer, trainer.run())
+    for at in range(counter.looks - 4, counter.looks + 1):
+        folder = tmp_path / str(at)
+        with pytest.raises(Stopped):
+            prepare(folder, plan, signals=Signals(at), dropout=0.4).run()
+        resumed = prepare(folder, plan, resume=folder, dropout=0.4)
+        assert resumed.epoch == 1
+        assert not differing(whole, result(resumed, resumed.run()))
+
+
 # ------------------------------------------------------------------------------------------- stopping and resuming
 
 
@@ -893,6 +947,7 @@ CONFIGURATIONS = {
     "no updates in cycles": {"plan": dataclasses.replace(PLAN, updates_in_cycles=False)},
     "CAA without BN": {"plan": dataclasses.replace(PLAN, update_bn=False, averaging=AVERAGING["CAA"](0.5))},
     "bf16, channels last": {"amp": "bf16", "memory_format": torch.channels_last},
+    "moving average": {"plan": dataclasses.replace(PLAN, ema_decay=0.8)},
     "growth ends at step 5": {"masks": MASKING | {"prune_start_step": 3, "final_update_step": 5}},
     "dense": {"masks": None, "plan": DENSE},
     "pre-training alone": {"plan": dataclasses.replace(PLAN, cyclic_train=False)},

@@ -204,6 +204,8 @@ WRONG_CALLS = {
     RUN + "--decay-schedule step": "'step'",
     RUN + "--superposing_method EMA": "'EMA'",
     RUN + "--superposing_method greedy": "--valid_split",
+    RUN + "--ema 1": "(0, 1)",
+    RUN + "--ema 0": "(0, 1)",
     RUN + "--optimizer lamb": "'lamb'",
     RUN + "--amp fp8": "'fp8'",
     # numbers out of range, or none

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from sparselearning import caa_factor, prune_to_density, superpose, update_bn
-from sparselearning.superpose import AVERAGING, chooses
+from sparselearning.superpose import AVERAGING, MovingAverage, chooses
 
 # ----------------------------------------------------------------------------------------------- averaging
 
@@ -83,6 +83,30 @@ def test_cima_of_many_tickets_forgets_geometrically():
     for n, value in enumerate((8.0, 40.0, 20.0), start=1):
         result = superpose(result, {"w": torch.tensor([value])}, *AVERAGING["CIMA"](0.5)(n))
     assert result["w"].item() == 80 / 8 + 8 / 8 + 40 / 4 + 20 / 2
+
+
+def test_a_moving_average_by_hand():
+    model = nn.BatchNorm1d(1)
+    average = MovingAverage(model, 0.75)
+    for value in (8.0, 4.0, 0.0):
+        model.weight.data.fill_(value)
+        model.running_mean.fill_(2 * value)
+        model.num_batches_tracked.add_(1)
+        average.update()
+    state = average.state()  # 8; 0.75 · 8 + 0.25 · 4 = 7; 0.75 · 7 = 5.25
+    assert (state["weight"].item(), state["running_mean"].item(), state["bias"].item()) == (5.25, 10.5, 0)
+    assert state["num_batches_tracked"] == 3
+    assert model.weight.item() == 0
+
+
+def test_tied_weights_have_one_moving_average():
+    model = nn.Sequential(nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False))
+    model[1].weight = model[0].weight
+    average = MovingAverage(model, 0.5)
+    for value in (4.0, 2.0):
+        model[0].weight.data.fill_(value)
+        average.update()
+    assert {name: entry.item() for name, entry in average.state().items()} == {"0.weight": 3, "1.weight": 3}
 
 
 def test_networks_of_other_names_do_not_superpose():
