@@ -8,11 +8,13 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from threading import Lock
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from sparselearning.execution import threads
 from sparselearning.execution.kernels import contraction, correlate
@@ -158,13 +160,15 @@ class _Kernel:
 
     def _run(self, kernel: Any, **memory: int) -> None:
         task, shares = self.task, self.correlation.shares
-        for name, value in memory.items():
-            task[name] = value
-        task["work"] = _work(shares * int(task["work_bytes"][0]))
-        task["next_share"] = 0
-        threads.run(kernel.address, task.ctypes.data, shares)
+        with _one_at_a_time:
+            for name, value in memory.items():
+                task[name] = value
+            task["work"] = _work(shares * int(task["work_bytes"][0]))
+            task["next_share"] = 0
+            threads.run(kernel.address, task.ctypes.data, shares)
 
 
+_one_at_a_time = Lock()  # whatever thread of Python calls: a task and the scratch memory serve one call
 _scratch = torch.empty(0)
 
 
@@ -253,6 +257,7 @@ class SparseConvolution(torch.autograd.Function):
         return target
 
     @staticmethod
+    @once_differentiable
     def backward(context: Any, gradient: Tensor) -> Any:
         source, weight = context.saved_tensors
         active, grid = context.active, context.grid
@@ -299,6 +304,10 @@ class Norm:
     shift: Tensor
     added: Tensor | None = None
     relu: bool = False
+
+    def memory(self) -> set[int]:
+        """Addresses of the memory that the pass reads."""
+        return {read.untyped_storage().data_ptr() for read in (self.lines, self.added) if read is not None}
 
     def write(self, outputs: Tensor, relu: bool) -> None:
         """Do the pass."""
@@ -349,6 +358,7 @@ class BatchNorm(torch.autograd.Function):
         return outputs
 
     @staticmethod
+    @once_differentiable
     def backward(context: Any, gradient: Tensor) -> Any:
         mean, inverse, deviation = context.saved_tensors
         norm = context.norm
@@ -383,6 +393,7 @@ class ReluOfNorm(torch.autograd.Function):
         return outputs
 
     @staticmethod
+    @once_differentiable
     def backward(context: Any, gradient: Tensor) -> Any:
         (outputs,) = context.saved_tensors
         return gradient if context.norm.relu else _through_relu(gradient, outputs), None, None
@@ -398,6 +409,7 @@ class AddToNorm(torch.autograd.Function):
         return inputs
 
     @staticmethod
+    @once_differentiable
     def backward(context: Any, gradient: Tensor) -> Any:
         return gradient, gradient, None
 
@@ -412,6 +424,7 @@ class Relu(torch.autograd.Function):
         return outputs
 
     @staticmethod
+    @once_differentiable
     def backward(context: Any, gradient: Tensor) -> Any:
         return _through_relu(gradient, context.saved_tensors[0])
 
@@ -431,5 +444,6 @@ class ActiveGradient(torch.autograd.Function):
         return weight.view_as(weight)
 
     @staticmethod
+    @once_differentiable
     def backward(context: Any, gradient: Tensor) -> Any:
         return gradient.masked_fill(~context.saved_tensors[0], 0), None

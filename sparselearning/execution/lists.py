@@ -278,7 +278,8 @@ class WeightList:
     def of(cls, correlation: Correlation, outputs: np.ndarray, channels: np.ndarray, taps: np.ndarray) -> "WeightList":
         """Sort active weights, given by output, channel and tap, int64 [n] each; of one output, by channel."""
         c = correlation
-        by_output = np.argsort(outputs.astype(np.uint16), kind="stable")  # 16 bits: NumPy's radix sort
+        # NumPy sorts numbers of 16 bits by radix.
+        by_output = np.argsort(outputs.astype(np.uint16) if c.outputs <= 1 << 16 else outputs, kind="stable")
         outputs, channels, taps = outputs[by_output], channels[by_output], taps[by_output]
         # The weights of one output and one block of channels are a run of these; the runs are to be put in order.
         counts = np.zeros((c.output_blocks * c.output_block, c.channel_blocks), dtype=np.int64)

@@ -5,7 +5,7 @@ and those that would lose the layout of activations, are replaced (:data:`REPLAC
 """
 
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ from sparselearning.execution.functions import (
     Shape,
     SparseConvolution,
 )
+from sparselearning.execution.lists import Grid
 from sparselearning.masking import Masking
 
 LARGEST_SHARE = 0.45
@@ -85,6 +86,10 @@ class SparseNetwork(nn.Module):
             return self.model(*args, **kwargs)
         with _Watch(self):
             return self.model(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All but the lists, which hold addresses of this very network's memory: a copy makes its own."""
+        return self.__dict__ | {"_pays": {}, "_lists": {True: {}, False: {}}}
 
     @property
     def is_sparse(self) -> bool:
@@ -148,9 +153,14 @@ class _Watch(TorchFunctionMode):
         self.unwritten: dict[int, tuple[Callable[[], Tensor | None], Norm]] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if self.unwritten and func not in LEAVE_UNWRITTEN:
-            self.write([*args, *kwargs.values()])
+        kwargs = dict(kwargs or {})
+        if "input" in kwargs:
+            args = (kwargs.pop("input"), *args)
+        if self.unwritten and func not in READ_NO_NUMBERS:
+            arguments = list(_tensors([args, list(kwargs.values())]))
+            self.write_before_a_change(arguments)
+            if func not in LEAVE_UNWRITTEN:
+                self.write(arguments)
         replacement = REPLACEMENTS.get(func)
         result = NotImplemented if replacement is None else replacement(self, *args, **kwargs)
         return func(*args, **kwargs) if result is NotImplemented else result
@@ -162,11 +172,15 @@ class _Watch(TorchFunctionMode):
     def write(self, arguments: Iterable[Any]) -> None:
         """Write what was put off of all tensors among these arguments, now that they may be read."""
         for argument in arguments:
-            if isinstance(argument, list | tuple):
-                self.write(argument)
-            elif (norm := self.take_over(argument)) is not None:
+            if (norm := self.take_over(argument)) is not None:
                 norm.relu = False
                 norm.write(argument, relu=False)
+
+    def write_before_a_change(self, arguments: Iterable[Tensor]) -> None:
+        """Write what was put off and is still to read the memory of these arguments, which may now be written to."""
+        memory = {argument.untyped_storage().data_ptr() for argument in arguments} - {0}
+        reading = [held for held, norm in self.unwritten.values() if not memory.isdisjoint(norm.memory())]
+        self.write([held() for held in reading])
 
     def put_off(self, outputs: Tensor, norm: Norm) -> Tensor:
         """Leave a BatchNorm's output unwritten until it is read."""
@@ -186,6 +200,15 @@ class _Watch(TorchFunctionMode):
         return norm
 
 
+def _tensors(arguments: Any) -> Iterator[Tensor]:
+    """All tensors in nested lists and tuples."""
+    for argument in arguments:
+        if isinstance(argument, Tensor):
+            yield argument
+        elif isinstance(argument, list | tuple):
+            yield from _tensors(argument)
+
+
 # ------------------------------------------------------------------------------------------- replacements
 # Each takes the arguments of the function that it stands for, and returns NotImplemented where that one is to run.
 
@@ -199,11 +222,15 @@ def _conv2d(
         return NotImplemented
     kernel = weight.shape[2], weight.shape[3]
     is_even = any(size % 2 == 0 for size in kernel)
-    if inputs.dim() != 4 or groups != 1 or _pair(dilation) != (1, 1) or (padding == "same" and is_even):
+    has_kernel = inputs.dim() == 4 and groups == 1 and _pair(dilation) == (1, 1) and not (padding == "same" and is_even)
+    if not (has_kernel and _fit(inputs, weight, bias)):
         return F.conv2d(inputs, network.with_active_gradient(weight), bias, stride, padding, dilation, groups)
     if isinstance(padding, str):
         padding = tuple(size // 2 for size in kernel) if padding == "same" else 0
     shape = Shape(weight.shape[0], weight.shape[1], kernel, _pair(stride), _pair(padding))
+    target = shape.target(Grid(*inputs.shape[2:], inputs.shape[0]))
+    if min(target.rows, target.columns) < 1:
+        return NotImplemented  # PyTorch says that the kernel is larger than the image
     active = network.active(weight, shape)
     return SparseConvolution.apply(inputs, weight, bias, active, network.wants_dense_gradients)
 
@@ -213,11 +240,25 @@ def _has_kernel(weight: Tensor) -> bool:
     return weight.dim() == 4 or weight.numel() >= LEAST_LINEAR
 
 
+def _fit(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether kernels, which read addresses and nothing else, can compute with these; if not, PyTorch is to see them."""
+    return (
+        inputs.numel() > 0
+        and inputs.shape[1] == weight.shape[1]
+        and (bias is None or (bias.shape == weight.shape[:1] and bias.is_contiguous()))
+        and _is_readable(inputs, weight, bias)
+    )
+
+
+def _is_readable(*tensors: Tensor | None) -> bool:
+    return all(one is None or (one.dtype == torch.float32 and one.device.type == "cpu") for one in tensors)
+
+
 def _linear(watch: _Watch, inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
     network = watch.network
     if not network.has(weight):
         return NotImplemented
-    if inputs.dim() != 2 or not _has_kernel(weight):
+    if inputs.dim() != 2 or not _has_kernel(weight) or not _fit(inputs, weight, bias):
         return F.linear(inputs, network.with_active_gradient(weight), bias)
     active = network.active(weight, Shape(weight.shape[0], weight.shape[1], (1, 1)))
     planes = inputs.unsqueeze(-1).unsqueeze(-1)
@@ -234,7 +275,10 @@ def _batch_norm(
     eps: float = 1e-5,
 ) -> Any:  # fmt: skip
     numbers = inputs.numel() // max(inputs.shape[1], 1)
-    if inputs.dim() != 4 or inputs.dtype != torch.float32 or numbers < 2:
+    by_channel = (running_mean, running_var, weight, bias)
+    if inputs.dim() != 4 or numbers < 2 or not _is_readable(inputs, *by_channel):
+        return NotImplemented
+    if any(entry is not None and entry.shape != inputs.shape[1:2] for entry in by_channel):
         return NotImplemented
     norms: list[Any] = []
     known = (None, None) if training else (running_mean, running_var)
@@ -257,11 +301,12 @@ def _relu(watch: _Watch, inputs: Tensor, inplace: bool = False) -> Any:
 
 
 def _add_in_place(watch: _Watch, inputs: Tensor, other: Any, *, alpha: float = 1) -> Any:
-    watch.write([other])
+    watch.write(_tensors([other]))
     norm = watch.take_over(inputs)
     if norm is None:
         return NotImplemented
-    if norm.added is not None or alpha != 1 or not isinstance(other, Tensor) or other.shape != inputs.shape:
+    fits = isinstance(other, Tensor) and other.shape == inputs.shape and _is_readable(other)
+    if norm.added is not None or alpha != 1 or not fits:
         norm.write(inputs, relu=False)
         return NotImplemented
     return watch.put_off(AddToNorm.apply(inputs, other, norm), norm)
@@ -271,9 +316,12 @@ def _by_channel(function: Callable[..., Any]) -> Callable[..., Any]:
     """A function of each plane by itself: to PyTorch, images innermost of channels look like channels of images."""
 
     def call(watch: _Watch, inputs: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if inputs.dim() != 4 or inputs.stride(0) != 1 or kwargs.get("return_indices"):
+        if inputs.dim() != 4 or inputs.stride(0) != 1:
             return NotImplemented
-        return function(inputs.transpose(0, 1), *args, **kwargs).transpose(0, 1)
+        outputs = function(inputs.transpose(0, 1), *args, **kwargs)
+        if isinstance(outputs, tuple):  # with places, which are those in one plane
+            return tuple(each.transpose(0, 1) for each in outputs)
+        return outputs.transpose(0, 1)
 
     return call
 
@@ -295,5 +343,7 @@ REPLACEMENTS: Mapping[Any, Callable[..., Any]] = {
 }
 """Function to what stands for it."""
 
-LEAVE_UNWRITTEN: set[Any] = {F.relu, Tensor.__iadd__, Tensor.add_, Tensor.dim, Tensor.numel, Tensor.size, Tensor.stride}
-"""Functions that read no numbers of a tensor, or that take care of a BatchNorm's output that is still to be written."""
+READ_NO_NUMBERS: set[Any] = {Tensor.dim, Tensor.numel, Tensor.size, Tensor.stride}
+"""Functions that read and write no numbers of a tensor."""
+LEAVE_UNWRITTEN: set[Any] = {F.relu, Tensor.__iadd__, Tensor.add_}
+"""Functions that take care of a BatchNorm's output that is still to be written."""
