@@ -64,6 +64,8 @@ class Data:
     num_classes: int
     channels: int
     image_size: int  # height = width, in pixels
+    mean: tuple[float, ...]  # of the images trained on, per channel, in raw pixel values from 0 to 255
+    std: tuple[float, ...]
 
     def use_memory_format(self, memory_format: torch.memory_format) -> None:
         """Let all image batches have this layout from now on (at first they are channels-last)."""
@@ -126,7 +128,8 @@ def load_data(
     if valid_split > 0:
         evaluation = loader(arrays.x_train[kept:], arrays.y_train[kept:], batch_size=test_batch_size)
     image_size = arrays.x_train.shape[1]
-    return Data(Path(name).stem, train, evaluation, test, num_classes, channels, image_size)
+    statistics = tuple(mean.tolist()), tuple(std.tolist())
+    return Data(Path(name).stem, train, evaluation, test, num_classes, channels, image_size, *statistics)
 
 
 def load_arrays(name: str, data_dir: str | Path) -> tuple[Arrays, int]:

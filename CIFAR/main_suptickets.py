@@ -144,6 +144,8 @@ def run(args: argparse.Namespace, argv: Sequence[str] | None) -> None:
             "image_size": data.image_size,
         },
         "input_shape": [data.channels, data.image_size, data.image_size],
+        "mean": list(data.mean),
+        "std": list(data.std),
     }
     recipe = experiment.Recipe(
         model=model,

@@ -20,7 +20,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone runs without being installed
 
 import torch
-from imagenet_data import load_imagenet
+from imagenet_data import MEAN, STD, load_imagenet
 from imagenet_resnet import INITS, RESNETS, build_model, check_arch
 from torch import nn
 
@@ -85,6 +85,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         "builder": "imagenet_resnet:build_model",
         "arguments": network_arguments,
         "input_shape": list(val_shape),
+        "mean": [255 * mean for mean in MEAN],
+        "std": [255 * std for std in STD],
+        "resize": args.val_resize_size,
     }
     recipe = experiment.Recipe(
         model=model,

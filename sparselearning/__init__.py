@@ -2,6 +2,7 @@
 
 from sparselearning.distributions import erk_densities
 from sparselearning.errors import FaultError, UsageError
+from sparselearning.execution import sparse_execution, sparse_inference
 from sparselearning.masking import Masking
 from sparselearning.schedules import cyclic_lr, gradual_density
 from sparselearning.superpose import caa_factor, prune_to_density, superpose, update_bn
@@ -15,6 +16,8 @@ __all__ = [
     "erk_densities",
     "gradual_density",
     "prune_to_density",
+    "sparse_execution",
+    "sparse_inference",
     "superpose",
     "update_bn",
 ]

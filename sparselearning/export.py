@@ -12,23 +12,22 @@ metadata are texts in JSON: ``format_version``, ``shapes`` (every entry's, in th
 ONNX has no sparse weights that its runtimes compute with: the ONNX file is as large and as fast as a dense network's.
 """
 
-import copy
 import importlib
 import json
 import math
 import sys
-from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, fx, nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch import Tensor, nn
 
 from sparselearning import flags
 from sparselearning.errors import FaultError, UsageError
+from sparselearning.execution.folding import fold_batchnorms
 from sparselearning.files import RunFolder, check_output, load_torch, write_bytes
 from sparselearning.networks import load_weights, saved_state
 from sparselearning.schema import Count, Share
@@ -83,6 +82,32 @@ def load_sparse(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         UsageError: if there is no such file, or safetensors is not installed.
         FaultError: if it is damaged, or was not written by :func:`save_sparse`.
     """
+    entries, metadata = read_packed(path)
+    return {name: entry.dense() if isinstance(entry, Packed) else entry for name, entry in entries.items()}, metadata
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A tensor as it lies in a packed file.
+
+    Attributes:
+        values: its non-zero values, row by row.
+        stored: bool, flat: where a value is stored.
+        shape: of the tensor.
+    """
+
+    values: Tensor
+    stored: Tensor
+    shape: tuple[int, ...]
+
+    def dense(self) -> Tensor:
+        """The tensor itself."""
+        flat = torch.zeros(len(self.stored), dtype=self.values.dtype)
+        return flat.masked_scatter_(self.stored, self.values).view(self.shape)
+
+
+def read_packed(path: Path) -> tuple[dict[str, Tensor | Packed], dict[str, Any]]:
+    """Read a file of :func:`save_sparse`, which raises what :func:`load_sparse` does, without making anything dense."""
     (safetensors,) = _optional("a packed file", "safetensors")
     if not path.is_file():
         raise UsageError(f"there is no file {path}")
@@ -101,12 +126,13 @@ def load_sparse(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     except (ValueError, RecursionError) as error:
         raise FaultError(f"{path} is damaged: its metadata are no JSON") from error
     check(metadata, record({"shapes": mapping(list[Count]), "densities": mapping(Share)}), path)
-    name, state = "", {}
+    name = ""
+    state: dict[str, Tensor | Packed] = {}
     try:
         for name, shape in metadata["shapes"].items():
             if name in metadata["densities"]:
                 values, positions = tensors[f"{name}.values"], tensors[f"{name}.positions"]
-                state[name] = _unpack(values, positions, math.prod(shape)).view(shape)
+                state[name] = _unpack(values, positions, tuple(shape))
             else:
                 state[name] = tensors[name].view(shape)
     except (ValueError, KeyError, TypeError, RuntimeError) as error:
@@ -120,14 +146,15 @@ def _pack(flat: Tensor) -> tuple[Tensor, Tensor]:
     return flat[stored], torch.from_numpy(np.packbits(stored.numpy(), bitorder="little"))
 
 
-def _unpack(values: Tensor, positions: Tensor, size: int) -> Tensor:
-    """Undo :func:`_pack`; return a tensor [size]. Raises ValueError if the bitmap has another size or count."""
+def _unpack(values: Tensor, positions: Tensor, shape: tuple[int, ...]) -> Packed:
+    """Read what :func:`_pack` made of a tensor. Raises ValueError if the bitmap has another size or count."""
+    size = math.prod(shape)
     if positions.numel() != math.ceil(size / 8):
         raise ValueError(f"a bitmap of {positions.numel()} bytes for {size} weights")
     stored = torch.from_numpy(np.unpackbits(positions.numpy(), count=size, bitorder="little")).bool()
     if stored.sum() != values.numel():
         raise ValueError(f"{values.numel()} values for {stored.sum()} positions")
-    return torch.zeros(size, dtype=values.dtype).masked_scatter_(stored, values)
+    return Packed(values, stored, shape)
 
 
 # ------------------------------------------------------------------------------------------------- networks
@@ -145,6 +172,18 @@ def build_network(record: Mapping[str, Any], state: Mapping[str, Tensor], source
     Raises:
         UsageError: if the function is none of these, cannot be found or called, or the weights are of another network.
     """
+    network = _build(record, source)
+    load_weights(network, state, source)
+    return network.eval()
+
+
+def build_empty(record: Mapping[str, Any], source: Path) -> nn.Module:
+    """The same without weights, and without memory for them: all tensors are on the device ``meta``."""
+    with torch.device("meta"):
+        return _build(record, source).eval()
+
+
+def _build(record: Mapping[str, Any], source: Path) -> nn.Module:
     builder = str(record.get("builder"))
     if builder not in BUILDERS:  # a file that may come from anywhere is not to name what is called
         raise UsageError(
@@ -155,7 +194,7 @@ def build_network(record: Mapping[str, Any], state: Mapping[str, Tensor], source
     sys.path.insert(0, folder)  # as Python does for the script that trained it
     try:
         module, function = builder.split(":")
-        network = getattr(importlib.import_module(module), function)(**record["arguments"])
+        network: nn.Module = getattr(importlib.import_module(module), function)(**record["arguments"])
     except (KeyError, ImportError, AttributeError, TypeError, ValueError) as error:
         raise UsageError(
             f"the network of {source} cannot be built by {builder} as its config.json says ({error}): "
@@ -163,47 +202,7 @@ def build_network(record: Mapping[str, Any], state: Mapping[str, Tensor], source
         ) from error
     finally:
         sys.path.remove(folder)
-    load_weights(network, state, source)
-    return network.eval()
-
-
-def fold_batchnorms(network: nn.Module) -> fx.GraphModule:
-    """Return the network in evaluation mode with every BatchNorm2d folded into the convolution that feeds it alone.
-
-    A BatchNorm after anything else, or after a convolution whose output or weights serve twice, stays. Zero weights
-    stay zero. The result depends on the architecture alone in its structure and names: to use a packed file with
-    folded BatchNorms, load it into ``fold_batchnorms`` of a newly built network.
-
-    Args:
-        network: not changed. Traceable by ``torch.fx``: no branches that depend on the data.
-
-    Raises:
-        UsageError: if the network cannot be traced.
-    """
-    try:
-        traced = fx.symbolic_trace(copy.deepcopy(network).eval())
-    except Exception as error:  # tracing runs the network's own code, which may raise anything
-        raise UsageError(f"BatchNorm cannot be folded: torch.fx does not follow this network ({error})") from error
-    calls = Counter(node.target for node in traced.graph.nodes if node.op == "call_module")
-    for node in traced.graph.nodes:
-        norm = _module(traced, node)
-        if type(norm) is not nn.BatchNorm2d or norm.running_mean is None or not node.args:
-            continue
-        feeder = node.args[0]
-        conv = _module(traced, feeder)
-        if type(conv) is not nn.Conv2d or len(feeder.users) > 1 or calls[feeder.target] > 1:
-            continue
-        traced.set_submodule(feeder.target, fuse_conv_bn_eval(conv, norm))
-        node.replace_all_uses_with(feeder)
-        traced.graph.erase_node(node)
-    traced.recompile()
-    traced.delete_all_unused_submodules()
-    return traced
-
-
-def _module(traced: fx.GraphModule, node: Any) -> nn.Module | None:
-    """The module that a node of the graph calls, if it calls one."""
-    return traced.get_submodule(str(node.target)) if isinstance(node, fx.Node) and node.op == "call_module" else None
+    return network
 
 
 @torch.no_grad()
@@ -291,8 +290,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if path:
             check_output(path, mark)
 
-    source = RunFolder(args.run).previous if args.run.is_dir() else args.run
-    state, config = _read_state(source), _read_config(source)
+    source, state, config = read_network(args.run)
     record = config.get("network", {})
     metadata = _describe(config)
     onnx = None
@@ -318,6 +316,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     if onnx:
         write_bytes(args.onnx, onnx)
         print(f"{args.onnx}: {_megabytes(len(onnx))}, agrees with PyTorch within {TOLERANCE:g}")
+
+
+def read_network(path: Path) -> tuple[Path, dict[str, Tensor], dict[str, Any]]:
+    """Read the last superposition of a run's folder, or any file of weights in it.
+
+    Returns:
+        The file, its state dict, and the run's ``config.json``, empty if there is none.
+
+    Raises:
+        UsageError: if there is no such file, or it holds no network.
+        FaultError: if it is damaged.
+    """
+    source = RunFolder(path).previous if path.is_dir() else path
+    return source, _read_state(source), _read_config(source)
 
 
 def _read_state(source: Path) -> dict[str, Tensor]:

@@ -198,9 +198,7 @@ def test_threads_do_not_disturb_each_other() -> None:
 
     def predict(number: int) -> None:
         with torch.no_grad():
-            for _ in range(60):
-                if not torch.equal(network(batches[number]), expected[number]):
-                    disturbed.append(number)
+            disturbed.extend(number for _ in range(60) if not torch.equal(network(batches[number]), expected[number]))
 
     threads = [threading.Thread(target=predict, args=(number,)) for number in range(4)]
     for thread in threads:

@@ -10,6 +10,7 @@ from sparselearning.errors import UsageError
 from sparselearning.masking import Masking
 
 if TYPE_CHECKING:
+    from sparselearning.execution.inference import SparseInference
     from sparselearning.execution.network import SparseNetwork
 
 EXECUTIONS = ("auto", "masked", "sparse")
@@ -53,8 +54,33 @@ def sparse_network(
     Raises:
         UsageError: if Numba is not installed, there are no weights, or one is elsewhere or of another type.
     """
-    if not is_available():
-        raise UsageError("sparse execution compiles its kernels with a package that is missing: pip install numba")
+    check_available()
     from sparselearning.execution.network import SparseNetwork
 
     return SparseNetwork(model, weights, masking, layer_flops)
+
+
+def sparse_inference(model: nn.Module) -> "SparseInference":
+    """Return a network for prediction on a CPU that computes with the non-zero weights of ``model`` alone.
+
+    It takes what the model takes, in batches of one at least, and returns what ``model.eval()`` returns but for
+    rounding, without gradients. The model is not changed, and later changes to it do not show. The first batch of a
+    size takes longer, for its lists of weights are made then. A network that ``torch.fx`` cannot trace runs as in
+    training, its BatchNorms unfolded.
+
+    Args:
+        model: on the CPU, in float32.
+
+    Raises:
+        UsageError: if Numba is not installed, or a weight is elsewhere or of another type.
+    """
+    check_available()
+    from sparselearning.execution.inference import SparseInference
+
+    return SparseInference.of(model)
+
+
+def check_available() -> None:
+    """Raise UsageError if what compiles the kernels is not installed."""
+    if not is_available():
+        raise UsageError("sparse execution compiles its kernels with a package that is missing: pip install numba")

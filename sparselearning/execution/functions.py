@@ -133,8 +133,11 @@ class _Kernel:
         self.task["entry_starts"] = self.list.entry_starts.ctypes.data
         self._values: Tensor | None = None
 
-    def correlate(self, source: Tensor, target: Tensor, begin: int, weight: Tensor, bias: Tensor | None) -> None:
-        """Fill ``target``, whose phase begins at its number ``begin``."""
+    def correlate(
+        self, source: Tensor, target: Tensor, begin: int, weight: Tensor, bias: Tensor | None,
+        added: Tensor | None = None, relu: bool = False,
+    ) -> None:  # fmt: skip
+        """Fill ``target``, whose phase begins at its number ``begin``; ``added`` lies in memory as it does."""
         values = _memory(weight).index_select(0, self.places) if self._values is None else self._values
         if self.keeps_values:
             self._values = values
@@ -144,6 +147,8 @@ class _Kernel:
             target=target.data_ptr() + 4 * begin,
             values=values.data_ptr(),
             bias=0 if bias is None else bias.data_ptr(),
+            added=0 if added is None else added.data_ptr() + 4 * begin,
+            relu=relu,
         )
 
     def contract(self, source: Tensor, gradient: Tensor, for_weight: Tensor) -> None:
@@ -191,13 +196,29 @@ class ActiveWeights:
     """
 
     def __init__(self, shape: Shape, mask: Tensor, strides: Sequence[int], keeps_values: bool = False) -> None:
-        self.shape = shape
-        self._keeps_values = keeps_values
-        *index, self._taps = (i.numpy() for i in mask.reshape(shape.outputs, shape.channels, -1).nonzero(as_tuple=True))
-        self._outputs, self._channels = index
+        self._set_positions(shape, mask.reshape(-1).nonzero().squeeze(1).numpy(), keeps_values)
         rows, columns = np.divmod(self._taps, shape.kernel[1])
         full = (self._outputs, self._channels, rows, columns)
         self._places = sum((i * stride for i, stride in zip(full, strides, strict=False)), np.zeros_like(self._taps))
+
+    @classmethod
+    def of_values(cls, shape: Shape, positions: np.ndarray) -> "ActiveWeights":
+        """For weights whose values are given alone, in the order of their positions, and change no more.
+
+        Args:
+            shape: of the layer.
+            positions: of the active weights in the dense weight, row by row; int64 [n].
+        """
+        active = cls.__new__(cls)
+        active._set_positions(shape, positions, keeps_values=True)
+        active._places = np.arange(len(positions))
+        return active
+
+    def _set_positions(self, shape: Shape, positions: np.ndarray, keeps_values: bool) -> None:
+        self.shape = shape
+        self._keeps_values = keeps_values
+        rows, self._taps = np.divmod(positions, shape.kernel[0] * shape.kernel[1])
+        self._outputs, self._channels = np.divmod(rows, shape.channels)
         self._kernels: dict[Any, Any] = {}
         # Roughly how many there are decides how the work is cut, so that a changed mask finds most of it cut already.
         self._roughly = 1 << round(math.log2(max(len(self._taps), 1)))

@@ -3,7 +3,8 @@
 All of a convolution's three passes, and a linear layer's, are one of two loops over a list of active weights:
 
 - :func:`correlate`: ``target[o, p] = bias[o] + Σ_j value[j] · source[c_j, p · step + shift_j]``, over the weights j
-  of output o: the forward pass and, with inputs and outputs exchanged, the gradient with respect to the input;
+  of output o: the forward pass and, with inputs and outputs exchanged, the gradient with respect to the input. In
+  prediction another tensor is added in the same pass, and ReLU follows;
 - :func:`contraction`: ``result[j] = Σ_p target[o_j, p] · source[c_j, p · step + shift_j]``: the gradient of each active
   weight, where the target holds the gradient of the output.
 
@@ -28,6 +29,7 @@ from sparselearning.execution.vectors import (
     clear,
     contract,
     copy,
+    copy_every,
     fetch_and_add,
     number_at,
 )
@@ -39,7 +41,8 @@ TASK = np.dtype(
             # shares of the work: taken one by one until none is left, whatever threads there are
             "next_share", "shares", "work", "work_bytes", "scratch_floats",
             # memory
-            "source", "target", "bias", "values", "offsets", "entries", "entry_starts", "results", "results_bytes",
+            "source", "target", "bias", "added", "relu", "values", "offsets", "entries", "entry_starts", "results",
+            "results_bytes",
             # sizes: source [channels, rows, columns, images], target [outputs, target_rows, target_columns, images]
             "channels", "rows", "columns", "images", "outputs", "target_rows", "target_columns",
             "target_plane", "target_row", "target_column",
@@ -55,11 +58,12 @@ TASK = np.dtype(
 )  # fmt: skip
 """What a kernel is told.
 
-Memory is given by addresses. ``entries`` is int32 [n, 3] of (output, begin, end) into ``values`` and ``offsets``, for
-each block of outputs and in it each block of channels, from ``entry_starts`` on. ``target_plane``, ``target_row`` and
-``target_column`` are distances in the target, ``block_row`` and ``block_column`` in a block of sums, in numbers.
-``whole``: the registers of a tile inside the target hold nothing but numbers of it. ``fetches_all``: a region's inputs
-of all channels are fetched at once, not block by block.
+Memory is given by addresses, 0 where there is none. ``added`` lies in memory as the target does. ``entries`` is int32
+[n, 3] of (output, begin, end) into ``values`` and ``offsets``, for each block of outputs and in it each block of
+channels, from ``entry_starts`` on. ``target_plane``, ``target_row`` and ``target_column`` are distances in the target,
+``block_row`` and ``block_column`` in a block of sums, in numbers. ``whole``: the registers of a tile inside the target
+hold nothing but numbers of it. ``fetches_all``: a region's inputs of all channels are fetched at once, not block by
+block.
 """
 
 NEXT_SHARE = 8 * list(TASK.names or ()).index("next_share")  # bytes
@@ -70,41 +74,45 @@ def _ceil_div(a, b):  # type: ignore[no-untyped-def]
     return (a + b - 1) // b
 
 
+@njit(inline="always")
+def _inside(first, step, count, size):  # type: ignore[no-untyped-def]
+    """How many of ``count`` rows or columns, ``step`` apart, lie before a plane of some size, and how many in it."""
+    before = min(max(0, _ceil_div(-first, step)), count)
+    return before, max(0, min(_ceil_div(size - first, step), count) - before)
+
+
 @njit
 def _pack(task, scratch, channel, last, first_row, first_column, image, images):  # type: ignore[no-untyped-def]
     """Copy what a region reads of some channels: [channel, row phase, column phase, row, column, image]."""
-    plane = task.rows * task.columns * task.images
-    run = task.tile_images
-    place = scratch
+    line = task.columns * task.images
+    run, columns = task.tile_images, task.phase_columns
+    size = task.phase_rows * columns * run
+    step = task.column_step * task.images
     contiguous = task.column_step == 1 and images == task.images and images == run
+    place = scratch
     while channel < last:
         for row_phase in range(task.row_phases):
+            row = first_row * task.row_step + task.first_row + row_phase
+            above, rows_inside = _inside(row, task.row_step, task.phase_rows, task.rows)
             for column_phase in range(task.column_phases):
-                for r in range(task.phase_rows):
-                    row = (first_row + r) * task.row_step + task.first_row + row_phase
-                    if row < 0 or row >= task.rows:
-                        clear(place, task.phase_columns * run)
-                        place += 4 * task.phase_columns * run
-                        continue
-                    line = task.source + 4 * (channel * plane + row * task.columns * task.images + image)
-                    column = first_column * task.column_step + task.first_column + column_phase
+                column = first_column * task.column_step + task.first_column + column_phase
+                left, columns_inside = _inside(column, task.column_step, columns, task.columns)
+                if rows_inside < task.phase_rows or columns_inside < columns or images < run:
+                    clear(place, size)
+                source = channel * task.rows * line + (row + above * task.row_step) * line
+                source = task.source + 4 * (source + column * task.images + left * step + image)
+                target = place + 4 * (above * columns + left) * run
+                for _ in range(rows_inside):
                     if contiguous:
-                        left = min(max(0, -column), task.phase_columns)
-                        inside = max(0, min(task.columns - column, task.phase_columns) - left)
-                        clear(place, left * run)
-                        copy(place + 4 * left * run, line + 4 * (column + left) * run, inside * run)
-                        clear(place + 4 * (left + inside) * run, (task.phase_columns - left - inside) * run)
-                        place += 4 * task.phase_columns * run
-                        continue
-                    for _ in range(task.phase_columns):
-                        if column < 0 or column >= task.columns:
-                            clear(place, run)
-                        else:
-                            copy(place, line + 4 * column * task.images, images)
-                            if images < run:
-                                clear(place + 4 * images, run - images)
-                        place += 4 * run
-                        column += task.column_step
+                        copy(target, source, columns_inside * run)
+                    elif run == 1:
+                        copy_every(target, source, step, columns_inside)
+                    else:
+                        for c in range(columns_inside):
+                            copy(target + 4 * c * run, source + 4 * c * step, images)
+                    target += 4 * columns * run
+                    source += 4 * task.row_step * line
+                place += 4 * size
         channel += 1
 
 
@@ -186,6 +194,7 @@ def correlate(rows: int, columns: int, vectors: int) -> Any:
         regions = _regions(task)
         items = regions * task.output_blocks
         row_pitch, column_pitch = task.phase_columns * task.tile_images, task.tile_images
+        lowest = np.float32(0) if task.relu != 0 else np.float32(-np.inf)
         while True:
             share = fetch_and_add(address + NEXT_SHARE, 1)
             if share >= task.shares:
@@ -207,7 +216,7 @@ def correlate(rows: int, columns: int, vectors: int) -> Any:
                     whole = task.whole and _is_whole(task, row, column, images)
                     place = 4 * (row * task.target_row + column * task.target_column + image)
                     for channel_block in range(task.channel_blocks):
-                        last = channel_block == task.channel_blocks - 1
+                        first, last = channel_block == 0, channel_block == task.channel_blocks - 1
                         number = output_block * task.channel_blocks + channel_block
                         channel = channel_block * task.channel_block
                         source = scratch + 4 * (down * row_pitch + right * column_pitch)
@@ -221,12 +230,15 @@ def correlate(rows: int, columns: int, vectors: int) -> Any:
                             block = blocks + 4 * size * (output - output_block * task.output_block)
                             target = task.target + 4 * output * task.target_plane
                             bias = np.float32(0)
-                            if task.bias != 0:
+                            if first and task.bias != 0:
                                 bias = number_at(task.bias + 4 * output)
+                            if first and task.added != 0:
+                                added = task.added + 4 * output * task.target_plane
+                                _move_tile(task, block, added, row, column, image, images, False)
                             accumulate(
-                                rows, columns, vectors, block, channel_block == 0, bias,
+                                rows, columns, vectors, block, first and task.added == 0, bias,
                                 source, row_pitch, column_pitch, task.values, task.offsets,
-                                entries[e, 1], entries[e, 2],
+                                entries[e, 1], entries[e, 2], lowest if last else np.float32(-np.inf),
                                 target + place if last and whole else 0, task.target_row, task.target_column,
                             )  # fmt: skip
                             if last and not whole:

@@ -5,7 +5,7 @@ and those that would lose the layout of activations, are replaced (:data:`REPLAC
 """
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -101,7 +101,7 @@ class SparseNetwork(nn.Module):
         state = [(entries.data_ptr(), entries._version) for entries in active.values()]
         if trains not in self._pays or self._pays[trains][0] != state:
             dense = sum(self._layer_flops.values())
-            saving = layer_densities({name: entries for name, entries in active.items() if _has_kernel(entries)})
+            saving = layer_densities({name: entries for name, entries in active.items() if has_kernel(entries)})
             share = inference_flops(self._layer_flops, saving) / dense if dense else 1.0
             self._pays[trains] = state, share <= LARGEST_SHARE
         return self._pays[trains][1]
@@ -220,37 +220,45 @@ def _conv2d(
     network = watch.network
     if not network.has(weight):
         return NotImplemented
-    kernel = weight.shape[2], weight.shape[3]
-    is_even = any(size % 2 == 0 for size in kernel)
-    has_kernel = inputs.dim() == 4 and groups == 1 and _pair(dilation) == (1, 1) and not (padding == "same" and is_even)
-    if not (has_kernel and _fit(inputs, weight, bias)):
+    shape = convolution_shape(weight.shape, stride, padding, dilation, groups)
+    if shape is None or inputs.dim() != 4 or not _fit(inputs, weight, bias):
         return F.conv2d(inputs, network.with_active_gradient(weight), bias, stride, padding, dilation, groups)
-    if isinstance(padding, str):
-        padding = tuple(size // 2 for size in kernel) if padding == "same" else 0
-    shape = Shape(weight.shape[0], weight.shape[1], kernel, _pair(stride), _pair(padding))
-    target = shape.target(Grid(*inputs.shape[2:], inputs.shape[0]))
+    target = shape.target(Grid(inputs.shape[2], inputs.shape[3], inputs.shape[0]))
     if min(target.rows, target.columns) < 1:
         return NotImplemented  # PyTorch says that the kernel is larger than the image
     active = network.active(weight, shape)
     return SparseConvolution.apply(inputs, weight, bias, active, network.wants_dense_gradients)
 
 
-def _has_kernel(weight: Tensor) -> bool:
+def has_kernel(weight: Tensor) -> bool:
     """Whether a layer with a weight of this shape is, as a rule, computed with active weights alone."""
     return weight.dim() == 4 or weight.numel() >= LEAST_LINEAR
 
 
+def convolution_shape(
+    weight: Sequence[int], stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1
+) -> Shape | None:
+    """What ``conv2d`` does with a weight of some shape and these arguments; None: there is no kernel for it."""
+    outputs, channels, *kernel = weight
+    if groups != 1 or _pair(dilation) != (1, 1) or (padding == "same" and any(size % 2 == 0 for size in kernel)):
+        return None
+    if isinstance(padding, str):
+        padding = tuple(size // 2 for size in kernel) if padding == "same" else 0
+    return Shape(outputs, channels, _pair(kernel), _pair(stride), _pair(padding))
+
+
 def _fit(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether kernels, which read addresses and nothing else, can compute with these; if not, PyTorch is to see them."""
+    """Whether kernels, which read addresses and nothing else, can compute with these; if not, PyTorch is to judge."""
     return (
         inputs.numel() > 0
         and inputs.shape[1] == weight.shape[1]
         and (bias is None or (bias.shape == weight.shape[:1] and bias.is_contiguous()))
-        and _is_readable(inputs, weight, bias)
+        and is_readable(inputs, weight, bias)
     )
 
 
-def _is_readable(*tensors: Tensor | None) -> bool:
+def is_readable(*tensors: Tensor | None) -> bool:
+    """Whether all of these, but for None, are of numbers that kernels read."""
     return all(one is None or (one.dtype == torch.float32 and one.device.type == "cpu") for one in tensors)
 
 
@@ -258,7 +266,7 @@ def _linear(watch: _Watch, inputs: Tensor, weight: Tensor, bias: Tensor | None =
     network = watch.network
     if not network.has(weight):
         return NotImplemented
-    if inputs.dim() != 2 or not _has_kernel(weight) or not _fit(inputs, weight, bias):
+    if inputs.dim() != 2 or not has_kernel(weight) or not _fit(inputs, weight, bias):
         return F.linear(inputs, network.with_active_gradient(weight), bias)
     active = network.active(weight, Shape(weight.shape[0], weight.shape[1], (1, 1)))
     planes = inputs.unsqueeze(-1).unsqueeze(-1)
@@ -276,7 +284,7 @@ def _batch_norm(
 ) -> Any:  # fmt: skip
     numbers = inputs.numel() // max(inputs.shape[1], 1)
     by_channel = (running_mean, running_var, weight, bias)
-    if inputs.dim() != 4 or numbers < 2 or not _is_readable(inputs, *by_channel):
+    if inputs.dim() != 4 or numbers < 2 or not is_readable(inputs, *by_channel):
         return NotImplemented
     if any(entry is not None and entry.shape != inputs.shape[1:2] for entry in by_channel):
         return NotImplemented
@@ -305,25 +313,30 @@ def _add_in_place(watch: _Watch, inputs: Tensor, other: Any, *, alpha: float = 1
     norm = watch.take_over(inputs)
     if norm is None:
         return NotImplemented
-    fits = isinstance(other, Tensor) and other.shape == inputs.shape and _is_readable(other)
+    fits = isinstance(other, Tensor) and other.shape == inputs.shape and is_readable(other)
     if norm.added is not None or alpha != 1 or not fits:
         norm.write(inputs, relu=False)
         return NotImplemented
     return watch.put_off(AddToNorm.apply(inputs, other, norm), norm)
 
 
-def _by_channel(function: Callable[..., Any]) -> Callable[..., Any]:
+def plane_wise(function: Callable[..., Any]) -> Callable[..., Any]:
     """A function of each plane by itself: to PyTorch, images innermost of channels look like channels of images."""
 
-    def call(watch: _Watch, inputs: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def call(inputs: Tensor, *args: Any, **kwargs: Any) -> Any:
         if inputs.dim() != 4 or inputs.stride(0) != 1:
-            return NotImplemented
+            return function(inputs, *args, **kwargs)
         outputs = function(inputs.transpose(0, 1), *args, **kwargs)
         if isinstance(outputs, tuple):  # with places, which are those in one plane
             return tuple(each.transpose(0, 1) for each in outputs)
         return outputs.transpose(0, 1)
 
     return call
+
+
+def _by_channel(function: Callable[..., Any]) -> Callable[..., Any]:
+    replacement = plane_wise(function)
+    return lambda watch, *args, **kwargs: replacement(*args, **kwargs)
 
 
 def _pair(value: Any) -> tuple[int, int]:

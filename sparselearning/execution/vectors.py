@@ -22,6 +22,8 @@ LANES = {"AVX512": 16, "AVX2": 8}.get(torch.backends.cpu.get_cpu_capability(), 4
 
 FLOAT, INT32, INT64 = ir.FloatType(), ir.IntType(32), ir.IntType(64)
 VECTOR = ir.VectorType(FLOAT, LANES)
+RUNS = sorted({LANES, 4}, reverse=True)
+"""How many numbers are copied at a time: many as long as there are so many, then a few, then one."""
 
 
 class _Code:
@@ -135,24 +137,28 @@ class _Block:
 @intrinsic(prefer_literal=True)
 def accumulate(  # type: ignore[no-untyped-def]
     typing_context, rows, columns, vectors, block, fresh, start,
-    source, row_pitch, column_pitch, values, offsets, begin, end, target, target_row, target_column,
+    source, row_pitch, column_pitch, values, offsets, begin, end, lowest, target, target_row, target_column,
 ):  # fmt: skip
     """Add weighted inputs to a block of sums: ``block += Σ_j values[j] · source[offsets[j] + …]``, j from begin to end.
 
-    The block starts at what stands at ``block`` or, where ``fresh``, at ``start`` in all lanes. It ends in ``target``,
-    whose rows and columns lie ``target_row`` and ``target_column`` numbers apart or, if that is 0, back at ``block``.
+    The block starts at ``start`` in all lanes and, unless ``fresh``, what stands at ``block``. What is less than
+    ``lowest`` becomes that. It ends in ``target``, whose rows and columns lie ``target_row`` and ``target_column``
+    numbers apart or, if that is 0, back at ``block``.
     """
 
     def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
-        _, _, _, block, fresh, start, source, row_pitch, column_pitch, values, offsets, begin, end, *targets = args
+        _, _, _, block, fresh, start, source, row_pitch, column_pitch, values, offsets, *others = args
+        begin, end, lowest, target, target_row, target_column = others
         code = _Code(builder)
         registers = _Block(code, rows, columns, vectors)
         homes = registers.packed(block)
+        begins = code.splat(start)
         with builder.if_else(builder.icmp_signed("!=", fresh, INT64(0))) as (new, kept):
             with new:
-                initial, new_block = [code.splat(start)] * len(homes), builder.block
+                initial, new_block = [begins] * len(homes), builder.block
             with kept:
-                loaded, kept_block = [code.load(VECTOR, home) for home in homes], builder.block
+                loaded = [builder.fadd(begins, code.load(VECTOR, home)) for home in homes]
+                kept_block = builder.block
         sums = [builder.phi(VECTOR) for _ in homes]
         for phi, a, b in zip(sums, initial, loaded, strict=True):
             phi.add_incoming(a, new_block)
@@ -166,7 +172,8 @@ def accumulate(  # type: ignore[no-untyped-def]
             return [code.fma(weight, x, total) for x, total in zip(inputs, sums, strict=True)]
 
         _, sums = code.loop(begin, end, 1, sums, body)
-        target, target_row, target_column = targets
+        least = code.splat(lowest)
+        sums = [builder.select(builder.fcmp_ordered("<", total, least), least, total) for total in sums]
         with builder.if_else(builder.icmp_signed("!=", target, INT64(0))) as (outside, back):
             with outside:
                 places = registers.places(target, registers.distances(target_row, target_column))
@@ -178,7 +185,7 @@ def accumulate(  # type: ignore[no-untyped-def]
         return context.get_dummy_value()
 
     i64, f32 = types.int64, types.float32
-    return types.void(rows, columns, vectors, i64, i64, f32, *[i64] * 10), generate
+    return types.void(rows, columns, vectors, i64, i64, f32, *[i64] * 7, f32, *[i64] * 3), generate
 
 
 @intrinsic(prefer_literal=True)
@@ -236,11 +243,31 @@ def _copy(typing_context, target, source, count):  # type: ignore[no-untyped-def
 
             return body
 
-        rest, _ = code.loop(INT64(0), count, LANES, [], move(VECTOR))
+        rest = INT64(0)
+        for lanes in RUNS:
+            rest, _ = code.loop(rest, count, lanes, [], move(ir.VectorType(FLOAT, lanes)))
         code.loop(rest, count, 1, [], move(FLOAT))
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64, types.int64), generate
+
+
+@intrinsic
+def _copy_every(typing_context, target, source, step, count):  # type: ignore[no-untyped-def]
+    """Copy ``count`` float32 numbers that lie ``step`` numbers apart."""
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
+        target, source, step, count = args
+        code = _Code(builder)
+
+        def body(i: ir.Value, _: list[ir.Value]) -> list[ir.Value]:
+            code.store(code.load(FLOAT, code.at(source, builder.mul(i, step))), code.at(target, i))
+            return []
+
+        code.loop(INT64(0), count, 1, [], body)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 4), generate
 
 
 @intrinsic
@@ -258,7 +285,9 @@ def _clear(typing_context, target, count):  # type: ignore[no-untyped-def]
 
             return body
 
-        rest, _ = code.loop(INT64(0), count, LANES, [], set_to(ir.Constant(VECTOR, [0.0] * LANES)))
+        rest = INT64(0)
+        for lanes in RUNS:
+            rest, _ = code.loop(rest, count, lanes, [], set_to(ir.Constant(ir.VectorType(FLOAT, lanes), [0.0] * lanes)))
         code.loop(rest, count, 1, [], set_to(FLOAT(0.0)))
         return context.get_dummy_value()
 
@@ -299,6 +328,12 @@ def as_pointer(typing_context, address):  # type: ignore[no-untyped-def]
 def copy(target, source, count):  # type: ignore[no-untyped-def]
     """Copy ``count`` numbers."""
     _copy(target, source, count)
+
+
+@njit
+def copy_every(target, source, step, count):  # type: ignore[no-untyped-def]
+    """Copy ``count`` numbers that lie ``step`` numbers apart."""
+    _copy_every(target, source, step, count)
 
 
 @njit

@@ -1,0 +1,328 @@
+"""Prediction with active weights alone: BatchNorms folded, sums and ReLU done where a layer writes its output.
+
+A network becomes a graph of its layers (``torch.fx``). In it, convolutions and large linear layers give way to
+:class:`SparseLayer`, BatchNorms that cannot be folded to :class:`ScaledPlanes`; all else is PyTorch's own.
+"""
+
+import copy
+import operator
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from sparselearning.errors import UsageError
+from sparselearning.execution.folding import called_module, fold_batchnorms
+from sparselearning.execution.functions import (
+    ActiveWeights,
+    Grid,
+    Norm,
+    Shape,
+    empty_activations,
+    image_last,
+)
+from sparselearning.execution.network import (
+    POOLINGS,
+    SparseNetwork,
+    convolution_shape,
+    has_kernel,
+    is_readable,
+    plane_wise,
+)
+
+MOST_SIZES = 4
+"""Sizes of batches that a layer keeps its lists of active weights for."""
+LARGEST_LINEAR_DENSITY = 0.5
+"""Density of a linear layer up to which leaving out the other weights pays."""
+
+
+IMAGES_AT_ONCE = 8
+"""Images for each thread that go through the network together, where it treats each by itself: what lies between two
+layers is then found in a cache."""
+
+
+class SparseInference(nn.Module):
+    """A network for prediction alone: always in evaluation mode, without gradients.
+
+    Args:
+        network: is used up.
+        by_image: whether it surely treats each image by itself, so that a large batch may go through it in parts.
+    """
+
+    def __init__(self, network: nn.Module, by_image: bool = False) -> None:
+        super().__init__()
+        self.network = network.requires_grad_(False)
+        self.by_image = by_image
+        self.train(False)
+
+    @classmethod
+    def of(cls, model: nn.Module) -> "SparseInference":
+        """Make it from a model, which is not changed (``execution.sparse_inference``).
+
+        Convolutions and linear layers may have an attribute ``active``, an :class:`Active`, in place of their weight.
+        """
+        for name, parameter in model.named_parameters():
+            if parameter.device.type not in ("cpu", "meta") or parameter.dtype != torch.float32:
+                raise UsageError(
+                    f"sparse inference is for float32 on CPUs; {name} is {parameter.dtype} on {parameter.device}"
+                )
+        try:
+            graph = fold_batchnorms(model, _fold)
+        except UsageError:
+            twin = copy.deepcopy(model).eval()
+            weights = {name: weight for name, weight in twin.named_parameters() if weight.dim() in (2, 4)}
+            return cls(SparseNetwork(twin, weights) if weights else twin)
+        for name in {str(node.target) for node in graph.graph.nodes if node.op == "call_module"}:
+            if (layer := _replacement(graph.get_submodule(name))) is not None:
+                graph.set_submodule(name, layer)
+        by_image = all(_is_by_image(graph, node) for node in graph.graph.nodes)
+        for node in list(graph.graph.nodes):
+            if node.op == "call_function" and node.target in POOLINGS:
+                node.target = plane_wise(node.target)
+            elif isinstance(called_module(graph, node), SparseLayer | ScaledPlanes) and len(node.args) == 1:
+                _fuse(graph, node)
+        graph.recompile()
+        graph.delete_all_unused_submodules()
+        return cls(graph, by_image)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Whatever the model returns in evaluation mode."""
+        size = IMAGES_AT_ONCE * torch.get_num_threads()
+        with torch.no_grad():
+            if self.by_image and not kwargs and len(args) == 1 and args[0].dim() == 4 and len(args[0]) > size:
+                return torch.cat([self.network(images) for images in args[0].split(size)])
+            return self.network(*args, **kwargs)
+
+    def train(self, mode: bool = True) -> "SparseInference":
+        """Stay in evaluation mode."""
+        return super().train(False)
+
+
+class Active(NamedTuple):
+    """Active weights of a layer, without the dense weight.
+
+    Attributes:
+        positions: in the dense weight, row by row; int64 [n].
+        values: float32 [n].
+    """
+
+    positions: np.ndarray
+    values: Tensor
+
+    @classmethod
+    def of(cls, layer: nn.Conv2d | nn.Linear) -> "Active":
+        """What a layer has in place of a weight or, if nothing, its weights that are not zero."""
+        active: Active | None = getattr(layer, "active", None)
+        if active is None:
+            flat = layer.weight.detach().reshape(-1)
+            positions = flat.nonzero().squeeze(1)
+            active = cls(positions.numpy(), flat[positions])
+        return active
+
+
+def kernel_shape(layer: nn.Module) -> Shape | None:
+    """What a layer does; None: it has no kernel, or does not need one."""
+    if layer._forward_hooks or layer._forward_pre_hooks:
+        return None
+    if type(layer) is nn.Conv2d and layer.padding_mode == "zeros":
+        return convolution_shape(layer.weight.shape, layer.stride, layer.padding, layer.dilation, layer.groups)
+    if type(layer) is nn.Linear and has_kernel(layer.weight):
+        return Shape(layer.out_features, layer.in_features, (1, 1))
+    return None
+
+
+# ------------------------------------------------------------------------------------------- graph
+
+
+def _fold(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> nn.Module:
+    """Make one layer of a convolution and its BatchNorm, also where only the active weights are known."""
+    if not hasattr(conv, "active"):
+        return fuse_conv_bn_eval(conv, norm)
+    scale, shift = _scale_and_shift(norm)
+    positions, values = Active.of(conv)
+    outputs = torch.from_numpy(positions // conv.weight[0].numel())
+    conv.active = Active(positions, values * scale[outputs])  # type: ignore[assignment]
+    conv.bias = nn.Parameter(shift if conv.bias is None else shift + scale * conv.bias.detach())
+    return conv
+
+
+def _scale_and_shift(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+    """What a BatchNorm in evaluation mode multiplies each channel with, and what it adds."""
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    scale = (norm.running_var + norm.eps).rsqrt()
+    if norm.affine:
+        scale = scale * norm.weight.detach()
+    shift = -norm.running_mean * scale
+    return scale, shift + norm.bias.detach() if norm.affine else shift
+
+
+def _replacement(module: nn.Module) -> nn.Module | None:
+    """What is to stand in a layer's place; None: the layer itself."""
+    shape = kernel_shape(module)
+    if shape is not None:
+        assert isinstance(module, nn.Conv2d | nn.Linear)
+        active = Active.of(module)
+        is_dense = len(active.values) > LARGEST_LINEAR_DENSITY * module.weight.numel()
+        if isinstance(module, nn.Linear) and is_dense and not hasattr(module, "active"):
+            return None
+        return SparseLayer(shape, active, module.bias, isinstance(module, nn.Linear))
+    if type(module) is nn.BatchNorm2d and module.running_mean is not None and not module._forward_hooks:
+        return ScaledPlanes(*_scale_and_shift(module))
+    if type(module) in POOLING_LAYERS:
+        return PlaneWise(module)
+    return None
+
+
+def _is_by_image(graph: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether a node surely keeps images apart, along the first dimension."""
+    match node.op:
+        case "placeholder":
+            return sum(other.op == "placeholder" for other in graph.graph.nodes) == 1
+        case "output":
+            return isinstance(node.args[0], fx.Node)
+        case "call_module":
+            module = called_module(graph, node)
+            if isinstance(module, nn.BatchNorm1d):
+                return module.running_mean is not None
+            return isinstance(module, BY_IMAGE) or (isinstance(module, nn.Flatten) and module.start_dim == 1)
+        case "call_function" if node.target in POOLINGS:
+            return True
+    if node.target in (torch.flatten, "flatten"):
+        return node.args[1:] == (1,)
+    if node.target in (torch.mean, "mean"):
+        return (2, 3) in (*node.args[1:], node.kwargs.get("dim"))
+    return node.target in RELUS or (node.target in SUMS and all(isinstance(term, fx.Node) for term in node.args))
+
+
+def _fuse(graph: fx.GraphModule, node: fx.Node) -> None:
+    """Let a layer do the sum and the ReLU, too, that its output goes through and nothing else reads before."""
+    added, relu = None, False
+    sums = _only_user(node)
+    if sums is not None and sums.prev is node and sums.target in SUMS and len(sums.args) == 2 and not sums.kwargs:
+        first, second = sums.args
+        other = second if first is node else first
+        is_free = sums.target not in IN_PLACE_SUMS or first is node
+        if isinstance(other, fx.Node) and other is not node and (is_free or _only_user(other) is sums):
+            added = other
+            _take_over(graph, node, sums)
+    activation = _only_user(node)
+    if activation is not None and activation.args[:1] == (node,):
+        relu = activation.target in RELUS or isinstance(called_module(graph, activation), nn.ReLU)
+        if relu:
+            _take_over(graph, node, activation)
+    node.args = (*node.args, added, relu)
+
+
+def _take_over(graph: fx.GraphModule, node: fx.Node, other: fx.Node) -> None:
+    other.replace_all_uses_with(node)
+    graph.graph.erase_node(other)
+
+
+def _only_user(node: fx.Node) -> fx.Node | None:
+    return next(iter(node.users)) if len(node.users) == 1 else None
+
+
+IN_PLACE_SUMS = (operator.iadd, "add_")
+SUMS = (operator.add, torch.add, "add", *IN_PLACE_SUMS)
+RELUS = (F.relu, torch.relu, torch.relu_, "relu", "relu_")
+POOLING_LAYERS = (nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
+
+
+# ------------------------------------------------------------------------------------------- layers
+
+
+class SparseLayer(nn.Module):
+    """A convolution or linear layer that computes with its active weights alone."""
+
+    def __init__(self, shape: Shape, active: Active, bias: Tensor | None, is_linear: bool) -> None:
+        super().__init__()
+        self.shape, self.active, self.is_linear = shape, active, is_linear
+        self.bias = None if bias is None else bias.detach().clone()
+        self._kernels: dict[Any, Any] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All but the kernels, which know where in memory their lists lie."""
+        return {**self.__dict__, "_kernels": {}}
+
+    def forward(self, inputs: Tensor, added: Tensor | None = None, relu: bool = False) -> Tensor:
+        """Outputs of inputs [n, C, H, W] or, of a linear layer, [..., C]; plus ``added``; then ReLU."""
+        _check_readable(inputs)
+        if self.is_linear:
+            lines = inputs.reshape(-1, inputs.shape[-1])
+            outputs = self._outputs(lines.view(*lines.shape, 1, 1), None, False)
+            return _finish(outputs.view(len(lines), -1).unflatten(0, inputs.shape[:-1]), added, relu)
+        return self._outputs(inputs, added, relu)
+
+    def _outputs(self, inputs: Tensor, added: Tensor | None, relu: bool) -> Tensor:
+        if inputs.dim() != 4 or inputs.shape[1] != self.shape.channels:
+            raise UsageError(f"a layer of {self.shape.channels} channels cannot take inputs {list(inputs.shape)}")
+        source = image_last(inputs)
+        grid = Grid(*source.shape[1:])
+        plane = self.shape.target(grid)
+        if plane.rows < 1 or plane.columns < 1:
+            raise UsageError(f"inputs {list(inputs.shape)} are smaller than a convolution's window")
+        outputs = empty_activations(grid.images, self.shape.outputs, plane.rows, plane.columns)
+        fits = added is None or (added.shape == outputs.shape and is_readable(added))
+        lines = image_last(added) if fits and added is not None else None
+        self._kernel(grid).correlate(source, outputs, 0, self.active.values, self.bias, lines, relu and fits)
+        return outputs if fits else _finish(outputs, added, relu)
+
+    def _kernel(self, grid: Grid) -> Any:
+        key = grid, torch.get_num_threads()
+        if key not in self._kernels:
+            while len(self._kernels) >= MOST_SIZES:
+                del self._kernels[next(iter(self._kernels))]
+            self._kernels[key] = ActiveWeights.of_values(self.shape, self.active.positions).forward(grid)
+        return self._kernels[key]
+
+
+class ScaledPlanes(nn.Module):
+    """A BatchNorm in evaluation mode: each channel times ``scale``, plus ``shift``, float32 [channels]."""
+
+    def __init__(self, scale: Tensor, shift: Tensor) -> None:
+        super().__init__()
+        self.scale, self.shift = scale, shift
+
+    def forward(self, inputs: Tensor, added: Tensor | None = None, relu: bool = False) -> Tensor:
+        """Outputs of inputs [n, C, H, W], plus ``added``, then ReLU."""
+        _check_readable(inputs)
+        if inputs.dim() != 4 or inputs.shape[1] != len(self.scale):
+            raise UsageError(f"a BatchNorm of {len(self.scale)} channels cannot take inputs {list(inputs.shape)}")
+        fits = added is None or (added.shape == inputs.shape and is_readable(added))
+        lines = image_last(added) if fits and added is not None else None
+        outputs = empty_activations(inputs.shape[0], *inputs.shape[1:])
+        Norm(image_last(inputs), self.scale, self.shift, lines).write(outputs, relu and fits)
+        return outputs if fits else _finish(outputs, added, relu)
+
+
+class PlaneWise(nn.Module):
+    """A layer that treats each plane by itself."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, inputs: Tensor) -> Any:
+        """What the layer returns."""
+        return plane_wise(self.layer)(inputs)
+
+
+def _check_readable(inputs: Tensor) -> None:
+    if not is_readable(inputs) or not inputs.numel():
+        raise UsageError(
+            f"sparse inference takes float32 on CPUs, one image at least, not {inputs.dtype} {list(inputs.shape)} on "
+            f"{inputs.device}"
+        )
+
+
+BY_IMAGE = (SparseLayer, ScaledPlanes, PlaneWise, nn.Conv2d, nn.Linear, nn.ReLU, nn.Dropout, nn.Identity)
+
+
+def _finish(outputs: Tensor, added: Tensor | None, relu: bool) -> Tensor:
+    """Add, and do the ReLU, by PyTorch: where shapes or types differ, as it allows."""
+    outputs = outputs if added is None else outputs + added
+    return outputs.relu() if relu else outputs
