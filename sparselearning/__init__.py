@@ -21,3 +21,5 @@ __all__ = [
     "superpose",
     "update_bn",
 ]
+
+__version__ = "0.2.0"

@@ -1,0 +1,26 @@
+"""What is installed, and what can be run.
+
+python -m sparselearning --version
+"""
+
+from collections.abc import Sequence
+
+from sparselearning import __version__, flags
+from sparselearning.script import run_script
+
+COMMANDS = (
+    "python -m sparselearning.report: tables and pictures of runs; python -m sparselearning.export: files to deploy"
+)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Print the version, or how to go on."""
+    parser = flags.Parser("Sparse training with masks, cheap tickets, and their superposition.", epilog=COMMANDS)
+    parser.prog = "python -m sparselearning"
+    parser.add_argument("--version", action="version", version=f"sparselearning {__version__}")
+    parser.parse_args(argv)
+    parser.print_help()
+
+
+if __name__ == "__main__":
+    run_script(main)
