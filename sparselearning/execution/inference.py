@@ -37,8 +37,6 @@ MOST_SIZES = 4
 """Sizes of batches that a layer keeps its lists of active weights for."""
 LARGEST_LINEAR_DENSITY = 0.5
 """Density of a linear layer up to which leaving out the other weights pays."""
-
-
 IMAGES_AT_ONCE = 8
 """Images for each thread that go through the network together, where it treats each by itself: what lies between two
 layers is then found in a cache."""
