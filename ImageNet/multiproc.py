@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Start a script in several processes: torchrun with the published launcher's manners.
+"""Start a script in several processes: torchrun with the published launcher's flags.
 
 python multiproc.py --nproc_per_node 2 main.py …
 python multiproc.py --nnodes 2 --node_rank 0 --nproc_per_node 8 --master_addr HOST --master_port 29500 main.py …

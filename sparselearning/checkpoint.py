@@ -23,6 +23,7 @@ from sparselearning.tensor_schema import (
     all_of,
     between,
     check,
+    conform,
     empty_or,
     exactly,
     inside,
@@ -36,7 +37,16 @@ from sparselearning.tensor_schema import (
 
 MARKS = {"masking", "ranks"}
 """Entries that tell a checkpoint from other programs' files."""
-HEAD = record({"config": dict[str, FlagValue], "epoch": Count, "state_dict": mapping(Any), "ranks": list[Any]})
+
+
+def some(value: Any, where: str) -> None:
+    """A list that is not empty."""
+    conform(value, list[Any], where)
+    if not value:
+        raise Mismatch(f"{where} is empty")
+
+
+HEAD = record({"config": dict[str, FlagValue], "epoch": Count, "state_dict": mapping(Any), "ranks": some})
 """What is read of a checkpoint to find out whose it is, and what it is to be used for."""
 SCALER = record(
     {

@@ -138,7 +138,7 @@ def training_flops(sparse: float, dense: float, sparse_steps: int | None = None)
 
 
 class CostMeter:
-    """Adds up what training costs while the topology, and with it the price of a sample, changes.
+    """Adds up what training costs while the topology, and with it the cost of a sample, changes.
 
     Args:
         layers: dense forward FLOPs per sample of each layer, from :func:`layer_flops`.

@@ -66,7 +66,7 @@ class Trainer:
         plan: when to do what.
         folder: where files go.
         progress: what to show.
-        layer_flops: dense forward FLOPs per sample of each layer, to reckon costs with.
+        layer_flops: dense forward FLOPs per sample of each layer, to compute costs from.
         log_interval: batches between looks at the running loss.
         keep_tickets: write every ticket to a file of its own.
         keep_checkpoints: write a checkpoint after every epoch, and keep them all.
@@ -187,7 +187,7 @@ class Trainer:
                 self.progress.batch()
                 if self.batch % self.log_interval == 0:
                     self._show(lr, distributed.world_size() * images / (time.perf_counter() - began))
-                self._heed_signals()
+                self._check_signals()
         finally:
             self._seconds += time.perf_counter() - began
         distributed.average_buffers(self.model)
@@ -375,10 +375,10 @@ class Trainer:
         lockstep = distributed.min_over_ranks(len(source))
         for number, batch in enumerate(source.epoch(self.epoch)):
             if number < lockstep:
-                self._heed_signals()
+                self._check_signals()
             yield batch
 
-    def _heed_signals(self) -> None:
+    def _check_signals(self) -> None:
         number = self._stop.exchange(self.stop_signal())
         if number:
             self._stop.collect()

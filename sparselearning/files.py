@@ -1,4 +1,4 @@
-"""Files that are whole or absent, and where a run keeps its own."""
+"""Atomic writes, and where a run keeps its own."""
 
 import contextlib
 import io
@@ -310,12 +310,25 @@ class RunFolder:
         RunFolder(aside).lock.unlink(missing_ok=True)
         return aside
 
+    def is_in_use(self) -> bool:
+        """Whether a run is in the folder now, as far as locks tell."""
+        try:
+            with self.lock.open() as file:
+                lock_file(file)
+        except BlockingIOError:
+            return True
+        except OSError:  # no lock, or none that may be read
+            return False
+        return False
+
     def copy_from(self, source: Path) -> None:
         """Bring along the files of a run that goes on here.
 
         Raises:
-            FaultError: if one cannot be read or written.
+            FaultError: if one cannot be read or written, or the run there has not ended.
         """
+        if RunFolder(source).is_in_use():
+            raise FaultError(f"{source} is in use by another run: go on from it once that has ended")
         try:
             if RunFolder(source).config.exists():
                 ignore = shutil.ignore_patterns("*.partial", self.lock.name)

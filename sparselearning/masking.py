@@ -168,7 +168,7 @@ class Masking:
         self._dense_momentum = DenseMomentum(optimizer)
         self._ever_active: dict[str, Tensor] = {}
 
-    # ------------------------------------------------------------------------------------------ the face
+    # ------------------------------------------------------------------------------------------ public API
 
     def add_module(
         self,

@@ -28,7 +28,7 @@ def print_notes(*sentences: str) -> None:
 class Progress:
     """A bar over the batches of the whole run, and one line per epoch and ticket.
 
-    Off a terminal there is no bar; epochs longer than a minute then give a sign of life every minute.
+    Off a terminal there is no bar; epochs longer than a minute then print a line every minute.
 
     Args:
         tensorboard: where epochs and tickets go as TensorBoard scalars as well; None: nowhere.

@@ -118,7 +118,7 @@ def prune_to_density(
 
 
 def floating_entries(model: nn.Module) -> State:
-    """What averages are made of: weights and statistics, no counters; the model's own, tied ones by their first name."""
+    """What averages are made of: the model's own weights and statistics, no counters; tied ones by their first name."""
     firsts: dict[tuple, tuple[str, Tensor]] = {}
     for name, entry in model.state_dict().items():
         if entry.is_floating_point():

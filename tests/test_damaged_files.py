@@ -12,10 +12,12 @@ import numpy as np
 import pytest
 import torch
 
+from sparselearning import distributed
 from sparselearning.checkpoint import HEAD
 from sparselearning.engine import Trainer
-from sparselearning.errors import FaultError
+from sparselearning.errors import FaultError, UsageError
 from sparselearning.files import load_torch
+from sparselearning.networks import SavedNetwork, load_weights
 from sparselearning.signals import Stopped
 from sparselearning.tensor_schema import check
 
@@ -227,3 +229,47 @@ def test_no_damaged_entry_of_a_checkpoint_is_believed(saved, trainer_of, name):
     trainer.load_checkpoint(saved[name], path)
     after = [trainer.model.state_dict(), trainer.optimizer.state_dict()["state"]]
     torch.testing.assert_close(after, before, rtol=0, atol=0)
+
+
+def test_a_checkpoint_of_no_process_is_damaged(saved):
+    with pytest.raises(FaultError, match=r"checkpoint\.pth is damaged: ranks is empty"):
+        check(saved["in a dense cycle"] | {"ranks": []}, HEAD, Path("checkpoint.pth"))
+
+
+def test_no_damaged_entry_of_another_rank_is_believed(saved, trainer_of, monkeypatch):
+    name, path = "in pre-training", Path("checkpoint.pth")
+    torch.save(saved[name], path)
+    trainer = trainer_of(name, path)
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    (rank,) = saved[name]["ranks"]
+    trainer._schema.check(saved[name] | {"ranks": [rank, rank]}, path)
+    untold = [
+        (keys, what)
+        for keys, what, content in damages(rank)
+        if not harmless(("ranks", 1, *keys), what)
+        and fault(lambda c=content: trainer._schema.check(saved[name] | {"ranks": [rank, c]}, path)) is None
+    ]
+    assert untold == []
+
+
+def test_no_damaged_entry_of_a_network_is_believed(saved, trainer_of):
+    """Masks may be fewer, or none: a layer without one is dense."""
+    name, path = "in pre-training", Path("model.pth")
+    torch.save(saved[name], path)
+    model = trainer_of(name, path).model
+    network = {entry: saved[name][entry] for entry in ("state_dict", "masks", "epoch")}
+
+    def told(content):
+        torch.save(content, path)
+        try:
+            load_weights(model, vars(SavedNetwork.read(path)), path)
+        except (FaultError, UsageError) as error:
+            return str(error)
+        return None
+
+    assert told(network) is None
+    ends = [(keys, what, told(content)) for keys, what, content in damages(network)]
+    fewer = {(("masks",), "named values"), *((keys, "missing") for keys, *_ in ends if keys[:-1] == ("masks",))}
+    converted = {(("state_dict", "bn1.num_batches_tracked"), "other type")}  # one whole number for another
+    assert {(keys, what) for keys, what, sentence in ends if sentence is None} - fewer - converted == set()
+    assert all("model.pth" in sentence and "\n" not in sentence for *_, sentence in ends if sentence)

@@ -1,4 +1,4 @@
-"""Files that are whole or absent, checkpoints that cannot be trusted, run folders, random states."""
+"""Atomic writes, checkpoints that cannot be trusted, run folders, random states."""
 
 import contextlib
 import errno
@@ -405,3 +405,14 @@ def test_seeds_repeat(seed):
     assert draws() == first
     seed_everything(seed - 1 if seed else 1)
     assert draws() != first
+
+
+def test_a_run_that_has_not_ended_is_not_copied(tmp_path):
+    live = RunFolder(tmp_path / "live")
+    with live.in_use():
+        (live.path / "config.json").write_text("{}")
+        assert live.is_in_use()
+        with pytest.raises(FaultError, match="live is in use by another run: go on from it once"):
+            RunFolder(tmp_path / "new").copy_from(live.path)
+    assert not live.is_in_use()
+    assert not (tmp_path / "new").exists()
