@@ -9,7 +9,8 @@ from sparselearning import __version__, flags
 from sparselearning.script import run_script
 
 COMMANDS = (
-    "python -m sparselearning.report: tables and pictures of runs; python -m sparselearning.export: files to deploy"
+    "commands: python -m sparselearning.report (tables and pictures of runs), python -m sparselearning.export (files to "
+    "deploy), python -m sparselearning.predict (classes of images)"
 )
 
 

@@ -2,9 +2,11 @@
 
 import argparse
 import os
+import re
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -60,7 +62,10 @@ class Parser(argparse.ArgumentParser):
         }
 
     def error(self, message: str) -> NoReturn:
-        """Leave with one sentence and status 2."""
+        """Leave with one sentence and status 2; of a flag that there is none of, name the nearest."""
+        unknown = re.search(r"^unrecognized arguments: .*?(--?[a-zA-Z][^\s=]*)", message)
+        if unknown and (near := get_close_matches(unknown[1], self._option_string_actions, n=1)):
+            message += f"; did you mean {near[0]}?"
         self.exit(2, f"{self.prog}: error: {message} (--help lists all flags)\n")
 
 

@@ -183,6 +183,22 @@ def script(argv):
     return 0
 
 
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        ("--sparse --cycle-rate 0.1", "unrecognized arguments: --cycle-rate 0.1; did you mean --cycle_rate?"),
+        ("--final-densty=0.1", "did you mean --final-density?"),
+        ("--xyzzy", "unrecognized arguments: --xyzzy ("),
+        ("--pre_train 3", "unrecognized arguments: 3 ("),
+    ],
+)
+def test_a_wrong_flag_suggests_the_nearest(capsys, wrong, told):
+    with pytest.raises(SystemExit) as end:
+        parse(wrong)
+    assert end.value.code == 2
+    assert told in one_sentence(capsys)
+
+
 def one_sentence(capsys):
     """What went to stderr but for notes: one line, and nothing that looks like a crash."""
     err = capsys.readouterr().err

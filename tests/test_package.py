@@ -49,7 +49,7 @@ def test_the_wheel_holds_every_module(installed):
     assert (installed / "sparselearning" / "py.typed").exists()
 
 
-@pytest.mark.parametrize("command", ["report", "export"])
+@pytest.mark.parametrize("command", ["report", "export", "predict"])
 def test_commands_run_outside_of_a_clone(installed, tmp_path, command):
     done = python("-m", f"sparselearning.{command}", "--help", installed=installed, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -71,4 +71,7 @@ def test_a_wrong_flag_is_told(capsys):
     with pytest.raises(SystemExit) as end:
         main(["--versoin"])
     assert end.value.code == 2
-    assert "python -m sparselearning: error: unrecognized arguments: --versoin" in capsys.readouterr().err
+    told = (
+        "python -m sparselearning: error: unrecognized arguments: --versoin; did you mean --version? (--help lists all"
+    )
+    assert told in capsys.readouterr().err
