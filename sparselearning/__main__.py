@@ -9,8 +9,8 @@ from sparselearning import __version__, flags
 from sparselearning.script import run_script
 
 COMMANDS = (
-    "commands: python -m sparselearning.report (tables and pictures of runs), python -m sparselearning.export (files to "
-    "deploy), python -m sparselearning.predict (classes of images)"
+    "commands: python -m sparselearning.report (tables and pictures of runs), python -m sparselearning.export "
+    "(files to deploy), python -m sparselearning.predict (classes of images)"
 )
 
 
