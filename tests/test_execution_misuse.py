@@ -13,7 +13,7 @@ from torch import Tensor, nn
 pytest.importorskip("numba")
 
 from sparselearning import Masking
-from sparselearning.execution import sparse_execution
+from sparselearning.execution import sparse_execution, sparse_network
 from sparselearning.execution.network import SparseNetwork
 
 
@@ -163,6 +163,16 @@ def test_any_way_of_calling_gives_the_models_own_output(use: Callable, training:
     reference.load_state_dict(model.state_dict())
     x = images()
     torch.testing.assert_close(network(x), reference(x), rtol=1e-4, atol=1e-5)
+
+
+@torch.inference_mode()
+def test_networks_made_in_inference_mode_predict() -> None:
+    model = Layers(plainly).eval()
+    network = sparse_network(model, {"conv.weight": model.conv.weight})
+    x = images()
+    for _ in range(2):
+        torch.testing.assert_close(network(x), model(x), rtol=1e-4, atol=1e-5)
+        model.conv.weight.mul_(2)
 
 
 # ------------------------------------------------------------------------------------------------- copies and threads

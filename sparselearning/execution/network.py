@@ -98,7 +98,7 @@ class SparseNetwork(nn.Module):
             return True
         active = self._active_entries()
         trains = torch.is_grad_enabled()
-        state = [(entries.data_ptr(), entries._version) for entries in active.values()]
+        state = [(entries.data_ptr(), _version(entries)) for entries in active.values()]
         if trains not in self._pays or self._pays[trains][0] != state:
             dense = sum(self._layer_flops.values())
             saving = layer_densities({name: entries for name, entries in active.items() if has_kernel(entries)})
@@ -129,7 +129,7 @@ class SparseNetwork(nn.Module):
         name = self._names[weight]
         entries = self._active_entries()[name]
         trains = torch.is_grad_enabled()
-        state = entries.data_ptr(), entries._version, weight.stride(), shape, trains
+        state = entries.data_ptr(), _version(entries), weight.stride(), shape, trains
         if name not in self._lists[trains] or self._lists[trains][name][0] != state:
             active = ActiveWeights(shape, entries.detach() != 0, weight.stride(), keeps_values=not trains)
             self._lists[trains][name] = state, active
@@ -140,6 +140,11 @@ class SparseNetwork(nn.Module):
         if self.masking is None or not torch.is_grad_enabled() or self.wants_dense_gradients:
             return weight
         return ActiveGradient.apply(weight, self.masking.masks[self._names[weight]])
+
+
+def _version(entries: Tensor) -> Any:
+    """What differs after every change; tensors of inference mode count none, and may always have changed."""
+    return object() if entries.is_inference() else entries._version
 
 
 class _Watch(TorchFunctionMode):
