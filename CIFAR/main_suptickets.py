@@ -74,7 +74,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line, after the presets of ``--demo`` if it is there."""
     words = sys.argv[1:] if argv is None else argv
-    args = make_parser().parse_args([*shlex.split(DEMO), *words] if "--demo" in words else words)
+    parser = make_parser()
+    flags.take_over(parser, words)
+    args = parser.parse_args([*shlex.split(DEMO), *words] if "--demo" in words else words)
     args.pre_train = args.pre_train or (args.show_layers and not args.cyclic_train)
     return args
 

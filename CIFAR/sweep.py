@@ -188,7 +188,7 @@ def planned(method: str, seed: int, shared: Sequence[str], out: Path, control: b
     if args.iters > 1:
         raise UsageError("--iters and --seeds both ask for several seeds: give --seeds alone")
     if args.sparse and "--sparse" not in words:
-        raise UsageError(f"{method} cannot be had with --demo, which is sparse: give its flags one by one")
+        raise UsageError(f"{method} cannot be had with --demo or --config of a sparse run: give its flags one by one")
     _check_folder(run, flags.identity(flags.values(args)))
     return run
 

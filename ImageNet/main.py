@@ -203,7 +203,15 @@ def make_parser() -> flags.Parser:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
-    args = make_parser().parse_args(argv)
+    words = sys.argv[1:] if argv is None else argv
+    parser = make_parser()
+    flags.take_over(parser, words)
+    given = parser.given(words).keys()
+    if given & {"density", "final_density"}:  # what --config brings is no contradiction to it
+        parser.set_defaults(density=None, final_density=None)
+    if given & {"pretrain_epoch", "cyclic_epochs"}:
+        parser.set_defaults(epochs=None)
+    args = parser.parse_args(words)
     args.density = args.final_density = resolve_density(args.density, args.final_density)
     args.epochs = args.epochs or args.pretrain_epoch + args.cyclic_epochs
     if args.arch in RESNETS:

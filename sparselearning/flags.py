@@ -13,10 +13,12 @@ from typing import Any, NoReturn
 from sparselearning import execution
 from sparselearning.errors import FaultError, UsageError
 from sparselearning.experiment import SparseTraining
+from sparselearning.files import read_json
 from sparselearning.plan import EpochBudget, Plan
+from sparselearning.records import flags_of
 from sparselearning.runtime import AMP, Runtime
 from sparselearning.schedules import DECAYS
-from sparselearning.schema import shown
+from sparselearning.schema import FlagValue, read, shown
 from sparselearning.sparse_init import SPARSE_INITS
 from sparselearning.superpose import AVERAGING, chooses
 from sparselearning.topology import GROWTH, METHODS, PRUNE, REDISTRIBUTION, chosen_modes
@@ -24,10 +26,14 @@ from sparselearning.topology import GROWTH, METHODS, PRUNE, REDISTRIBUTION, chos
 # Flags that change where a run's files lie, what it shows, or how much it evaluates at a time, not what it computes
 # (but for rounding): a resumed run may differ in them. What `resume` names counts where it is a start.
 WITHOUT_EFFECT_ON_RESULTS = {
-    "benchmark_inference", "benchmark_training", "data_dir", "demo", "evaluate", "gather_checkpoints",
+    "benchmark_inference", "benchmark_training", "config", "data_dir", "demo", "evaluate", "gather_checkpoints",
     "indicate_method", "iters", "keep_tickets", "local_rank", "log_interval", "master_port", "mgpu", "print_freq",
     "prof", "resume", "save", "show_layers", "tensorboard", "test_batch_size", "workers",
 }  # fmt: skip
+
+
+OF_ONE_CALL = {"config", "iters", "local_rank", "resume", "save"}
+"""Flags that ``--config`` does not take over: where a run's files were, what it went on from, how it was started."""
 
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -152,6 +158,11 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
         "--resume", type=path, metavar="PATH",
         help="go on from a checkpoint.pth or a run's folder; for --cyclic_train alone and for --sparse-init resume "
         "and prune_*, any saved .pth to start from",
+    )  # fmt: skip
+    group.add_argument(
+        "--config", type=path, metavar="FILE",
+        help="take the flags of an earlier run from its config.json, but for --save and --resume; those on the command "
+        "line count more",
     )  # fmt: skip
     group.add_argument("--keep-tickets", action="store_true", help="save every ticket, in tickets/ of the run's folder")
     group.add_argument("--tensorboard", type=path, metavar="DIR", help="write TensorBoard scalars there as well")
@@ -528,6 +539,27 @@ def run_path(args: argparse.Namespace, model: str, data: str, budget: EpochBudge
         f"ex_rate={args.large_death_rate:g}",
         f"seed{args.seed}",
     )
+
+
+def take_over(parser: Parser, argv: Sequence[str]) -> None:
+    """Let the flags of the run that ``--config`` names, if it is there, be the parser's defaults.
+
+    Raises:
+        UsageError: if there is no such file, or it has entries that are no flags of this parser.
+        FaultError: if it is damaged.
+    """
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    finder.add_argument("--config", type=path, nargs="?")
+    if (source := finder.parse_known_args(argv)[0].config) is None:
+        return
+    if not source.is_file():
+        raise UsageError(f"--config {source}: there is no such file")
+    kept = read(dict[str, FlagValue], flags_of(read_json(source)), str(source))
+    known = {action.dest for action in parser._actions}
+    if unknown := [name for name in kept if name not in known]:
+        raise UsageError(f"--config {source}: this script has no flags {', '.join(map(shown, unknown))}")
+    taken = {name: value for name, value in kept.items() if name not in OF_ONE_CALL}
+    parser.set_defaults(**restored(parser, taken, str(source)))
 
 
 def restored(parser: argparse.ArgumentParser, kept: Mapping[str, Any], source: str) -> dict[str, Any]:

@@ -215,7 +215,7 @@ class Config(History):
             raise Mismatch(f"cyc_lr is on, but lr_1 is {self.lr_1} and lr_2 {self.lr_2}")
 
 
-NO_FLAGS = {"command", "network", *(entry.name for entry in fields(History))}
+NO_FLAGS = {"command", "executed", "network", *(entry.name for entry in fields(History))}
 
 
 def flags_of(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -528,6 +528,15 @@ def prune_by_sorting(state, names, budget):
     return state | {name: part.view_as(state[name]) for name, part in zip(names, parts, strict=True)}
 
 
+def test_a_run_from_the_config_of_another_is_the_same_bit_for_bit(script):
+    assert script(WHOLE_METHOD, "--seed 7 --save first") == 0
+    main_suptickets.main(["--config", "first/config.json", "--save", "second"])
+    for name in ("metrics.jsonl", "tickets.jsonl"):
+        assert [*map(without_times, lines(f"first/{name}"))] == [*map(without_times, lines(f"second/{name}"))]
+    first, second = (plain(load_torch(Path(folder, "model_previous.pth"))) for folder in ("first", "second"))
+    assert first == second
+
+
 @pytest.mark.parametrize("averaging", ["CIMA", "CAA"])
 def test_superpositions_can_be_recomputed_from_the_kept_tickets(script, averaging):
     call = WHOLE_METHOD.replace("--update_bn", "")

@@ -14,7 +14,7 @@ from cifar_data import DATASETS
 from cifar_models import model_names
 
 from sparselearning import flags
-from sparselearning.errors import UsageError
+from sparselearning.errors import FaultError, UsageError
 from sparselearning.plan import EpochBudget
 from sparselearning.schedules import DECAYS
 from sparselearning.script import run_script
@@ -458,6 +458,30 @@ def test_pruning_window_in_steps_and_the_multiplier():
     assert flags.sparse_training(parse(RUN), 10, 30).masking["final_update_step"] is None
 
 
+def test_flags_come_from_a_config_and_the_command_line_counts_more(tmp_path):
+    path = tmp_path / "config.json"
+    first = parse(RUN + "--lr 0.3 --dense-layers fc conv1 --ema 0.9 --no-tf32 --save there --iters 3 --seed 5")
+    path.write_text(json.dumps({"command": "x", "versions": {}, "commit": None, **flags.values(first)}))
+    again = parse(f"--config {path} --seed 6")
+    expected = vars(first) | {"save": None, "iters": 1, "seed": 6, "config": path}
+    assert vars(again) == expected
+
+
+@pytest.mark.parametrize(
+    ("content", "error", "message"),
+    [
+        ({"lr": 0.1, "learning_rate": 0.1}, UsageError, "no flags 'learning_rate'"),
+        ({"lr": "fast"}, FaultError, "lr"),
+        (None, UsageError, "no such file"),
+    ],
+)
+def test_a_config_that_does_not_fit_is_refused(tmp_path, content, error, message):
+    if content is not None:
+        (tmp_path / "config.json").write_text(json.dumps(content))
+    with pytest.raises(error, match=message):
+        parse(f"--config {tmp_path / 'config.json'} {RUN}")
+
+
 @pytest.mark.parametrize(("text", "said"), [("--method GMP", "GMP only prunes"), ("--fix", "--fix freezes")])
 def test_a_last_update_is_nothing_to_what_never_grows(text, said):
     warnings = main_suptickets.check(parse(RUN + f"--final-update-epoch 3 {text}"))
@@ -513,7 +537,7 @@ def test_every_flag_is_looked_at(workplace, monkeypatch):
     call = RUN + "--re_explore --cyc_lr --epochs 2 --cycle 1 --cycle_rate 0.5 --final-prune-epoch 1"
     assert script(shlex.split(call)) == 0
     known = vars(parse_before([])).keys()
-    assert known - seen <= {"demo", "workers"}  # one takes effect while parsing, one is said to have none
+    assert known - seen <= {"config", "demo", "workers"}  # two take effect while parsing, one is said to have none
 
 
 def test_every_choice_is_taken_from_its_table():
