@@ -99,8 +99,8 @@ class Runtime:
 def _breaks_in_channels_last(layer: nn.Module) -> bool:
     """Whether training a layer in channels-last memory can write outside its buffers.
 
-    On x86 processors with AVX2 but without AVX-512, oneDNN's weight gradient of such a 1x1 convolution does: it packs
-    the pixels that the stride keeps eight channels apart, into space for no more than there are
+    On x86 processors oneDNN's weight gradient of such a 1x1 convolution does: it packs the pixels that the stride keeps
+    as many channels apart as a register holds, 8 with AVX2 and 16 with AVX-512, into space for no more than there are
     (https://github.com/uxlfoundation/oneDNN/issues/6035). PyTorch 2.11 to 2.15 have it; this rule can go with the last
     of those that pyproject.toml accepts.
     """
@@ -108,7 +108,7 @@ def _breaks_in_channels_last(layer: nn.Module) -> bool:
         isinstance(layer, nn.Conv2d)
         and layer.kernel_size == (1, 1)
         and layer.stride != (1, 1)
-        and layer.in_channels < 8
+        and layer.in_channels < 16
     )
 
 
