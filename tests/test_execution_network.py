@@ -219,6 +219,10 @@ def test_networks_that_it_is_not_for_are_refused() -> None:
     masking = Masking(torch.optim.SGD(model.parameters(), lr=0.1))
     with pytest.raises(UsageError, match="add_module"):
         sparse_execution(model, masking)
+    scripted = nn.Sequential(nn.Conv2d(3, 30, 3), torch.jit.script(nn.ReLU()))
+    _, masking = masked(scripted)
+    with pytest.raises(UsageError, match="scripted"):
+        sparse_execution(scripted, masking)
     double = nn.Linear(40, 40).double()
     _, masking = masked(double)
     with pytest.raises(UsageError, match="float32"):

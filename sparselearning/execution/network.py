@@ -65,6 +65,8 @@ class SparseNetwork(nn.Module):
         self.dense_gradients = False
         if not weights:
             raise UsageError("there are no masks yet: call add_module first")
+        if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
+            raise UsageError("sparse execution cannot watch what scripted modules (torch.jit) call: use the plain ones")
         for name, weight in weights.items():
             if weight.device.type != "cpu" or weight.dtype != torch.float32:
                 raise UsageError(
