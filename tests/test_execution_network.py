@@ -1,6 +1,9 @@
 """Networks that compute with active weights alone, held against the masked ones."""
 
 import copy
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -270,3 +273,34 @@ def test_runs_repeat_and_resume_bit_by_bit(method: list[str], tmp_path: Path, mo
     states.append(torch.load(tmp_path / "three" / "model_previous.pth")["state_dict"])
     for state in states[1:]:
         assert all(torch.equal(state[name], entry) for name, entry in states[0].items())
+
+
+TWICE = """
+import sys
+import torch
+from torch import nn
+from sparselearning.execution import sparse_network
+torch.manual_seed(0)
+torch.set_num_threads(1)
+model = nn.Sequential(nn.Conv2d(5, 9, 3), nn.BatchNorm2d(9), nn.ReLU(), nn.Conv2d(9, 4, 3), nn.BatchNorm2d(4))
+images = torch.randn(70, 5, 6, 6, requires_grad=True)
+outputs = sparse_network(model, dict(model.named_parameters()))(images)
+outputs.square().sum().backward()
+torch.save([outputs.detach(), images.grad, *(p.grad for p in model.parameters()), *model.buffers()], sys.argv[1])
+"""
+
+
+def test_kernels_from_the_cache_compute_what_they_did_when_they_were_compiled(tmp_path: Path) -> None:
+    results = []
+    for turn in ("compiled", "cached"):
+        file = tmp_path / f"{turn}.pth"
+        environment = {
+            **os.environ,
+            "NUMBA_CACHE_DIR": str(tmp_path / "cache"),
+            "PYTHONPATH": os.pathsep.join(sys.path),
+        }
+        subprocess.run([sys.executable, "-c", TWICE, str(file)], env=environment, check=True, timeout=300)
+        results.append(torch.load(file))
+    assert list((tmp_path / "cache").rglob("*.nbi"))
+    for compiled, cached in zip(*results, strict=True):
+        assert torch.equal(compiled, cached)

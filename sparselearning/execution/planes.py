@@ -34,7 +34,7 @@ def _each(address, channels):  # type: ignore[no-untyped-def]
     return carray(as_pointer(address), channels, np.float32)
 
 
-@njit(fastmath=True)
+@njit(inline="always")
 def _moments(x):  # type: ignore[no-untyped-def]
     """Mean and biased variance of a line."""
     first = x[0]
@@ -51,7 +51,7 @@ def _moments(x):  # type: ignore[no-untyped-def]
     return first + mean, max(squares / len(x) - mean * mean, 0.0)
 
 
-@cfunc(types.void(types.int64), cache=True)
+@cfunc(types.void(types.int64), cache=True, fastmath=True)
 def statistics(address):  # type: ignore[no-untyped-def]
     """Mean and biased variance of every channel."""
     task = carray(as_pointer(address), 1, PLANES)[0]
@@ -64,19 +64,19 @@ def statistics(address):  # type: ignore[no-untyped-def]
             mean[c], variance[c] = _moments(_line(task.inputs, c, task.numbers))
 
 
-@njit(fastmath=True)
+@njit(inline="always")
 def _scaled(x, y, scale, shift, lowest):  # type: ignore[no-untyped-def]
     for i in range(len(x)):
         y[i] = max(x[i] * scale + shift, lowest)
 
 
-@njit(fastmath=True)
+@njit(inline="always")
 def _scaled_sum(x, added, y, scale, shift, lowest):  # type: ignore[no-untyped-def]
     for i in range(len(x)):
         y[i] = max(x[i] * scale + shift + added[i], lowest)
 
 
-@cfunc(types.void(types.int64), cache=True)
+@cfunc(types.void(types.int64), cache=True, fastmath=True)
 def normalise(address):  # type: ignore[no-untyped-def]
     """``outputs = inputs · scale + shift``, then whatever is ``added``, and ReLU."""
     task = carray(as_pointer(address), 1, PLANES)[0]
@@ -99,7 +99,7 @@ def _through_relu(gradient, output, relu):  # type: ignore[no-untyped-def]
     return gradient if not relu or output > 0 else np.float32(0)
 
 
-@njit(fastmath=True)
+@njit(inline="always")
 def _products(x, g, mean, scale, shift, relu):  # type: ignore[no-untyped-def]
     """Sums of the gradients that come through ReLU, and of their products with the centred inputs."""
     total = products = 0.0
@@ -114,14 +114,14 @@ def _products(x, g, mean, scale, shift, relu):  # type: ignore[no-untyped-def]
     return total, products
 
 
-@njit(fastmath=True)
+@njit(inline="always")
 def _through(x, g, y, scale, shift, relu, slope, offset):  # type: ignore[no-untyped-def]
     for i in range(len(x)):
         gradient = _through_relu(g[i], x[i] * scale + shift, relu)
         y[i] = gradient * scale + x[i] * slope + offset
 
 
-@cfunc(types.void(types.int64), cache=True)
+@cfunc(types.void(types.int64), cache=True, fastmath=True)
 def backward(address):  # type: ignore[no-untyped-def]
     """Gradients with respect to inputs (in ``outputs``), weight (without its division by the deviation) and bias."""
     task = carray(as_pointer(address), 1, PLANES)[0]
