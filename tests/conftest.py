@@ -1,6 +1,7 @@
 """Settings that all tests share: one thread, no GPU, and property tests that run the same way every time."""
 
 import os
+import signal
 
 import pytest
 import torch
@@ -25,7 +26,12 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    """Hide GPUs, from child processes too: bits are compared, and the other tests are about the CPU."""
+    """Hide GPUs, from child processes too: bits are compared, and the other tests are about the CPU.
+
+    Hangups get their default meaning back, which ``nohup`` takes from a process and all its children.
+    """
+    if hasattr(signal, "SIGHUP"):
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
     if not config.getoption("--gpu"):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     elif not torch.cuda.is_available():

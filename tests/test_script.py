@@ -135,6 +135,7 @@ def test_an_ascii_terminal_and_python_without_docstrings():
 def test_a_hangup_stops_a_run_unless_nohup_has_started_it(monkeypatch):
     monkeypatch.setattr(launch.torchrun, "run", lambda args: None)
     monkeypatch.setattr(os, "environ", dict(os.environ))
+    os.environ.pop("TORCHELASTIC_SIGNALS_TO_HANDLE", None)  # an earlier launch in this process leaves it
     before = signal.getsignal(signal.SIGHUP)
     with stop_signals() as received:
         os.kill(os.getpid(), signal.SIGHUP)
