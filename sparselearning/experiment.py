@@ -268,7 +268,7 @@ def _execution(trainer: Trainer) -> str:
     sparse = trainer.passes.sparse
     if sparse is None:
         return "masked" if trainer.masking else "dense"
-    return "sparse" if sparse.is_sparse else "masked, as too many weights are active for more to pay"
+    return "sparse" if sparse.is_sparse else "masked, which is faster at this density"
 
 
 def _mask(recipe: Recipe, sparse: SparseTraining, init: str) -> Masking:

@@ -98,6 +98,8 @@ class SparseNetwork(nn.Module):
         """Whether a forward pass that begins now computes with active weights alone."""
         if self._layer_flops is None:
             return True
+        if torch.is_grad_enabled() and self.wants_dense_gradients:
+            return False  # dense gradients take the time of a dense step, and PyTorch has the layout for them
         active = self._active_entries()
         trains = torch.is_grad_enabled()
         state = [(entries.data_ptr(), _version(entries)) for entries in active.values()]
