@@ -29,8 +29,11 @@ from cifar_data import Data
 from ticket_tables import HELD_OUT, TEST_SET, grid_table, layers_table, lines_table, networks_table, pairs_tables
 from torch import Tensor
 
-from sparselearning import flags
-from sparselearning.analysis import (
+from sparselearning.execution import sparse_network
+from sparselearning.process.errors import FaultError, UsageError
+from sparselearning.process.files import check_output, write_json
+from sparselearning.process.script import run_script
+from sparselearning.reporting.analysis import (
     ENSEMBLE,
     Analysis,
     EvaluatedOn,
@@ -43,17 +46,10 @@ from sparselearning.analysis import (
     Settings,
     ticket_name,
 )
-from sparselearning.costs import layer_flops, overall_density
-from sparselearning.errors import FaultError, UsageError
-from sparselearning.execution import sparse_network
-from sparselearning.files import RunFolder, check_output, write_json
-from sparselearning.layers import maskable_parameters
-from sparselearning.networks import SavedNetwork, load_weights
-from sparselearning.passes import Passes
-from sparselearning.progress import print_notes
-from sparselearning.runs import find_runs, read_run
-from sparselearning.script import run_script
-from sparselearning.superpose import (
+from sparselearning.reporting.runs import find_runs, read_run
+from sparselearning.sparse.costs import layer_flops, overall_density
+from sparselearning.sparse.layers import maskable_parameters
+from sparselearning.sparse.superpose import (
     AVERAGING,
     Averaging,
     State,
@@ -62,6 +58,11 @@ from sparselearning.superpose import (
     prune_to_density,
     superpose,
 )
+from sparselearning.training import flags
+from sparselearning.training.networks import SavedNetwork, load_weights
+from sparselearning.training.passes import Passes
+from sparselearning.training.progress import print_notes
+from sparselearning.training.run_folder import RunFolder
 
 MADE_BY = "analyze_tickets.py"
 """What ``--save-network`` writes says so."""

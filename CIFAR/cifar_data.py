@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sparselearning.data import Batch, class_balanced
-from sparselearning.errors import FaultError, UsageError
-from sparselearning.seeding import derive_seed
+from sparselearning.process.errors import FaultError, UsageError
+from sparselearning.process.seeding import derive_seed
+from sparselearning.training.data import Batch, class_balanced
 
 DIGITS_TEST_SIZE = 599  # a third of scikit-learn's 1,797 digits
 MOST_EMPTY_CLASSES = 1000  # without a training image, in a file of one's own; more are a mistake that costs memory
@@ -153,7 +153,7 @@ def data_help() -> str:
 
 
 class TensorLoader:
-    """One part of a data set on one device, as a ``sparselearning.data.BatchSource``.
+    """One part of a data set on one device, as a ``sparselearning.training.data.BatchSource``.
 
     With ``augmentation`` it is shuffled anew every epoch, cropped and flipped; without, it is untouched and in
     stored order. Over all processes, every sample of an epoch is seen exactly once. The last batch takes what

@@ -25,17 +25,18 @@ from cifar_data import Data, check_data_name, data_help, load_data
 from cifar_models import build_model, model_names
 from torch import nn
 
-from sparselearning import distributed, experiment, flags, launch, provenance
-from sparselearning.engine import Sources
-from sparselearning.errors import UsageError
-from sparselearning.files import RunFolder
-from sparselearning.plan import EpochBudget
-from sparselearning.progress import print_notes
-from sparselearning.runtime import Runtime
-from sparselearning.schedules import milestone_lr
-from sparselearning.script import run_script
-from sparselearning.seeding import seed_everything
-from sparselearning.sparse_init import SPARSE_INITS
+from sparselearning.process import distributed, launch
+from sparselearning.process.errors import UsageError
+from sparselearning.process.script import run_script
+from sparselearning.process.seeding import seed_everything
+from sparselearning.sparse.schedules import milestone_lr
+from sparselearning.sparse.sparse_init import SPARSE_INITS
+from sparselearning.training import experiment, flags, provenance
+from sparselearning.training.engine import Sources
+from sparselearning.training.plan import EpochBudget
+from sparselearning.training.progress import print_notes
+from sparselearning.training.run_folder import RunFolder
+from sparselearning.training.runtime import Runtime
 
 OPTIMIZERS = {
     "sgd": lambda parameters, args: torch.optim.SGD(

@@ -28,11 +28,13 @@ from typing import NamedTuple
 
 import main_suptickets
 
-from sparselearning import flags, report
-from sparselearning.errors import FaultError, UsageError
-from sparselearning.files import RunFolder, check_output
-from sparselearning.script import run_script
-from sparselearning.signals import stop_signals
+from sparselearning import report
+from sparselearning.process.errors import FaultError, UsageError
+from sparselearning.process.files import check_output
+from sparselearning.process.script import run_script
+from sparselearning.process.signals import stop_signals
+from sparselearning.training import flags
+from sparselearning.training.run_folder import RunFolder
 
 SCRIPT = Path(__file__).with_name("main_suptickets.py")
 SECONDS_BETWEEN_LOOKS = 0.1

@@ -7,8 +7,8 @@ from typing import Any
 from matplotlib import style
 from matplotlib.figure import Figure
 
-from sparselearning import plots
-from sparselearning.analysis import ENSEMBLE, Analysis
+from sparselearning.reporting import plots
+from sparselearning.reporting.analysis import ENSEMBLE, Analysis
 
 ABOVE: Any = {"loc": "lower center", "bbox_to_anchor": (0.5, 1), "ncols": 2, "frameon": False}
 """Place of a legend that no point may hide under."""

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from sparselearning.analysis import Analysis, GridRow, LayerRow, Line, NetworkRow, Pairs, Quality, Settings
+from sparselearning.reporting.analysis import Analysis, GridRow, LayerRow, Line, NetworkRow, Pairs, Quality, Settings
 
 ONE_BASIN = 0.02
 """Accuracy that may be lost on the way between two networks of one basin: the margin of Frankle et al. 2020, sec. 3."""

@@ -29,16 +29,16 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-from sparselearning.data import Batch, class_balanced
-from sparselearning.errors import FaultError, UsageError
-from sparselearning.seeding import derive_seed
-from sparselearning.signals import STOP_SIGNALS
+from sparselearning.process.errors import FaultError, UsageError
+from sparselearning.process.seeding import derive_seed
+from sparselearning.process.signals import STOP_SIGNALS
+from sparselearning.training.data import Batch, class_balanced
 
 MEAN = (0.485, 0.456, 0.406)  # of ImageNet's pixels in [0, 1], per channel R, G, B
 STD = (0.229, 0.224, 0.225)
 # What workers need, for the process that they are forked from to import once. Many Pythons ignore "__main__" here: the
 # last entry stands for what the script imports.
-PRELOADED = ["__main__", "torchvision.datasets", "torchvision.transforms.v2", "sparselearning.experiment"]
+PRELOADED = ["__main__", "torchvision.datasets", "torchvision.transforms.v2", "sparselearning.training.experiment"]
 LOST_WORKER = ("DataLoader worker", "Pin memory thread")  # how PyTorch's sentences about a worker that died begin
 LAYOUT = "images as DIR/train/CLASS/NAME.JPEG and DIR/val/CLASS/NAME.JPEG"
 LONGEST_SIDE = 16  # in shorter sides: of a longer image, evaluation leaves out both ends before it is resized
@@ -272,7 +272,7 @@ def rank_share(order: Tensor, rank: int, world_size: int, padded: bool) -> Tenso
 
 
 class FolderLoader:
-    """One process's passes over the images of a split: a :class:`sparselearning.data.BatchSource`.
+    """One process's passes over the images of a split: a :class:`sparselearning.training.data.BatchSource`.
 
     Images arrive on ``device`` as B x 3 x H x W float32, channels-last at first, normalised by ImageNet's mean and
     standard deviation; labels as int64, B. A damaged image is named on stderr once, noted in ``damaged`` and left

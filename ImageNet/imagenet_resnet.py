@@ -8,7 +8,7 @@ import torchvision
 from torch import nn
 from torchvision.models import get_model, list_models
 
-from sparselearning.errors import UsageError, first_line
+from sparselearning.process.errors import UsageError, first_line
 
 ARCHS = tuple(list_models(module=torchvision.models))
 """Every classification network of torchvision."""

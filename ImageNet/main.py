@@ -24,17 +24,19 @@ from imagenet_data import MEAN, STD, load_imagenet
 from imagenet_resnet import INITS, RESNETS, build_model, check_arch
 from torch import nn
 
-from sparselearning import distributed, experiment, flags, profiling, provenance
-from sparselearning.engine import Sources
-from sparselearning.errors import UsageError
-from sparselearning.files import RunFolder, load_torch
-from sparselearning.networks import load_weights
-from sparselearning.plan import EpochBudget, Plan
-from sparselearning.progress import print_notes
-from sparselearning.runtime import Runtime
-from sparselearning.schedules import milestone_lr
-from sparselearning.script import run_script
-from sparselearning.seeding import derive_seed, seed_everything
+from sparselearning.process import distributed
+from sparselearning.process.errors import UsageError
+from sparselearning.process.files import load_torch
+from sparselearning.process.script import run_script
+from sparselearning.process.seeding import derive_seed, seed_everything
+from sparselearning.sparse.schedules import milestone_lr
+from sparselearning.training import experiment, flags, profiling, provenance
+from sparselearning.training.engine import Sources
+from sparselearning.training.networks import load_weights
+from sparselearning.training.plan import EpochBudget, Plan
+from sparselearning.training.progress import print_notes
+from sparselearning.training.run_folder import RunFolder
+from sparselearning.training.runtime import Runtime
 
 FINAL_DENSITY = 0.1
 DEFAULT_INIT = "classic"

@@ -9,7 +9,7 @@ if __name__ == "__main__":  # Ctrl-C during the imports below, which take second
 
 from main import main
 
-from sparselearning.script import run_script
+from sparselearning.process.script import run_script
 
 if __name__ == "__main__":
     run_script(main)

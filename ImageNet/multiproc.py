@@ -18,8 +18,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone runs without being installed
 
-from sparselearning.launch import launch
-from sparselearning.script import run_script
+from sparselearning.process.launch import launch
+from sparselearning.process.script import run_script
 
 if __name__ == "__main__":
     run_script(lambda: launch(sys.argv[1:]))

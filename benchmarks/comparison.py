@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from sparselearning.files import write_whole
+from sparselearning.process.files import write_whole
 
 COMMAND = "benchmarks/speed.py"
 """What files name as the program that wrote them."""
@@ -169,7 +169,7 @@ def plot(rows: Sequence[Row], title: str, path: Path) -> None:
     from matplotlib.figure import Figure
     from matplotlib.ticker import NullFormatter
 
-    from sparselearning.plots import BLUE, STYLE, VERMILION
+    from sparselearning.reporting.plots import BLUE, STYLE, VERMILION
 
     rows = [row for row in rows if row.unit != "MB"]
     with style.context(STYLE):

@@ -28,13 +28,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "CIFAR"))
 from cifar_models import build_model
 
 from sparselearning import Masking
-from sparselearning.distributions import active_count
 from sparselearning.export import save_sparse
-from sparselearning.files import check_output, write_json
-from sparselearning.flags import Parser, path
-from sparselearning.layers import maskable_parameters
-from sparselearning.provenance import environment
-from sparselearning.script import run_script
+from sparselearning.process.files import check_output, write_json
+from sparselearning.process.script import run_script
+from sparselearning.sparse.distributions import active_count
+from sparselearning.sparse.layers import maskable_parameters
+from sparselearning.training.flags import Parser, path
+from sparselearning.training.provenance import environment
 
 DENSITIES = (0.2, 0.1, 0.05, 0.02)
 BATCH = 8

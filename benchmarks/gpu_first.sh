@@ -16,7 +16,7 @@ if [ "$gpus" -gt 0 ]; then
 else
     run=(python CIFAR/main_suptickets.py --demo --deterministic --epochs 6 --cycle 1 --cycle_rate 0.34
         --final-prune-epoch 2)
-    table=(--model cifar_resnet_8 --batch-size 16 --images 256 --repeats 1 --only masks) tests=(tests/test_gpu.py)
+    table=(--model cifar_resnet_8 --batch-size 16 --images 256 --repeats 1 --only masks) tests=(tests/sparse/test_gpu.py)
     launch=(--no-cuda)
 fi
 

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from torchvision import transforms
 
-from sparselearning.data import Batch
-from sparselearning.superpose import State
+from sparselearning.sparse.superpose import State
+from sparselearning.training.data import Batch
 
 
 class FloatMasks:

@@ -32,14 +32,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "CIFAR"))
 from cifar_models import build_model
 from comparison import TITLES, Bar, Row, Side, alternate, line, markdown, plot
 
-from sparselearning import Masking, flags
-from sparselearning.costs import inference_flops, layer_densities, layer_flops
+from sparselearning import Masking
 from sparselearning.execution import sparse_execution
 from sparselearning.execution.functions import ActiveWeights, Shape, SparseConvolution, empty_activations
-from sparselearning.files import check_output, write_json
-from sparselearning.provenance import environment
-from sparselearning.runtime import Runtime
-from sparselearning.script import run_script
+from sparselearning.process.files import check_output, write_json
+from sparselearning.process.script import run_script
+from sparselearning.sparse.costs import inference_flops, layer_densities, layer_flops
+from sparselearning.training import flags
+from sparselearning.training.provenance import environment
+from sparselearning.training.runtime import Runtime
 
 NETWORKS = ("ResNet18", "ResNet50", "vgg16", "wrn-16-8", "cifar_resnet_20")
 CLASSES = 100

@@ -37,20 +37,21 @@ from cifar_data import DATASETS, TensorLoader, channel_statistics
 from cifar_models import build_model, model_names
 from comparison import COMMAND, TITLES, Bar, Row, Side, alternate, line, markdown, plot
 
-from sparselearning import experiment, flags
-from sparselearning.data import Batch
-from sparselearning.engine import Sources, Trainer
-from sparselearning.errors import FaultError, UsageError
-from sparselearning.experiment import SparseTraining
-from sparselearning.files import RunFolder, check_output, read_json, write_json
-from sparselearning.layers import maskable_parameters
-from sparselearning.masking import Masking
-from sparselearning.plan import EpochBudget, Plan
-from sparselearning.provenance import environment
-from sparselearning.runtime import Runtime
-from sparselearning.script import run_script
-from sparselearning.superpose import AVERAGING, prune_to_density, superpose
-from sparselearning.topology import Layer, shrink_globally
+from sparselearning.process.errors import FaultError, UsageError
+from sparselearning.process.files import check_output, read_json, write_json
+from sparselearning.process.script import run_script
+from sparselearning.sparse.layers import maskable_parameters
+from sparselearning.sparse.masking import Masking
+from sparselearning.sparse.superpose import AVERAGING, prune_to_density, superpose
+from sparselearning.sparse.topology import Layer, shrink_globally
+from sparselearning.training import experiment, flags
+from sparselearning.training.data import Batch
+from sparselearning.training.engine import Sources, Trainer
+from sparselearning.training.experiment import SparseTraining
+from sparselearning.training.plan import EpochBudget, Plan
+from sparselearning.training.provenance import environment
+from sparselearning.training.run_folder import RunFolder
+from sparselearning.training.runtime import Runtime
 
 LR = 0.001
 """Small, for labels drawn at random must not make the loss diverge."""

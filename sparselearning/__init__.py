@@ -1,11 +1,11 @@
 """Sparse training with masks, cheap tickets, and their superposition (Sup-tickets, Yin et al. 2022)."""
 
-from sparselearning.distributions import erk_densities
-from sparselearning.errors import FaultError, UsageError
 from sparselearning.execution import sparse_execution, sparse_inference
-from sparselearning.masking import Masking
-from sparselearning.schedules import cyclic_lr, gradual_density
-from sparselearning.superpose import caa_factor, prune_to_density, superpose, update_bn
+from sparselearning.process.errors import FaultError, UsageError
+from sparselearning.sparse.distributions import erk_densities
+from sparselearning.sparse.masking import Masking
+from sparselearning.sparse.schedules import cyclic_lr, gradual_density
+from sparselearning.sparse.superpose import caa_factor, prune_to_density, superpose, update_bn
 
 __all__ = [
     "FaultError",

@@ -5,8 +5,9 @@ python -m sparselearning --version
 
 from collections.abc import Sequence
 
-from sparselearning import __version__, flags
-from sparselearning.script import run_script
+from sparselearning import __version__
+from sparselearning.process.script import run_script
+from sparselearning.training import flags
 
 COMMANDS = (
     "commands: python -m sparselearning.report (tables and pictures of runs), python -m sparselearning.export "

@@ -25,14 +25,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sparselearning import flags
-from sparselearning.errors import FaultError, UsageError
 from sparselearning.execution.folding import fold_batchnorms
-from sparselearning.files import RunFolder, check_output, load_torch, write_bytes
-from sparselearning.networks import load_weights, saved_state
-from sparselearning.schema import Count, Share
-from sparselearning.script import run_script
-from sparselearning.tensor_schema import check, mapping, record
+from sparselearning.process.errors import FaultError, UsageError
+from sparselearning.process.files import check_output, load_torch, write_bytes
+from sparselearning.process.schema import Count, Share
+from sparselearning.process.script import run_script
+from sparselearning.process.tensor_schema import check, mapping, record
+from sparselearning.training import flags
+from sparselearning.training.networks import load_weights, saved_state
+from sparselearning.training.run_folder import RunFolder
 
 FORMAT_VERSION = 1
 PRODUCER = "sparselearning.export"

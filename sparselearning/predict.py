@@ -24,14 +24,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sparselearning import flags
-from sparselearning.errors import FaultError, UsageError
 from sparselearning.execution import check_available, sparse_inference
 from sparselearning.execution.folding import fold_batchnorms
 from sparselearning.export import Packed, build_empty, build_network, read_network, read_packed
-from sparselearning.files import check_output, write_text
-from sparselearning.schema import Between, Ordinal, read
-from sparselearning.script import run_script
+from sparselearning.process.errors import FaultError, UsageError
+from sparselearning.process.files import check_output, write_text
+from sparselearning.process.schema import Between, Ordinal, read
+from sparselearning.process.script import run_script
+from sparselearning.training import flags
 
 HEADER = ("image", "class", "probability")
 ARRAYS = ("x_test", "x")

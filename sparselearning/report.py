@@ -9,13 +9,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
-from sparselearning.errors import UsageError
-from sparselearning.files import check_output, write_text
-from sparselearning.flags import Parser, path
-from sparselearning.progress import run_table
-from sparselearning.runs import find_runs, group_runs, read_run
-from sparselearning.script import run_script
-from sparselearning.tables import DRAWN_BY, csv_of_runs, csv_table, latex_table, markdown_report
+from sparselearning.process.errors import UsageError
+from sparselearning.process.files import check_output, write_text
+from sparselearning.process.script import run_script
+from sparselearning.reporting.runs import find_runs, group_runs, read_run
+from sparselearning.reporting.tables import DRAWN_BY, csv_of_runs, csv_table, latex_table, markdown_report
+from sparselearning.training.flags import Parser, path
+from sparselearning.training.progress import run_table
 
 PICTURES = ("curves", "schedules", "layers", "comparison")
 MARKS = {
@@ -97,7 +97,7 @@ def _plots() -> ModuleType:
         UsageError: without matplotlib.
     """
     try:
-        from sparselearning import plots
+        from sparselearning.reporting import plots
     except ModuleNotFoundError as error:
         raise UsageError(
             f"pictures need {error.name}: pip install 'sparselearning[plots]', or give --no-plots for tables alone"

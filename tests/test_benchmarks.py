@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from sparselearning.errors import FaultError, UsageError
-from sparselearning.files import check_output
-from sparselearning.superpose import prune_to_density
-from sparselearning.topology import Layer, shrink_globally
+from sparselearning.process.errors import FaultError, UsageError
+from sparselearning.process.files import check_output
+from sparselearning.sparse.superpose import prune_to_density
+from sparselearning.sparse.topology import Layer, shrink_globally
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 

@@ -11,8 +11,8 @@ from cifar_models import build_model
 from torch import nn
 
 from sparselearning import export
-from sparselearning.errors import FaultError, UsageError
 from sparselearning.export import check_folded, fold_batchnorms, load_sparse, save_sparse, to_onnx
+from sparselearning.process.errors import FaultError, UsageError
 
 safetensors_torch = pytest.importorskip("safetensors.torch")
 

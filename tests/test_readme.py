@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 SCRIPTS = [
     str(path)
-    for folder in ("CIFAR", "ImageNet", "benchmarks")
+    for folder in ("CIFAR", "ImageNet", "benchmarks", "experiments")
     for path in sorted((ROOT / folder).glob("*.py"))
     if path.read_text().startswith("#!")
 ]

@@ -10,13 +10,13 @@ import pytest
 from test_report import write_analysis, write_run
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "benchmarks"))
+sys.path.insert(0, str(ROOT / "experiments"))
 
 import study  # noqa: E402  found once its folder is on the path
 import sweep  # noqa: E402
 
 from sparselearning import report  # noqa: E402
-from sparselearning.errors import UsageError  # noqa: E402
+from sparselearning.process.errors import UsageError  # noqa: E402
 
 EXPERIMENTS = [(name, experiment) for name, one in study.STUDIES.items() for experiment in one.experiments]
 

@@ -10,7 +10,7 @@ from functools import partial
 
 from torch import nn
 
-from sparselearning.errors import UsageError
+from sparselearning.process.errors import UsageError
 
 from .cifar_resnet import cifar_resnet
 from .lenet import lenet5, lenet_300_100

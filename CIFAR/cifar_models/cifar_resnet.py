@@ -3,7 +3,7 @@
 from torch import nn
 from torchvision.models.resnet import BasicBlock
 
-from sparselearning.errors import UsageError
+from sparselearning.process.errors import UsageError
 
 from .resnet import ResNet
 

@@ -5,7 +5,7 @@ All first weights are PyTorch's default.
 
 from torch import nn
 
-from sparselearning.errors import UsageError
+from sparselearning.process.errors import UsageError
 
 
 def lenet_300_100(*, num_classes: int, in_channels: int, image_size: int) -> nn.Sequential:

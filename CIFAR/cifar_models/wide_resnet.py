@@ -5,7 +5,7 @@ from torch import nn
 from torch.nn.functional import relu
 from torchvision.models.resnet import conv1x1, conv3x3
 
-from sparselearning.errors import UsageError
+from sparselearning.process.errors import UsageError
 
 
 class PreActivationBlock(nn.Module):

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from sparselearning.errors import UsageError
-from sparselearning.masking import Masking
+from sparselearning.process.errors import UsageError
+from sparselearning.sparse.masking import Masking
 
 if TYPE_CHECKING:
     from sparselearning.execution.inference import SparseInference

@@ -8,7 +8,7 @@ from typing import Any
 from torch import fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from sparselearning.errors import UsageError
+from sparselearning.process.errors import UsageError
 
 
 def fold_batchnorms(

@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from sparselearning.errors import UsageError
 from sparselearning.execution.folding import called_module, fold_batchnorms
 from sparselearning.execution.functions import (
     ActiveWeights,
@@ -32,6 +31,7 @@ from sparselearning.execution.network import (
     is_readable,
     plane_wise,
 )
+from sparselearning.process.errors import UsageError
 
 MOST_SIZES = 4
 """Sizes of batches that a layer keeps its lists of active weights for."""

@@ -13,8 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from sparselearning.costs import inference_flops, layer_densities
-from sparselearning.errors import UsageError
 from sparselearning.execution.functions import (
     ActiveGradient,
     ActiveWeights,
@@ -27,7 +25,9 @@ from sparselearning.execution.functions import (
     SparseConvolution,
 )
 from sparselearning.execution.lists import Grid
-from sparselearning.masking import Masking
+from sparselearning.process.errors import UsageError
+from sparselearning.sparse.costs import inference_flops, layer_densities
+from sparselearning.sparse.masking import Masking
 
 LARGEST_SHARE = 0.45
 """Share of the dense FLOPs up to which leaving out the others pays, on all networks and processors measured."""

@@ -1,0 +1,300 @@
+#!/usr/bin/env python3
+"""Do the runs of RESULTS.md, keep what they say in results/, and fill in the tables of RESULTS.md and README.md.
+
+python3 experiments/study.py cifar100-10k            # some hours of a CPU
+python3 experiments/study.py cifar100 --gpus 0 1     # the README's lines for ResNet50, one run per GPU at a time
+
+Give the same command again: finished runs are skipped, stopped ones go on where they stopped.
+"""
+
+import argparse
+import os
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "CIFAR"))
+
+import analyze_tickets  # noqa: E402  found once its folder is on the path
+import cifar_data  # noqa: E402
+import sweep  # noqa: E402
+
+from sparselearning.process.errors import UsageError  # noqa: E402
+from sparselearning.process.files import check_output, copy_whole, write_json, write_text, write_whole  # noqa: E402
+from sparselearning.process.script import run_script  # noqa: E402
+from sparselearning.reporting.runs import find_runs, group_runs, read_run  # noqa: E402
+from sparselearning.reporting.tables import markdown_report, markdown_table  # noqa: E402
+from sparselearning.training import flags  # noqa: E402
+from sparselearning.training.run_folder import RunFolder  # noqa: E402
+
+WORK = Path("study")
+RESULTS = Path("results")
+PAGES = [Path("RESULTS.md"), Path("README.md")]
+HEADLINE = ("pretrain_acc_percent", "last_ticket_acc_percent", "final_acc_percent", "gain_over_plain_points")
+
+
+class Experiment(NamedTuple):
+    """Runs of one table.
+
+    Attributes:
+        methods: names in ``sweep.METHODS``.
+        control: train plainly beside them, too.
+        flags: on top of the study's; ``{before}`` stands for the folder of the study's experiments, ``{seed}`` for the
+            run's seed.
+        without: the study's switches to leave out.
+    """
+
+    methods: Sequence[str]
+    control: bool = False
+    flags: str = ""
+    without: Sequence[str] = ()
+
+
+class Subset(NamedTuple):
+    """A part of CIFAR-100, the same always: some classes, some training images and all test images of each.
+
+    Attributes:
+        name: of its file.
+        classes: how many; the first in the order of the labels.
+        images_per_class: how many to train on, drawn at random.
+    """
+
+    name: str
+    classes: int
+    images_per_class: int
+
+
+@dataclass(frozen=True)
+class Study:
+    """Experiments that share flags, data and seeds.
+
+    Attributes:
+        flags: of all runs.
+        experiments: by name, in the order in which they run.
+        seeds: of each.
+        subset: of CIFAR-100; None: all of it.
+    """
+
+    flags: str
+    experiments: dict[str, Experiment]
+    seeds: tuple[int, ...] = (41, 42, 43)
+    subset: Subset | None = None
+
+
+def cycles_again(flags: str = "", without: Sequence[str] = ()) -> Experiment:
+    """Cycles alone, from the pre-trained networks of ``main``.
+
+    They start without momentum: compare them with ``cycles_again()``, which has the flags of ``main`` itself.
+    """
+    return Experiment(
+        ["granet"],
+        flags=f"{flags} --resume {{before}}/main/granet/seed{{seed}}/tickets/ticket_0.pth",
+        without=["--pre_train", *without],
+    )
+
+
+TICKETS = (
+    "--pre_train --cyclic_train --re_explore --no_maskupdates --cyc_lr --lr_1 0.001 --lr_2 0.005 --update_bn "
+    "--large-death-rate 0.5"
+)
+SHORT = "--update-frequency 100 --final-density 0.1 --batch-size 32 --lr 0.05 --test-batch-size 100"
+TEN_THOUSAND = Subset("cifar100-10k", classes=100, images_per_class=100)
+
+STUDIES = {
+    "cifar100-10k": Study(
+        flags=f"{TICKETS} {SHORT} --model cifar_resnet_20 --epochs 20 --cycle 1 --cycle_rate 0.2 --final-prune-epoch 8 "
+        "--keep-tickets",
+        experiments={
+            "main": Experiment(["granet", "rigl", "set"], control=True),
+            "again": cycles_again(),
+            "no-exploration": cycles_again(without=["--re_explore"]),
+            "mask-updates": cycles_again(without=["--no_maskupdates"]),
+            "no-exploration-rate-0.05": cycles_again("--lr_2 0.05", without=["--re_explore"]),
+            "density-0.05": Experiment(["granet"], control=True, flags="--final-density 0.05"),
+            "wider": Experiment(["granet"], control=True, flags="--model cifar_resnet_20_24"),
+        },
+        subset=TEN_THOUSAND,
+    ),
+    "cifar100-20": Study(
+        flags=f"{TICKETS} {SHORT} --model cifar_resnet_20 --epochs 75 --cycle 3 --cycle_rate 0.2 "
+        "--final-prune-epoch 20 --keep-tickets",
+        experiments={
+            "main": Experiment(["granet"], control=True),
+            "again": cycles_again(),
+            "no-exploration": cycles_again(without=["--re_explore"]),
+            "rate-0.05": cycles_again("--lr_2 0.05"),
+            "no-exploration-rate-0.05": cycles_again("--lr_2 0.05", without=["--re_explore"]),
+            "more-tickets-rate-0.05": cycles_again("--lr_2 0.05 --cycle 1", without=["--re_explore"]),
+            "one-ticket-rate-0.05": cycles_again("--lr_2 0.05 --cycle 15", without=["--re_explore"]),
+        },
+        subset=Subset("cifar100-20", classes=20, images_per_class=250),
+    ),
+    "number-formats": Study(
+        flags=f"{TICKETS} {SHORT} --model cifar_resnet_8 --epochs 4 --cycle 1 --cycle_rate 0.5 --final-prune-epoch 1",
+        experiments={
+            "float32": Experiment(["granet"], flags="--amp off --no-tf32 --no-channels-last"),
+            "channels-last": Experiment(["granet"], flags="--amp off --no-tf32"),
+            "bfloat16": Experiment(["granet"], flags="--amp bf16"),
+            "bfloat16-compiled": Experiment(["granet"], flags="--amp bf16 --compile"),
+        },
+        subset=TEN_THOUSAND,
+    ),
+    "cifar100": Study(
+        flags=f"{TICKETS} --model ResNet50 --epochs 250 --cycle 8 --cycle_rate 0.1 --decay-schedule constant "
+        "--sparse-init ERK --update-frequency 1000 --batch-size 128 --prune-rate 0.5 --prune magnitude "
+        "--final-density 0.05 --keep-tickets --compile",
+        experiments={"main": Experiment(["granet", "rigl", "set"], control=True)},
+    ),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run a study's experiments, one after the other.
+
+    Raises:
+        UsageError: if the data are not CIFAR-100.
+        FaultError: if they cannot be read, or runs failed.
+    """
+    args = parse(argv)
+    study = STUDIES[args.study]
+    data = args.data if args.data in cifar_data.DATASETS else os.path.relpath(os.path.expanduser(args.data), ROOT)
+    data_dir = Path(os.path.relpath(args.data_dir, ROOT))
+    os.chdir(ROOT)  # so that the commands that runs record work from the top of any checkout
+    if not args.collect:
+        data = prepared(data, data_dir, study.subset)
+    for name in args.only or study.experiments:
+        out = WORK / args.study / name
+        if not args.collect:
+            seeds = args.seeds or study.seeds
+            sweep.main([*sweep_words(study, name, out, seeds, args.gpus), "--data", data, "--data-dir", str(data_dir)])
+            for run in map(RunFolder, runs_under(out)):
+                if run.read_config()["seed"] in seeds and run.ticket(1).is_file() and not run.analysis.is_file():
+                    analyze_tickets.main([str(run.path), "--grid", "--points", "3"])
+        collect(out, RESULTS / args.study / name)
+    for page in filter(Path.is_file, PAGES):
+        fill(page)
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = flags.Parser(__doc__)
+    parser.add_argument("study", choices=STUDIES, help=f"one of {', '.join(STUDIES)}")
+    parser.add_argument("--data", default="cifar100", help="CIFAR-100: to be downloaded, or an .npz file of it")
+    parser.add_argument("--data-dir", type=flags.path, default=Path("data"), metavar="DIR", help="where downloads go")
+    parser.add_argument(
+        "--gpus", nargs="+", metavar="ID",
+        help="as for sweep.py; on a machine without, as many runs at a time as there are names",
+    )  # fmt: skip
+    names = sorted({name for study in STUDIES.values() for name in study.experiments})
+    parser.add_argument("--only", nargs="+", choices=names, metavar="NAME", help=f"any of {', '.join(names)}")
+    parser.add_argument("--seeds", type=flags.seed, nargs="+", metavar="SEED", help="in place of the study's own")
+    parser.add_argument("--collect", action="store_true", help="run nothing, only gather what there is")
+    args = parser.parse_args(argv)
+    if args.collect and args.seeds:
+        raise UsageError("--collect gathers the runs of all seeds: leave out --seeds")
+    if missing := [name for name in args.only or () if name not in STUDIES[args.study].experiments]:
+        raise UsageError(f"{args.study} has no experiment {missing[0]}")
+    return args
+
+
+def sweep_words(
+    study: Study, name: str, out: Path, seeds: Sequence[int], gpus: Sequence[str] | None = None
+) -> list[str]:
+    """What sweep.py has to be told to do one experiment, but for the data."""
+    one = study.experiments[name]
+    shared = [word for word in study.flags.split() if word not in one.without]
+    return [
+        "--seeds", *map(str, seeds), "--methods", *one.methods, *(["--control"] if one.control else []),
+        *(["--gpus", *gpus] if gpus else []), "--out", str(out),
+        "--", *shared, *one.flags.replace("{before}", str(out.parent)).split(),
+    ]  # fmt: skip
+
+
+def prepared(data: str, data_dir: Path, subset: Subset | None) -> str:
+    """Return the ``--data`` of a study's runs; write its part of the data, unless that is there already.
+
+    Raises:
+        UsageError: if the data are not CIFAR-100.
+        FaultError: if they cannot be read.
+    """
+    path = WORK / f"{subset.name}.npz" if subset else None
+    if path and path.is_file():
+        return str(path)
+    (x_train, y_train, x_test, y_test), num_classes = cifar_data.load_arrays(data, data_dir)
+    if (len(y_train), num_classes) != (50_000, 100):
+        raise UsageError(f"{data} is not CIFAR-100: it has {len(y_train):,} training images of {num_classes} classes")
+    if subset is None:
+        return data
+    generator = np.random.default_rng(0)
+    labels = range(subset.classes)
+    chosen = [generator.permutation(np.flatnonzero(y_train == label))[: subset.images_per_class] for label in labels]
+    train, test = np.sort(np.concatenate(chosen)), y_test < subset.classes
+    arrays = cifar_data.Arrays(x_train[train], y_train[train], x_test[test], y_test[test])
+    write_whole(path, lambda file: np.savez_compressed(file, **arrays._asdict()))
+    return str(path)
+
+
+def runs_under(folder: Path) -> list[Path]:
+    """Run folders in a folder, which need not exist yet."""
+    try:
+        return find_runs([folder])
+    except UsageError:
+        return []
+
+
+def collect(source: Path, target: Path) -> None:
+    """Copy what finished runs say, but no networks, nor how to build them.
+
+    Raises:
+        UsageError: if anything but an earlier copy stands there.
+    """
+    for path in runs_under(source):
+        run, kept = RunFolder(path), RunFolder(target / path.relative_to(source))
+        if not run.summary.is_file():
+            continue
+        check_output(kept.config, '"versions"')
+        write_json(kept.config, {name: value for name, value in run.read_config().items() if name != "network"})
+        for there, here in zip(_text_files(run), _text_files(kept), strict=True):
+            if there.is_file():
+                copy_whole(there, here)
+
+
+def _text_files(run: RunFolder) -> list[Path]:
+    return [run.summary, run.metrics, run.tickets, run.analysis]
+
+
+def fill(page: Path) -> None:
+    """Fill in the tables of a page, in place."""
+    write_text(page, filled(page.read_text()))
+
+
+def filled(text: str) -> str:
+    """Put below a comment ``report FOLDER…`` what the report says of these runs, and end it with a comment ``end``.
+
+    A comment ``headline FOLDER…`` gets the report's table alone, with the columns of :data:`HEADLINE`.
+    """
+
+    def table(match: re.Match[str]) -> str:
+        folders = [Path(word) for word in match["folders"].split()]
+        there = [folder for folder in folders if folder.is_dir()]
+        missing = "".join(f"- not run yet: {folder}\n" for folder in folders if folder not in there)
+        return f"<!-- {match['command']} -->\n\n{_report(there, match['kind']) if there else ''}{missing}\n<!-- end -->"
+
+    command = r"(?P<command>(?P<kind>report|headline) (?P<folders>[^>]*?))"
+    return re.sub(f"<!-- {command} -->.*?<!-- end -->", table, text, flags=re.DOTALL)
+
+
+def _report(folders: Sequence[Path], kind: str) -> str:
+    """What ``python -m sparselearning.report FOLDER…`` tabulates, or its headline."""
+    groups, left_out = group_runs([read_run(path) for path in find_runs(folders)])
+    return markdown_table(groups, HEADLINE) if kind == "headline" else markdown_report(groups, left_out)
+
+
+if __name__ == "__main__":
+    run_script(main)

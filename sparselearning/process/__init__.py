@@ -1,0 +1,1 @@
+"""What any program needs: files, signals, exit codes, seeds, schemas, processes that agree."""

@@ -1,0 +1,215 @@
+"""Check what a file holds before it is believed: the types, ranges and entries that a dataclass declares.
+
+A damaged file ends in one sentence that names the file and the entry. What a dataclass does not declare is passed
+over, so that files of later versions, which may hold more, stay readable.
+"""
+
+import dataclasses
+import reprlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from sparselearning.process.errors import FaultError
+
+T = TypeVar("T")
+LARGEST = 3.4e38
+"""No number of a run lies beyond float32."""
+Plain = bool | int | float | str | None
+FlagValue = Plain | list[Plain] | dict[str, Plain]
+WORDS: dict[Any, str] = {
+    bool: "true or false", int: "a whole number", float: "a number", str: "text", FlagValue: "the value of a flag",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Between:
+    """Bounds of a number, both included; not ``finite``: none, infinities and NaN are allowed."""
+
+    low: float = -LARGEST
+    high: float = LARGEST
+    finite: bool = True
+
+    def allows(self, value: float) -> bool:
+        """Whether a number is within them."""
+        return self.low <= value <= self.high or (not self.finite and isinstance(value, float))
+
+    def __str__(self) -> str:
+        if self.high == LARGEST:
+            return "" if self.low == -LARGEST else f" of at least {self.low:g}"
+        return f" in [{self.low:g}, {self.high:g}]"
+
+
+Share = Annotated[float, Between(0, 1)]
+Amount = Annotated[float, Between(0)]
+Count = Annotated[int, Between(0)]
+Ordinal = Annotated[int, Between(1)]
+Unbounded = Annotated[float, Between(finite=False)]
+"""Such as the loss of a network that overflows."""
+
+
+class Mismatch(ValueError):
+    """A value is not what it should be: says which and why, not in which file."""
+
+
+class Record:
+    """Base of dataclasses that are the objects of a JSON file; what their ``__post_init__`` refuses is damage.
+
+    A field may end in an underscore that its name in the file lacks (``from_``).
+    """
+
+    def as_dict(self) -> dict[str, Any]:
+        """What goes into the file, in the order of the fields; optional ones that are None are left out."""
+        entries = ((field, getattr(self, field.name)) for field in dataclasses.fields(self))  # type: ignore[arg-type]
+        return {
+            _key(field): _plain(value)
+            for field, value in entries
+            if value is not None or field.default is dataclasses.MISSING
+        }
+
+
+def read(kind: type[T], content: Any, source: str, complete: bool = False) -> T:
+    """Check plain values, and return them as what they are declared to be.
+
+    Args:
+        kind: a dataclass, or any type that one may have a field of: ``bool``, ``int``, ``float``, ``str``,
+            ``Literal``, ``list[…]``, ``dict[str, …]``, numbers ``Annotated`` with :class:`Between`, any of these
+            ``| None``, and unions of plain types.
+        content: what the file holds.
+        source: the file, for messages.
+        complete: fields with a default have to be there as well.
+
+    Raises:
+        FaultError: naming the first entry that is missing or of another type or range.
+    """
+    try:
+        return _read(kind, content, "", complete)
+    except Mismatch as error:
+        raise FaultError(f"{source} is damaged or no run's: {error}") from None
+
+
+def check_entry(kind: Any, value: Any, entry: str) -> None:
+    """Check one plain value, complete.
+
+    Raises:
+        Mismatch: naming the first ``entry`` in it that is missing or of another type or range.
+    """
+    _read(kind, value, entry, complete=True)
+
+
+def _read(kind: Any, value: Any, entry: str, complete: bool) -> Any:
+    origin, arguments = get_origin(kind), get_args(kind)
+    if origin in (Union, UnionType):
+        return _read_union(kind, value, entry, complete)
+    if dataclasses.is_dataclass(kind):
+        if not isinstance(value, Mapping):
+            raise _mismatch(entry, value, "named values")
+        return _read_fields(kind, value, entry, complete)
+    if origin is list and isinstance(value, list):
+        return [_read(arguments[0], item, f"{entry}[{place}]", complete) for place, item in enumerate(value)]
+    if origin is dict and isinstance(value, Mapping):
+        return {_read_key(key, entry): _read(arguments[1], value[key], _join(entry, key), complete) for key in value}
+    if not _fits(kind, value):
+        raise _mismatch(entry, value, _words(kind))
+    return value
+
+
+def _read_fields(kind: Any, value: Mapping[str, Any], entry: str, complete: bool) -> Any:
+    types = get_type_hints(kind, include_extras=True)
+    fields = {}
+    for field in dataclasses.fields(kind):
+        inner = _join(entry, key := _key(field))
+        if key in value:
+            fields[field.name] = _read(types[field.name], value[key], inner, complete)
+        elif complete or (field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING):
+            raise Mismatch(f"{inner} is missing")
+    try:
+        return kind(**fields)
+    except Mismatch as error:
+        raise Mismatch(f"{entry}: {error}" if entry else str(error)) from None
+
+
+def _read_union(kind: Any, value: Any, entry: str, complete: bool) -> Any:
+    options = [option for option in get_args(kind) if option is not NoneType]
+    if value is None and len(options) < len(get_args(kind)):
+        return None
+    if len(options) == 1:
+        return _read(options[0], value, entry, complete)
+    if not any(_matches(option, value) for option in options):
+        raise _mismatch(entry, value, _words(kind))
+    return value
+
+
+def _matches(kind: Any, value: Any) -> bool:
+    try:
+        _read(kind, value, "", complete=False)
+    except Mismatch:
+        return False
+    return True
+
+
+def _read_key(key: Any, entry: str) -> str:
+    if not _fits(str, key):
+        raise _mismatch(f"a name in {entry}" if entry else "a name", key, _words(str))
+    return key
+
+
+def _fits(kind: Any, value: Any) -> bool:
+    """Whether a plain value is of a type that holds no others."""
+    if get_origin(kind) is Annotated:
+        base, limits = get_args(kind)
+        return _is_number(base, value) and limits.allows(value)
+    if get_origin(kind) is Literal:
+        return isinstance(value, str) and value in get_args(kind)
+    if kind in (int, float):
+        return _is_number(kind, value) and Between().allows(value)
+    if kind is str:
+        return isinstance(value, str) and not any("\ud800" <= letter <= "\udfff" for letter in value)
+    return kind is Any or isinstance(value, get_origin(kind) or kind)
+
+
+def _is_number(kind: type, value: Any) -> bool:
+    return isinstance(value, int if kind is int else (int, float)) and not isinstance(value, bool)
+
+
+def _words(kind: Any) -> str:
+    """What a value should have been, for people."""
+    origin, arguments = get_origin(kind), get_args(kind)
+    if kind in WORDS:
+        return WORDS[kind]
+    if origin is Annotated:
+        return WORDS[arguments[0]] + str(arguments[1])
+    if origin is Literal:
+        return " or ".join(map(repr, arguments))
+    if origin in (Union, UnionType):
+        return " or ".join(map(_words, arguments))
+    if origin in (list, dict):
+        return f"a list of {_words(arguments[0])}" if origin is list else "named values"
+    return f"a {kind.__name__}"
+
+
+def _mismatch(entry: str, value: Any, expected: str) -> Mismatch:
+    return Mismatch(f"{entry or 'it'} is {shown(value)}, not {expected}")
+
+
+def shown(value: Any) -> str:
+    """A value in one line of few characters, whatever it is."""
+    try:
+        return " ".join(reprlib.repr(value).split())
+    except ValueError:  # Python writes no whole number of more than some thousand digits
+        return "a number of thousands of digits"
+
+
+def _join(entry: str, key: str) -> str:
+    return f"{entry}.{key}" if entry else str(key)
+
+
+def _key(field: dataclasses.Field) -> str:
+    return field.name.removesuffix("_")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Record):
+        return value.as_dict()
+    return [_plain(item) for item in value] if isinstance(value, list) else value

@@ -1,0 +1,1 @@
+"""Runs read back from their files: grouped, tabulated, drawn, their tickets analysed."""

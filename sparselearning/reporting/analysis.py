@@ -1,0 +1,198 @@
+"""What is known about the tickets of a run, as typed values: ``analysis/analysis.json``.
+
+``analyze_tickets.py`` measures and writes it; tables, pictures and reports read it.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from sparselearning.process.schema import Amount, Count, Mismatch, Ordinal, Record, Share, Unbounded
+
+ENSEMBLE = "logit ensemble"
+"""Name of the network that is none: the mean of the tickets' logits."""
+Matrix = list[list[Share]]
+
+
+def ticket_name(number: int) -> str:
+    """Name of a ticket, from 0, the pre-trained network."""
+    return f"ticket {number}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(Record):
+    """How tickets were superposed again.
+
+    Attributes:
+        tickets: numbers of the tickets, from 0, the pre-trained network.
+        superposing_method: name of the average.
+        CIMA_factor: weight of each ticket; None for other averages.
+        final_density: budget that superpositions are pruned to; None: not pruned.
+        update_bn: whether their BatchNorm statistics were re-estimated.
+        line_bn: whether those of networks on straight lines were.
+    """
+
+    tickets: list[Count]
+    superposing_method: str
+    CIMA_factor: Share | None
+    final_density: Share | None
+    update_bn: bool
+    line_bn: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluatedOn(Record):
+    """The images that everything was measured on."""
+
+    part: str
+    images: Ordinal
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quality(Record):
+    """Accuracy in [0, 1], and mean loss per sample in nats."""
+
+    accuracy: Share
+    loss: Unbounded
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetworkRow(Record):
+    """What a ticket, a superposition or the ensemble is worth, and how many forward passes that takes."""
+
+    name: str
+    accuracy: Share
+    loss: Unbounded
+    density: Share
+    forward_passes: Ordinal
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pairs(Record):
+    """One square matrix per measure, over the networks ``names``.
+
+    Attributes:
+        overlap: of masks (Jaccard).
+        disagreement: share of images predicted unlike.
+        kl: KL(row ‖ column) of predictions, in nats.
+        names: of rows and columns.
+    """
+
+    overlap: Matrix
+    disagreement: Matrix
+    kl: list[list[Unbounded]]
+    names: list[str]
+
+    def __post_init__(self) -> None:
+        for measure, matrix in (("overlap", self.overlap), ("disagreement", self.disagreement), ("kl", self.kl)):
+            _check_square(measure, matrix, len(self.names))
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerRow(Record):
+    """Masks of one layer in all tickets.
+
+    Attributes:
+        name: of the weight.
+        weights: their number.
+        densities: in each ticket.
+        overlap: between tickets.
+        mean_overlap: over pairs of tickets.
+        chance: the same for random masks of these densities.
+    """
+
+    name: str
+    weights: Ordinal
+    densities: list[Share]
+    overlap: Matrix
+    mean_overlap: Share
+    chance: Amount
+
+    def __post_init__(self) -> None:
+        _check_square("overlap", self.overlap, len(self.densities))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Line(Record):
+    """A straight walk from one network to another.
+
+    Attributes:
+        from_: name of the network where ``share`` is 0.
+        to: name of the network where it is 1.
+        share: of the way, at each point.
+        accuracy: there.
+        loss: there.
+        accuracy_barrier: how far accuracy gets, at worst, below the straight line between the ends.
+        loss_barrier: how far loss gets above it.
+    """
+
+    from_: str
+    to: str
+    share: list[Share]
+    accuracy: list[Share]
+    loss: list[Unbounded]
+    accuracy_barrier: Share
+    loss_barrier: Unbounded
+
+    def __post_init__(self) -> None:
+        lengths = [len(self.share), len(self.accuracy), len(self.loss)]
+        if min(lengths) < 2 or len(set(lengths)) > 1:
+            raise Mismatch(f"share, accuracy and loss have {', '.join(map(str, lengths))} points")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GridRow(Record):
+    """The last superposition by one average, with averaged and with re-estimated BatchNorm statistics."""
+
+    superposing_method: str
+    CIMA_factor: Share | None
+    bn_averaged: Quality
+    bn_re_estimated: Quality
+
+
+@dataclass(frozen=True, kw_only=True)
+class Analysis(Record):
+    """All that was measured.
+
+    Attributes:
+        run: its folder.
+        evaluated_on: which images.
+        settings: of superposing again.
+        same_as_run: whether the last superposition is the run's own, to the bit.
+        networks: each ticket, each superposition, the ensemble.
+        pairs: of all tickets and the last superposition.
+        layers: each masked layer.
+        lines: at least from each ticket to the next.
+        grid: other averages; None if they were not measured.
+    """
+
+    run: str
+    evaluated_on: EvaluatedOn
+    settings: Settings
+    same_as_run: bool
+    networks: list[NetworkRow]
+    pairs: Pairs
+    layers: list[LayerRow]
+    lines: list[Line]
+    grid: list[GridRow] | None = None
+
+    def __post_init__(self) -> None:
+        names = [ticket_name(number) for number in self.settings.tickets]
+        if len(names) < 2:
+            raise Mismatch(f"settings.tickets has {len(names)} tickets, and two make a superposition")
+        for place, known in (("networks", {row.name for row in self.networks}), ("pairs.names", {*self.pairs.names})):
+            wanted = [*names, ENSEMBLE] if place == "networks" else names
+            if missing := [name for name in wanted if name not in known]:
+                raise Mismatch(f"{place} lacks {missing[0]}")
+        if missing_steps := set(pairwise(names)) - {(line.from_, line.to) for line in self.lines}:
+            raise Mismatch("lines lacks that from {} to {}".format(*min(missing_steps)))
+
+    def steps(self) -> list[Line]:
+        """Straight lines from one ticket to the next."""
+        steps = set(pairwise(map(ticket_name, self.settings.tickets)))
+        return [line for line in self.lines if (line.from_, line.to) in steps]
+
+
+def _check_square(name: str, matrix: Sequence[Sequence[float]], size: int) -> None:
+    if len(matrix) != size or any(len(row) != size for row in matrix):
+        raise Mismatch(f"{name} is no matrix of {size} rows and columns")

@@ -1,0 +1,369 @@
+"""Finished and unfinished runs as they lie on the disk: found, read, checked, and grouped over their seeds."""
+
+import json
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import takewhile
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+from torch import Tensor
+
+from sparselearning.process.errors import FaultError, UsageError
+from sparselearning.process.files import at_line, read_json, read_jsonl
+from sparselearning.process.schema import read
+from sparselearning.reporting.analysis import Analysis
+from sparselearning.sparse.sparse_init import SPARSE_INITS
+from sparselearning.training import flags
+from sparselearning.training.networks import SavedNetwork
+from sparselearning.training.records import Config, Environment, EpochRow, Summary, TicketRow, flags_of
+from sparselearning.training.run_folder import RunFolder
+
+Row = TypeVar("Row", EpochRow, TicketRow)
+FROM_TRAINED_WEIGHTS = {name for name, init in SPARSE_INITS.items() if init.needs_trained_weights}
+LONGEST_LABEL = 60
+"""Characters of a group's label; those that would be longer are numbered."""
+SET_ASIDE = re.compile(r"\.old-\d+$")
+SEED_FOLDER = re.compile(r"(?<![^/\\])seed\d+(?![^/\\])")
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one run left behind (README, "What a run leaves behind").
+
+    Attributes:
+        folder: its files.
+        config: what ``config.json`` says of the run.
+        flags: every flag's value, under the names of ``config.json``.
+        metrics: one row per finished epoch, at least one.
+        tickets: one row per ticket.
+        summary: None as long as the run is unfinished.
+        analysis: what ``analyze_tickets.py`` found out about its tickets; None if nobody has looked.
+    """
+
+    folder: RunFolder
+    config: Config
+    flags: Mapping[str, Any]
+    metrics: Sequence[EpochRow]
+    tickets: Sequence[TicketRow]
+    summary: Summary | None
+    analysis: Analysis | None = None
+
+    @property
+    def seed(self) -> int:
+        """Seed of weights, masks, data order and augmentation."""
+        return self.config.seed
+
+    @property
+    def environments(self) -> Sequence[Environment]:
+        """Code, versions and hardware that it ran with, first and after each change."""
+        return [self.config, *self.config.resumed]
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether this is plain training: no cheap tickets."""
+        return not self.tickets
+
+    @property
+    def method(self) -> str:
+        """Name of the training method that the flags make."""
+        config = self.config
+        if not config.sparse:
+            return "dense"
+        if config.fix:
+            return "static"
+        if config.method == "DST":
+            return {"gradient": "RigL", "random": "SET"}.get(config.growth, f"DST/{config.growth}")
+        grows_otherwise = config.method.startswith("GraNet") and config.growth != "gradient"
+        return f"{config.method}/{config.growth}" if grows_otherwise else config.method
+
+    @property
+    def name(self) -> str:
+        """What the user called the run with ``--indicate_method``, else its method; in one line."""
+        given = one_line(self.config.indicate_method)
+        return one_line(self.method) if given in ("Results", "") else given
+
+
+@dataclass
+class Group:
+    """Finished runs that differ in nothing but their seed.
+
+    Attributes:
+        recipe: the flags of all its runs that took effect, seed and name apart; flags about tickets are in
+            ``ticket_flags``.
+        ticket_flags: empty for plain training.
+        label: name that no other group has, of at most :data:`LONGEST_LABEL` characters.
+        full_label: the same, however long.
+        control: plain training that is otherwise equal, if there is one.
+    """
+
+    name: str
+    recipe: Mapping[str, Any]
+    ticket_flags: Mapping[str, Any]
+    runs: list[Run] = field(default_factory=list)
+    label: str = ""
+    full_label: str = ""
+    control: "Group | None" = None
+
+    @property
+    def method(self) -> str:
+        """Name of the runs' training method."""
+        return self.runs[0].method
+
+    @property
+    def seeds(self) -> list[int]:
+        """Seeds of the runs, in their order."""
+        return [run.seed for run in self.runs]
+
+
+# ------------------------------------------------------------------------------------------------------- reading
+
+
+def find_runs(paths: Iterable[Path]) -> list[Path]:
+    """Return the run folders that the paths mean: each path itself, or else all that lie under it, by name.
+
+    Runs that a later one of the same name has moved aside (``*.old-1``) count only when they are named themselves.
+
+    Raises:
+        UsageError: if a path does not exist or holds no run.
+        FaultError: if a folder cannot be searched.
+    """
+    found: dict[Path, Path] = {}  # resolved → as the user would write it
+    for path in paths:
+        if not path.is_dir():
+            raise UsageError(f"{path} is not a folder: name a run's folder, or one that runs lie under")
+        folders = [path] if _is_run(path) else _folders_with_config(path)
+        folders = [
+            folder
+            for folder in folders
+            if _is_run(folder) and not any(SET_ASIDE.search(part) for part in folder.relative_to(path).parts)
+        ]
+        if not folders:
+            raise UsageError(f"{path} holds no run: no folder in it has a config.json and a metrics.jsonl")
+        for folder in folders:
+            found.setdefault(folder.resolve(), folder)
+    return list(found.values())
+
+
+def read_run(path: Path) -> Run:
+    """Read a run's text files, each checked by itself and against the others before anything is done with it.
+
+    Raises:
+        FaultError: if one is damaged or cannot be read, or contradicts another.
+    """
+    folder = RunFolder(path)
+    content = folder.read_config()
+    config = read(Config, content, str(folder.config))
+    metrics = _read_rows(EpochRow, folder.metrics)
+    _check_epochs(metrics, folder)
+    summary = read(Summary, read_json(folder.summary), str(folder.summary)) if folder.summary.exists() else None
+    if folder.tickets.exists():
+        tickets = _read_rows(TicketRow, folder.tickets)
+    else:  # the summary repeats the accuracies, for whoever keeps only the small files
+        columns = zip(summary.ticket_acc, summary.superposed_acc, strict=True) if summary else ()
+        tickets = [TicketRow(ticket=n, ticket_acc=t, superposed_acc=s) for n, (t, s) in enumerate(columns, start=1)]
+    _check_tickets(tickets, metrics, summary, folder)
+    analysis = read(Analysis, read_json(folder.analysis), str(folder.analysis)) if folder.analysis.exists() else None
+    return Run(folder, config, flags_of(content), metrics, tickets, summary, analysis)
+
+
+def _read_rows(kind: type[Row], path: Path) -> list[Row]:
+    return [read(kind, row, at_line(path, number)) for number, row in enumerate(read_jsonl(path), start=1)]
+
+
+def _check_epochs(metrics: Sequence[EpochRow], folder: RunFolder) -> None:
+    """Epochs follow each other, and so do the tickets of their cycles."""
+    if not metrics:
+        raise FaultError(f"{folder.metrics} holds no finished epoch")
+    ticket = None
+    for number, row in enumerate(metrics, start=1):
+        if row.epoch != metrics[0].epoch + number - 1:
+            raise _contradiction(folder.metrics, number, f"epoch is {row.epoch} after {metrics[number - 2].epoch}")
+        if row.ticket not in (ticket, (ticket or 0) + 1):
+            raise _contradiction(folder.metrics, number, f"ticket is {row.ticket} after {ticket}")
+        ticket = row.ticket
+
+
+def _check_tickets(
+    tickets: Sequence[TicketRow], metrics: Sequence[EpochRow], summary: Summary | None, folder: RunFolder
+) -> None:
+    """Tickets are numbered from 1, each has a cycle, and a finished run's are those of its summary."""
+    for number, row in enumerate(tickets, start=1):
+        if row.ticket != number:
+            raise _contradiction(folder.tickets, number, f"ticket is {row.ticket}, not {number}")
+    cycles = metrics[-1].ticket or 0
+    if len(tickets) > cycles:
+        raise FaultError(f"{folder.metrics} is damaged: it has no epoch of ticket {cycles + 1}")
+    if summary is None:
+        return
+    for name, here, there in (
+        ("ticket_acc", summary.ticket_acc, [row.ticket_acc for row in tickets]),
+        ("superposed_acc", summary.superposed_acc, [row.superposed_acc for row in tickets]),
+    ):
+        if here != there:
+            raise FaultError(f"{folder.summary} is damaged: {name} is not that of {folder.tickets}")
+    if len(tickets) < cycles:
+        raise FaultError(f"{folder.summary} is damaged: ticket_acc lacks ticket {cycles} of {folder.metrics}")
+
+
+def _contradiction(path: Path, line: int, sentence: str) -> FaultError:
+    return FaultError(f"{at_line(path, line)} is damaged: {sentence}")
+
+
+def masked_weights(path: Path) -> dict[str, Tensor]:
+    """Weights of the masked layers of a saved network, by name in model order; empty for a dense one.
+
+    Raises:
+        UsageError: if there is no such file.
+        FaultError: if it is damaged.
+    """
+    network = SavedNetwork.read(path)
+    return {name: network.state_dict[name] for name in network.masks}
+
+
+def _folders_with_config(path: Path) -> list[Path]:
+    def fail(error: OSError) -> NoReturn:
+        raise FaultError(f"{error.filename} cannot be searched for runs: {error.strerror}") from error
+
+    return sorted(Path(place) for place, _, names in os.walk(path, onerror=fail) if "config.json" in names)
+
+
+def _is_run(path: Path) -> bool:
+    folder = RunFolder(path)
+    return folder.config.is_file() and folder.metrics.is_file()
+
+
+# ------------------------------------------------------------------------------------------------------ grouping
+
+
+def group_runs(runs: Iterable[Run]) -> tuple[list[Group], list[str]]:
+    """Put together what differs only in its seed; find each group's control.
+
+    Args:
+        runs: in the order that groups are to have.
+
+    Returns:
+        The groups of finished runs, and one sentence about each run that is in none: unfinished, or a repetition.
+    """
+    groups: dict[str, Group] = {}
+    left_out = []
+    for run in runs:
+        if run.summary is None:
+            left_out.append(f"{run.folder.path}: unfinished, epochs done: {len(run.metrics)}")
+            continue
+        recipe, ticket_flags = _effective_flags(run)
+        key = json.dumps([run.name, recipe, ticket_flags], sort_keys=True)
+        group = groups.setdefault(key, Group(run.name, recipe, ticket_flags))
+        if run.seed in group.seeds:
+            same = group.runs[group.seeds.index(run.seed)]
+            left_out.append(f"{run.folder.path}: has the flags and the seed of {same.folder.path}, which counts")
+            continue
+        group.runs.append(run)
+    found = list(groups.values())
+    _label(found)
+    for group in found:
+        if group.ticket_flags:
+            group.control = next((other for other in found if _is_control(other, group)), None)
+    return found, left_out
+
+
+def differing_flags(groups: Iterable[Group]) -> dict[str, list[Any]]:
+    """Flags that took effect in several of the groups, and not with one value, to their value in each group."""
+    settings = [{**group.recipe, **group.ticket_flags} for group in groups]
+    names = dict.fromkeys(name for flags in settings for name in flags)
+    values = {name: [flags.get(name) for flags in settings] for name in names}
+    return {name: column for name, column in values.items() if len({repr(v) for v in column if v is not None}) > 1}
+
+
+def _is_control(plain: Group, group: Group) -> bool:
+    return not plain.ticket_flags and plain.recipe == group.recipe
+
+
+def _effective_flags(run: Run) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Flags that made the run what it is, apart from seed and name: those of any training, those of tickets.
+
+    Epochs count as trained, however a script's flags divide them up.
+    """
+    skipped = flags.WITHOUT_EFFECT_ON_RESULTS | {"seed", "indicate_method", "epochs"}
+    skipped |= set() if run.config.sparse else flags.SPARSE_FLAGS - {"sparse"}
+    effective = {name: value for name, value in run.flags.items() if name not in skipped}
+    tickets = {name: value for name, value in effective.items() if name in flags.TICKET_FLAGS}
+    recipe = {name: value for name, value in effective.items() if name not in tickets}
+    recipe["epochs"] = run.metrics[-1].epoch + 1
+    ticket_flags = {} if run.is_plain else tickets
+    if start := _start(run):
+        (recipe if run.config.pre_train else ticket_flags)["resume"] = start
+    return recipe, ticket_flags
+
+
+def _start(run: Run) -> str | None:
+    """Path of the weights that the run started from, but for seeds in it; None: it started from scratch."""
+    given = run.config
+    takes_masks = given.sparse and given.sparse_init in FROM_TRAINED_WEIGHTS
+    if (given.pre_train and not takes_masks) or not given.resume:
+        return None
+    return SEED_FOLDER.sub("seedN", given.resume)
+
+
+def _label(groups: Sequence[Group]) -> None:
+    """Name each group, and add what tells it from others of that name; number it where that takes too many words."""
+    for number, group in enumerate(groups, start=1):
+        namesakes = [other for other in groups if other.name == group.name]
+        parts = [group.name]
+        if not group.ticket_flags and any(other.ticket_flags for other in namesakes):
+            parts.append("plain")
+        flags = [
+            f"{name} {_show(column)[namesakes.index(group)]}"
+            for name, column in differing_flags(namesakes).items()
+            if name in {**group.recipe, **group.ticket_flags}
+        ]
+        group.full_label = group.label = ", ".join([*parts, *flags])
+        if len(group.full_label) > LONGEST_LABEL:
+            ending = f" #{number}"
+            group.label = shortened(", ".join(parts), LONGEST_LABEL - len(ending)) + ending
+
+
+def legend(groups: Iterable[Group]) -> list[str]:
+    """What the numbers in labels stand for."""
+    return [
+        f"{group.label}: {group.full_label.removeprefix(group.label.rpartition(' #')[0] + ', ')}"
+        for group in groups
+        if group.label != group.full_label
+    ]
+
+
+def _show(column: Sequence[Any]) -> list[str]:
+    """Values of one flag for people: of paths, only the part that is not the same in all of them."""
+    given = [value for value in column if value is not None]
+    paths = [value.split("/") for value in given if isinstance(value, str)]
+    start = end = 0
+    if len(paths) == len(given) and min(map(len, paths)) > 1:
+        start = _shared(paths)
+        end = _shared([path[start:][::-1] for path in paths])
+    return [_show_one(value, start, end) for value in column]
+
+
+def _shared(paths: Sequence[Sequence[str]]) -> int:
+    """How many parts all of them have in common at the start."""
+    return sum(1 for _ in takewhile(lambda parts: len(set(parts)) == 1, zip(*paths, strict=False)))
+
+
+def _show_one(value: Any, start: int, end: int) -> str:
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    if isinstance(value, str) and start + end:
+        path = value.split("/")
+        value = "/".join(["…"] * (start > 0) + path[start : len(path) - end] + ["…"] * (end > 0))
+    return one_line(str(value))
+
+
+def one_line(text: str) -> str:
+    """A text without line breaks and other characters that would spoil a table."""
+    return " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())
+
+
+def shortened(text: str, length: int) -> str:
+    """A text of at most so many characters."""
+    return text if len(text) <= length else text[: length - 1].rstrip() + "…"

@@ -1,0 +1,1 @@
+"""The method: masks, topology updates, densities, schedules, tickets and their superposition."""

@@ -1,0 +1,705 @@
+"""The owner of the masks: keeps weights and optimizer state sparse, and moves the topology when it is due."""
+
+import math
+import weakref
+from collections.abc import Mapping, Sequence
+from functools import cache
+from numbers import Real
+from typing import Any
+from warnings import warn
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
+
+from sparselearning.process import distributed
+from sparselearning.process.errors import FaultError, UsageError
+from sparselearning.process.schema import Amount, Count, Mismatch
+from sparselearning.process.seeding import derive_seed
+from sparselearning.process.tensor_schema import Check, all_of, conform, inside, like, record
+from sparselearning.sparse.distributions import active_count, nonzero_counts
+from sparselearning.sparse.layers import EMBEDDINGS, fixed_densities, maskable_parameters
+from sparselearning.sparse.optimizer_state import KEEPS_ZEROS, DenseMomentum, has_momentum, per_weight_state, take_step
+from sparselearning.sparse.schedules import DECAYS, gradual_density
+from sparselearning.sparse.sparse_init import SPARSE_INITS, InitSettings
+from sparselearning.sparse.topology import (
+    GROWTH,
+    METHODS,
+    PRUNE,
+    REDISTRIBUTION,
+    Layer,
+    active_counts,
+    chosen_modes,
+    classifier,
+    magnitude_quantile,
+    prune_and_grow,
+    steer_threshold,
+)
+
+HOOKS: weakref.WeakKeyDictionary[torch.optim.Optimizer, weakref.finalize] = weakref.WeakKeyDictionary()
+"""What removes the hook that a Masking has put on an optimizer."""
+
+
+class Masking:
+    """Sparse training around any optimizer of ``torch.optim`` whose per-weight state, if any, has the weight's shape.
+
+    Call :meth:`step` in place of ``optimizer.step()``. After every step, inactive weights and their optimizer state are
+    exactly zero. All ranks of a data-parallel run hold the same masks.
+
+    What follows the optimizer's step hangs on the optimizer as a hook, so that ``optimizer.step()`` in a loop that
+    knows nothing of masks does the same, for as long as the Masking is kept and no later one takes the optimizer over.
+
+    Args:
+        optimizer: holds the parameters of the model that :meth:`add_module` gets.
+        method: name in :data:`METHODS`. ``DST`` prunes and grows at constant density (with gradient growth RigL,
+            with random growth SET); ``GraNet`` also prunes gradually to the final density; ``GMP`` only prunes.
+        prune: name in ``PRUNE``, how weights to remove are chosen.
+        growth: name in ``GROWTH``, how weights to grow are chosen.
+        redistribution: name in ``REDISTRIBUTION``, how removed weights are shared out over layers.
+        prune_rate: share of each layer's active weights that an update removes, in [0, 1].
+        decay_schedule: name in ``DECAYS``, how ``prune_rate`` falls over ``total_steps``.
+        update_frequency: optimizer steps from one topology update to the next.
+        init_density: share of active weights at the start, in (0, 1].
+        final_density: share that gradual methods end at, in (0, ``init_density``].
+        prune_start_step: step before which gradual methods change nothing.
+        prune_end_step: step from which gradual methods hold ``final_density``; they need it.
+        final_update_step: last step that may prune and grow; None: there is none. Gradual pruning goes on after it.
+        total_steps: steps of the whole run; needed by every decay but ``constant``.
+        seed: of the first masks and of random growth. Rank 0's counts.
+
+    Attributes:
+        masks: parameter name to boolean tensor, true where the weight is active.
+        steps: optimizer steps taken.
+        updates_enabled: set to False to freeze the topology.
+
+    Raises:
+        UsageError: a ``ValueError``, if an option is unknown, out of range, or contradicts another.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        *,
+        method: str = "DST",
+        prune: str = "magnitude",
+        growth: str = "gradient",
+        redistribution: str = "none",
+        prune_rate: float = 0.5,
+        decay_schedule: str = "constant",
+        update_frequency: int = 100,
+        init_density: float = 0.05,
+        final_density: float = 0.05,
+        prune_start_step: int = 0,
+        prune_end_step: int | None = None,
+        final_update_step: int | None = None,
+        total_steps: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise UsageError(
+                f"Masking takes the model's optimizer, and add_module the model; this is a {type(optimizer)}"
+            )
+        if isinstance(optimizer, torch.optim.LBFGS):
+            raise UsageError(
+                "LBFGS moves all weights along one direction that it keeps as a whole: it cannot be masked"
+            )
+        _check_choice("method", method, METHODS)
+        _check_choice("prune", prune, PRUNE)
+        _check_choice("growth", growth, GROWTH)
+        _check_choice("redistribution", redistribution, REDISTRIBUTION)
+        _check_choice("decay_schedule", decay_schedule, DECAYS)
+        for name, density in (("init_density", init_density), ("final_density", final_density)):
+            if not 0 < density <= 1:
+                raise UsageError(f"{name} lies in (0, 1], not {density}")
+        if not 0 <= prune_rate <= 1:
+            raise UsageError(f"prune_rate lies in [0, 1], not {prune_rate}")
+        update_frequency = _whole("update_frequency", update_frequency, at_least=1)
+        prune_start_step = _whole("prune_start_step", prune_start_step)
+        prune_end_step = None if prune_end_step is None else _whole("prune_end_step", prune_end_step)
+        final_update_step = None if final_update_step is None else _whole("final_update_step", final_update_step)
+        total_steps = None if total_steps is None else _whole("total_steps", total_steps, at_least=1)
+        if decay_schedule != "constant" and not total_steps:
+            raise UsageError(f"decay_schedule {decay_schedule!r} needs total_steps")
+        modes = chosen_modes(prune, growth, redistribution)
+        reads_momentum = any(mode.reads_momentum for mode in modes)
+        if reads_momentum and not has_momentum(optimizer):
+            raise UsageError("the chosen modes read momentum, and this optimizer has none above 0")
+        if METHODS[method].shrink:
+            if final_density > init_density:
+                raise UsageError(
+                    f"{method} prunes from init_density to final_density, and {final_density} is above {init_density}"
+                )
+            if prune_end_step is None:
+                raise UsageError(f"{method} needs prune_end_step, the step at which final_density is reached")
+            if prune_end_step < prune_start_step:
+                raise UsageError(
+                    f"pruning cannot end at step {prune_end_step}, before it starts at step {prune_start_step}"
+                )
+        self.optimizer = optimizer
+        self.method = method
+        self.prune = prune
+        self.growth = growth
+        self.redistribution = redistribution
+        self.prune_rate = prune_rate
+        self.decay_schedule = decay_schedule
+        self.update_frequency = update_frequency
+        self.init_density = init_density
+        self.final_density = final_density
+        self.prune_start_step = prune_start_step
+        self.prune_end_step = prune_end_step
+        self.final_update_step = final_update_step
+        self.total_steps = total_steps
+        self.seed = int(seed)
+
+        self.masks: dict[str, Tensor] = {}
+        self.steps = 0
+        self.updates_enabled = True
+        self._parameters: dict[str, nn.Parameter] = {}
+        self._links: list[tuple[Mapping[str, Any], str, Any]] = []  # what leads from the model to its masked weights
+        self._explorations = 0  # prune-and-grow rounds so far; each has its own random stream
+        self._versions: list[int] | None = None  # of the weights when they and all their state were last masked
+        self._gradients_masked = False  # before the optimizer step that is going on
+        self._overdue = False  # an update that met overflowed gradients waits for the next step
+        self._method = METHODS[method]
+        self._threshold: float | None = None
+        self._reads_gradient = any(mode.reads_gradient for mode in modes)
+        self._reads_momentum = reads_momentum
+        self._tracks_momentum = GROWTH[growth].reads_momentum
+        self._dense_momentum = DenseMomentum(optimizer)
+        self._ever_active: dict[str, Tensor] = {}
+
+    # ------------------------------------------------------------------------------------------ public API
+
+    def add_module(
+        self,
+        model: nn.Module,
+        sparse_init: str = "ERK",
+        *,
+        pruning_rate: float = 0.5,
+        keep_first_dense: bool = False,
+        dense_layers: Sequence[str] = (),
+        layer_densities: Mapping[str, float] | None = None,
+        mask_embeddings: bool = False,
+    ) -> None:
+        """Draw the first masks for the weights of ``model`` and apply them.
+
+        Masked are all weights that :func:`maskable_parameters` finds, but for those that are frozen or not in the
+        optimizer, of which a warning tells. Patterns match names as :func:`layers.matching` says.
+
+        Args:
+            model: wrapped for data-parallel training, compiled, or plain.
+            sparse_init: name in ``SPARSE_INITS``. ``snip`` and the ``prune_and_grow_*`` modes read the gradients of
+                one batch: run a backward pass first.
+            pruning_rate: share of the trained weights that the ``prune_*`` modes drop, in [0, 1].
+            keep_first_dense: leave the first layer without a mask.
+            dense_layers: patterns of layers to leave without masks, such as ``"fc"``.
+            layer_densities: pattern, such as ``"layer4.*"``, to the density of each such layer at the start, in (0, 1];
+                the others share what is left of ``init_density``. For ``ERK`` and ``uniform``.
+            mask_embeddings: mask embeddings as well.
+
+        Raises:
+            UsageError: if nothing is maskable, the optimizer is not this model's, gradients are missing, a model was
+                added before, patterns match nothing or contradict each other, or the budget is impossible.
+        """
+        _check_choice("sparse_init", sparse_init, SPARSE_INITS)
+        if not 0 <= pruning_rate <= 1:
+            raise UsageError(f"pruning_rate lies in [0, 1], not {pruning_rate}")
+        if self.masks:
+            raise UsageError("this Masking already has a model: make one Masking per model")
+        if layer_densities and not SPARSE_INITS[sparse_init].shares_density:
+            sharing = ", ".join(name for name, init in SPARSE_INITS.items() if init.shares_density)
+            raise UsageError(f"layer_densities are for sparse_init {sharing}: {sparse_init!r} chooses by weights")
+        parameters = maskable_parameters(model, keep_first_dense, dense_layers, mask_embeddings)
+        _check_values(distributed.unwrap(model), parameters)
+        parameters = self._trained(parameters)
+        fixed = fixed_densities(layer_densities or {}, parameters, model, dense_layers)
+        total = sum(weight.numel() for weight in parameters.values())
+        if METHODS[self.method].shrink and active_count(total, self.final_density) == 0:
+            raise UsageError(f"final_density {self.final_density} leaves none of {total:,} weights active")
+        self._parameters = parameters
+        self._links = _links(distributed.unwrap(model), parameters)
+        self.seed = distributed.broadcast_object(self.seed)
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, "first masks"))
+        with torch.no_grad():
+            settings = InitSettings(self.init_density, pruning_rate, generator, fixed)
+            drawn = SPARSE_INITS[sparse_init].draw(parameters, settings)
+            if not any(nonzero_counts(drawn.values())):
+                raise UsageError(
+                    f"sparse_init {sparse_init!r} leaves none of {total:,} weights active (init_density "
+                    f"{self.init_density}, pruning_rate {pruning_rate})"
+                )
+            # A mask is laid out in memory as its weight is, so that both can be read as flat views.
+            self.masks = {
+                name: torch.empty_like(weight, dtype=torch.bool).copy_(drawn[name])
+                for name, weight in parameters.items()
+            }
+        for mask in self.masks.values():
+            mask.copy_(distributed.broadcast(mask.contiguous()))
+        self._ever_active = {name: mask.to("cpu", copy=True) for name, mask in self.masks.items()}
+        self.apply_masks()
+        self._versions = None
+        self._hook_optimizer()
+
+    def _trained(self, parameters: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
+        """Those of the parameters that the optimizer trains; of the others the user is told."""
+        if not parameters:
+            raise UsageError("the model has no weight to mask")
+        optimized = {parameter for group in self.optimizer.param_groups for parameter in group["params"]}
+        held = {name: parameter for name, parameter in parameters.items() if parameter in optimized}
+        if not held:
+            raise UsageError("the optimizer holds no weight of this model: make it from this very model's parameters")
+        trained = {name: parameter for name, parameter in held.items() if parameter.requires_grad}
+        if not trained:
+            raise UsageError("all weights of this model are frozen (requires_grad is False): there is nothing to mask")
+        if left_alone := [name for name in parameters if name not in trained]:
+            warn(
+                f"left alone, without masks, because they are frozen or not in the optimizer: {', '.join(left_alone)}",
+                stacklevel=3,
+            )
+        return trained
+
+    def _hook_optimizer(self) -> None:
+        """Run :meth:`_after_optimizer_step` after every step of the optimizer, in place of an earlier Masking's."""
+        this = weakref.ref(self)
+
+        def after_step(*_: Any) -> None:
+            if (masking := this()) is not None:
+                masking._after_optimizer_step()
+
+        if remove_earlier := HOOKS.pop(self.optimizer, None):
+            remove_earlier()
+        HOOKS[self.optimizer] = weakref.finalize(self, self.optimizer.register_step_post_hook(after_step).remove)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Be a copy, whose optimizer is a copy without hooks."""
+        self.__dict__.update(state)
+        if self.masks:
+            self._hook_optimizer()
+
+    def step(self, scaler: torch.amp.GradScaler | None = None, *, keep_gradients: bool = True) -> None:
+        """Optimizer step, masks, and the topology update when it is due.
+
+        Args:
+            scaler: scales the gradients in float16 training; steps and updates itself here. A topology update that
+                meets overflowed gradients waits for the next step.
+            keep_gradients: leave the dense gradients in place, for a :meth:`truncate_weights` that may follow. If not,
+                a step without a topology update masks the gradients before the optimizer step, instead of weights and
+                optimizer state after it, which saves a pass or two over memory. What is zero then stays zero: only of
+                optimizers in :data:`KEEPS_ZEROS`, and not after something else has written weights, is this done. In
+                float16 training, gradients that overflow at inactive weights alone then skip no step.
+
+        Raises:
+            UsageError: if the optimizer runs no hooks, or the model's masked weights are others than they were.
+        """
+        self._check_has_model()
+        steps = self.steps
+        zeros_stay = type(self.optimizer) in KEEPS_ZEROS and self._versions == self._weight_versions()
+        self._gradients_masked = zeros_stay and not (keep_gradients or self.update_due or self._tracks_momentum)
+        if self._gradients_masked:
+            self._check_weights()
+            self.mask_gradients()
+        try:
+            take_step(self.optimizer, scaler)
+        finally:
+            self._gradients_masked = False
+        if self.steps > steps:
+            return
+        if scaler is None:
+            raise UsageError(
+                "the optimizer's step did not reach its masks: a later Masking has taken the optimizer over, or it is "
+                "a wrapper that runs no step hooks, so that Masking needs the optimizer inside"
+            )
+        self._count_step(skipped=True)
+
+    def _after_optimizer_step(self) -> None:
+        """Mask what the optimizer has just changed, and update the topology when it is due."""
+        if not self._gradients_masked:
+            self._check_weights()
+        # A fused optimizer runs, without effect, in a step that its loss scaler skips; others are not run at all.
+        found_inf: Tensor | None = getattr(self.optimizer, "found_inf", None)
+        if self._tracks_momentum:
+            self._dense_momentum.age(self._parameters, found_inf)
+        if self._gradients_masked:
+            self._versions = self._weight_versions()
+        else:
+            self.apply_masks()
+        self._count_step(skipped=self.update_due and found_inf is not None and bool(found_inf))
+
+    def _count_step(self, skipped: bool) -> None:
+        due = self.update_due
+        self.steps += 1
+        self._overdue = due and skipped
+        if due and not skipped:
+            self._update_topology()
+
+    @property
+    def update_due(self) -> bool:
+        """Whether the next :meth:`step` ends with a topology update."""
+        coming = self.steps + 1
+        due = self._overdue or coming % self.update_frequency == 0
+        return self.updates_enabled and due and (self._shrinks_at(coming) or self._grows_at(coming))
+
+    def _shrinks_at(self, step: int) -> bool:
+        """Whether an update at this step prunes gradually."""
+        return self._method.shrink is not None and step >= self.prune_start_step
+
+    def _grows_at(self, step: int) -> bool:
+        """Whether an update at this step prunes and grows."""
+        waits = self._method.shrink is not None and step < self.prune_start_step
+        ended = self.final_update_step is not None and step > self.final_update_step
+        return self._method.grows and not waits and not ended
+
+    @property
+    def needs_dense_gradients(self) -> bool:
+        """Whether the next :meth:`step` reads gradients of inactive weights, which the backward pass then computes."""
+        return self._tracks_momentum or (self._reads_gradient and self.update_due and self._grows_at(self.steps + 1))
+
+    @property
+    def parameters(self) -> Mapping[str, nn.Parameter]:
+        """The weights that have masks, by the names that the masks go by."""
+        return self._parameters
+
+    @torch.no_grad()
+    def truncate_weights(self, prune_rate: float | None = None) -> None:
+        """Prune and grow once, now, on the gradients at hand; the density stays as it is.
+
+        Args:
+            prune_rate: share of each layer's active weights to remove, in [0, 1]; by default the scheduled one.
+        """
+        if prune_rate is not None and not 0 <= prune_rate <= 1:
+            raise UsageError(f"prune_rate lies in [0, 1], not {prune_rate}")
+        self._check_has_model()
+        self._check_weights()
+        layers = self._layers()
+        self._explore(layers, prune_rate)
+        self._settle(layers)
+
+    def check_can_explore(self) -> None:
+        """Refuse a :meth:`truncate_weights` that comes before the first optimizer step, if it reads momentum.
+
+        Raises:
+            UsageError: if it would.
+        """
+        if self._reads_momentum and not self.optimizer.state:
+            raise UsageError(
+                "the first cycle explores by momentum, and there is none yet: pre-train first, go on with masks and "
+                "optimizer of a checkpoint.pth, or choose modes that do not read momentum"
+            )
+
+    @torch.no_grad()
+    def density(self) -> float:
+        """Active over maskable weights, exactly.
+
+        Raises:
+            UsageError: if weights that the masks say are zero are not, because something else has written them.
+        """
+        self._check_has_model()
+        self._check_weights()
+        inactive = (weight.masked_fill(self.masks[name], 0) for name, weight in self._parameters.items())
+        for name, written in zip(self.masks, nonzero_counts(inactive), strict=True):
+            if written:
+                raise UsageError(
+                    f"{name} has {written:,} weights where its mask has none: something other than this optimizer's "
+                    "steps has written them, and the next step or apply_masks() makes them zero again"
+                )
+        return sum(self.active_counts().values()) / sum(mask.numel() for mask in self.masks.values())
+
+    def active_counts(self) -> dict[str, int]:
+        """Active weights of each masked parameter."""
+        self._check_has_model()
+        return dict(zip(self.masks, nonzero_counts(self.masks.values()), strict=True))
+
+    def explored(self) -> float:
+        """Share of maskable weights that were ever active, R_s of In-Time Over-Parameterization (Liu et al. 2021)."""
+        self._check_has_model()
+        active = sum(nonzero_counts(self._ever_active.values()))
+        return active / sum(seen.numel() for seen in self._ever_active.values())
+
+    def current_prune_rate(self) -> float:
+        """Share of active weights that an update now removes."""
+        progress = min(1.0, self.steps / self.total_steps) if self.total_steps else 0.0
+        return DECAYS[self.decay_schedule](self.prune_rate, progress)
+
+    @property
+    def sparse_steps(self) -> int | None:
+        """Steps on sparse gradients for each that needs dense ones, ΔT of ``costs.training_flops``; None: none does.
+
+        It holds for the next step, and changes where growth begins, ends or is switched off.
+        """
+        if self._tracks_momentum:
+            return 0
+        updates = self.updates_enabled and self._grows_at(self.steps + 1)
+        return self.update_frequency if updates and GROWTH[self.growth].reads_gradient else None
+
+    def scheduled_density(self) -> float:
+        """Density that a gradual method prunes to at this step."""
+        assert self.prune_end_step is not None
+        return gradual_density(
+            self.steps, self.prune_start_step, self.prune_end_step, self.init_density, self.final_density
+        )
+
+    @torch.no_grad()
+    def apply_masks(self) -> None:
+        """Zero every inactive weight and its optimizer state, in place."""
+        for name, weight in self._parameters.items():
+            self._dense_momentum.keep(name, weight, self.masks[name])
+            states = [state for _, state in per_weight_state(self.optimizer, weight)]
+            zero_inactive([weight, *states], self.masks[name])
+        self._versions = self._weight_versions()
+
+    def _weight_versions(self) -> list[int]:
+        """Counters that PyTorch raises whenever something writes into the weights (but by way of ``.data``)."""
+        return [weight._version for weight in self._parameters.values()]
+
+    def mask_gradients(self) -> None:
+        """Zero the gradient of every inactive weight, in place."""
+        for name, weight in self._parameters.items():
+            if weight.grad is not None:
+                zero_inactive([weight.grad], self.masks[name])
+
+    def state_dict(self) -> dict[str, Any]:
+        """A copy of everything that changes during training: masks, counters, threshold, exploration record."""
+        return {
+            "masks": {name: mask.clone() for name, mask in self.masks.items()},
+            "steps": self.steps,
+            "explorations": self._explorations,
+            "overdue": self._overdue,
+            "threshold": self._threshold,
+            "ever_active": {name: seen.clone() for name, seen in self._ever_active.items()},
+            "off_mask_momentum": self._dense_momentum.state_dict(),
+            "seed": self.seed,
+        }
+
+    def schema(self) -> Check:
+        """What a :meth:`state_dict` for this model has to hold."""
+        masks = record({name: like(mask) for name, mask in self.masks.items()}, exact=True)
+
+        def check_ever_active(state: Mapping[str, Any], where: str) -> None:
+            for name, mask in state["masks"].items():
+                if (mask.cpu() & ~state["ever_active"][name].cpu()).any():
+                    raise Mismatch(f"{inside(where, 'ever_active')}.{name} leaves out weights that are active")
+
+        fields = {
+            "masks": masks,
+            "steps": Count,
+            "explorations": Count,
+            "overdue": bool,
+            "threshold": Amount | None,
+            "ever_active": masks,
+            "off_mask_momentum": DenseMomentum.schema(self._parameters),
+            "seed": int,
+        }
+        return all_of(record(fields), check_ever_active)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a :meth:`state_dict`; call it after :meth:`add_module`.
+
+        Load the model's weights after :meth:`add_module`, too: the first masks that it draws zero what they leave out.
+
+        Raises:
+            UsageError: if it is none, or that of another model; nothing is changed then.
+        """
+        self._check_has_model()
+        try:
+            conform(state, self.schema())
+        except Mismatch as mismatch:
+            raise UsageError(f"this state is damaged, or of another model: {mismatch}") from mismatch
+        for name, mask in self.masks.items():
+            mask.copy_(state["masks"][name])
+            self._ever_active[name].copy_(state["ever_active"][name])
+        self.steps = state["steps"]
+        self._explorations = state["explorations"]
+        self._overdue = state["overdue"]
+        self._threshold = state["threshold"]
+        self.seed = state["seed"]
+        if self._tracks_momentum:
+            self._dense_momentum.load_state_dict(state["off_mask_momentum"], self._parameters)
+        self._versions = None
+
+    # ----------------------------------------------------------------------------------- topology updates
+
+    @torch.no_grad()
+    def _update_topology(self) -> None:
+        layers = self._layers()
+        if self._method.shrink:
+            self._method.shrink(layers, self.scheduled_density())
+        if self._grows_at(self.steps):
+            self._explore(layers)
+        self._settle(layers)
+
+    def _explore(self, layers: list[Layer], prune_rate: float | None = None) -> None:
+        """Prune and grow ``layers``; a ``prune_rate`` of its own leaves the steered threshold alone."""
+        rate = self.current_prune_rate() if prune_rate is None else prune_rate
+        threshold, steers = 0.0, self.prune == "threshold" and prune_rate is None
+        if self.prune == "threshold":
+            known = self._threshold if steers else None
+            threshold = magnitude_quantile(layers, rate) if known is None else known
+        before = sum(active_counts(layers)) if steers else 0
+        generator = torch.Generator(layers[0].mask.device)
+        generator.manual_seed(derive_seed(self.seed, "growth", self._explorations))
+        removed = prune_and_grow(layers, self.prune, self.growth, self.redistribution, rate, threshold, generator)
+        if GROWTH[self.growth].draws:
+            for layer in layers:  # GPUs of different kinds draw differently from one seed
+                distributed.broadcast(layer.mask)
+        self._explorations += 1
+        if steers and before:
+            # A threshold of zero could not be steered: look for one anew next time.
+            self._threshold = steer_threshold(threshold, removed / before, rate) or None
+
+    def _settle(self, layers: list[Layer]) -> None:
+        """Apply masks that just changed, record them, and check that all ranks made the same change."""
+        for mask, layer in zip(self.masks.values(), layers, strict=True):
+            if layer.mask.data_ptr() != mask.data_ptr():  # a memory format that has no flat view
+                mask.copy_(layer.mask.view(mask.shape))
+        self.apply_masks()
+        masks = _on_host(list(self.masks.values()))
+        for seen, mask in zip(self._ever_active.values(), masks, strict=True):
+            seen.logical_or_(mask)
+        if distributed.world_size() > 1:
+            prints = torch.stack([_fingerprint(_flat(mask, mask)) for mask in masks])
+            if not distributed.all_equal(prints):
+                raise FaultError(f"the ranks' masks differ after the topology update at step {self.steps}")
+
+    def _layers(self) -> list[Layer]:
+        """Flat views of every masked weight with what the chosen modes read.
+
+        A mask whose weight has changed its memory format since is laid out anew.
+        """
+        if frozen := [name for name, weight in self._parameters.items() if not weight.requires_grad]:
+            raise UsageError(
+                f"{frozen[0]} was frozen after add_module, and an update would prune it: freeze layers before, or stop "
+                "updates by updates_enabled = False"
+            )
+        if self._reads_gradient and all(weight.grad is None for weight in self._parameters.values()):
+            raise UsageError("the chosen modes read gradients: run a backward pass before")
+        last = classifier(self._parameters)
+        layers = []
+        for name, weight in self._parameters.items():
+            if self.masks[name].stride() != weight.stride():
+                self.masks[name] = torch.empty_like(weight, dtype=torch.bool).copy_(self.masks[name])
+            layer = Layer(
+                weight=_flat(weight.detach(), weight),
+                mask=_flat(self.masks[name], weight),
+                neurons=weight.shape[0],
+                is_classifier=name == last,
+            )
+            if self._reads_gradient:
+                gradient = torch.zeros_like(weight) if weight.grad is None else weight.grad
+                layer.gradient = _flat(gradient.detach(), weight)
+            if self._reads_momentum:
+                layer.momentum = _flat(self._dense_momentum.of(name, weight), weight)
+            layers.append(layer)
+        return layers
+
+    def _check_has_model(self) -> None:
+        if not self.masks:
+            raise UsageError("there are no masks yet: call add_module first")
+
+    def _check_weights(self) -> None:
+        """Refuse to go on where the model's weights, or their gradients, are not what masks were made for."""
+        for holder, name, held in self._links:
+            if holder.get(name) is not held:
+                raise UsageError(
+                    f"the masked model's {name!r} was replaced after add_module: make a new optimizer and Masking"
+                )
+        for name, weight in self._parameters.items():
+            if weight.grad is not None and weight.grad.is_sparse:
+                raise UsageError(f"{name} has a sparse gradient, which masks cannot be applied to")
+
+    def gradients_are_finite(self) -> bool:
+        """Whether all gradients of the optimizer's parameters are finite; a loss scaler skips steps where not."""
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        return math.isfinite(get_total_norm([p.grad for p in parameters if p.grad is not None], math.inf))
+
+
+def _check_values(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:
+    """Refuse weights that masks cannot be applied to."""
+    for name, weight in parameters.items():
+        if weight.is_meta:
+            raise UsageError(
+                f"{name} has no values on the meta device: move the model with to_empty() and fill it first"
+            )
+    masked = set(parameters.values())
+    for path, module in model.named_modules():
+        if getattr(module, "sparse", False) and isinstance(module, EMBEDDINGS) and module.weight in masked:
+            raise UsageError(
+                f"{path} has sparse gradients, which masks cannot be applied to: make it with sparse=False"
+            )
+
+
+def _links(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> list[tuple[Mapping[str, Any], str, Any]]:
+    """What leads from a model to its masked weights: (a module's entries, name of one, what it is)."""
+    masked = set(parameters.values())
+    links: dict[tuple[int, str], tuple[Mapping[str, Any], str, Any]] = {}
+    for path, parameter in model.named_parameters():
+        if parameter in masked:
+            *parents, last = path.split(".")
+            module = model
+            for name in parents:
+                links[id(module), name] = module._modules, name, module._modules[name]
+                module = module.get_submodule(name)
+            links[id(module), last] = module._parameters, last, parameter
+    return list(links.values())
+
+
+BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def zero_inactive(tensors: Sequence[Tensor], mask: Tensor) -> None:
+    """Set ``tensors`` to exactly zero where ``mask`` is false, in place; all have its shape.
+
+    Whatever stands there, infinities and NaN included, becomes +0.
+    """
+    factors: dict[torch.dtype, Tensor] = {}
+    for tensor in tensors:
+        if tensor.device.type != "cpu":
+            torch.where(mask, tensor, _zero(tensor.device, tensor.dtype), out=tensor)
+            continue
+        # On a CPU, multiplying bit patterns by 0 or 1 takes half the time of `where` or `masked_fill`.
+        bits = BITS[tensor.element_size()]
+        if bits not in factors:
+            factors[bits] = mask.to(bits)
+        tensor.view(bits).mul_(factors[bits])
+
+
+@cache
+def _zero(device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Made once: on a GPU, making it anew for every layer would be as many kernel launches again."""
+    return torch.zeros((), device=device, dtype=dtype)
+
+
+def _flat(tensor: Tensor, reference: Tensor) -> Tensor:
+    """Lay ``tensor`` out as one dimension, neuron by neuron: a view, if it has ``reference``'s memory format and that
+    is contiguous or channels-last; else a copy."""
+    if reference.dim() == 4 and reference.is_contiguous(memory_format=torch.channels_last):
+        tensor = tensor.permute(0, 2, 3, 1)
+    return tensor.reshape(-1)
+
+
+def _on_host(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The tensors in main memory; those of a GPU come by one transfer, since each makes it wait."""
+    if tensors[0].device.type == "cpu":
+        return list(tensors)
+    parts = torch.cat([tensor.flatten() for tensor in tensors]).cpu().split([tensor.numel() for tensor in tensors])
+    return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
+
+
+def _fingerprint(mask: Tensor) -> Tensor:
+    """One integer that tells apart flat masks which differ anywhere, with overwhelming probability."""
+    mixed = mask.nonzero().squeeze(1) + 1
+    for factor in (0x1E3779B97F4A7C15, 0x3F58476D1CE4E5B9):  # each position becomes an unrelated 64-bit number
+        mixed = mixed * factor
+        mixed = mixed.bitwise_xor(mixed >> 29)
+    return mixed.sum()
+
+
+def _check_choice(name: str, value: str, table: Mapping[str, Any]) -> None:
+    if value not in table:
+        raise UsageError(f"{name} is one of {', '.join(table)}, not {value!r}")
+
+
+def _whole(name: str, value: Any, at_least: int = 0) -> int:
+    number = float(value) if isinstance(value, Real) else math.nan
+    if not number.is_integer() or number < at_least:
+        raise UsageError(f"{name} is a whole number of steps, at least {at_least}, not {value!r}")
+    return int(value)

@@ -1,0 +1,424 @@
+"""What both scripts do with a recipe: masks, resuming, and the run itself."""
+
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from sparselearning.execution import sparse_execution
+from sparselearning.process import distributed
+from sparselearning.process.errors import UsageError, first_line
+from sparselearning.process.files import load_torch, write_json
+from sparselearning.process.signals import Stopped, stop_signals
+from sparselearning.process.tensor_schema import check
+from sparselearning.sparse.costs import layer_densities, layer_flops, overall_density
+from sparselearning.sparse.distributions import active_count
+from sparselearning.sparse.layers import maskable_parameters
+from sparselearning.sparse.masking import Masking
+from sparselearning.sparse.sparse_init import SPARSE_INITS
+from sparselearning.sparse.superpose import batchnorms
+from sparselearning.sparse.topology import METHODS, REDISTRIBUTION, Layer, classifier, shrink_globally
+from sparselearning.training.checkpoint import HEAD, MARKS
+from sparselearning.training.data import Batch
+from sparselearning.training.engine import Sources, Trainer
+from sparselearning.training.networks import load_weights
+from sparselearning.training.passes import Passes, keeping_buffers
+from sparselearning.training.plan import Plan
+from sparselearning.training.progress import Progress, layer_table, print_notes, run_table
+from sparselearning.training.provenance import ENVIRONMENT
+from sparselearning.training.records import Summary
+from sparselearning.training.run_folder import RunFolder, find_checkpoint
+from sparselearning.training.runtime import Runtime
+
+
+@dataclass(frozen=True)
+class SparseTraining:
+    """How a run is kept sparse: the arguments of :class:`Masking` and of its ``add_module``."""
+
+    masking: dict[str, Any]
+    sparse_init: str = "ERK"
+    pruning_rate: float = 0.5
+    keep_first_dense: bool = False
+    dense_layers: Sequence[str] = ()
+    layer_densities: Mapping[str, float] = field(default_factory=dict)
+    frozen: bool = False
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a data set brings: network, optimizer, batches, loss.
+
+    Attributes:
+        model: on the device.
+        optimizer: over its parameters.
+        sources: training and evaluation batches.
+        sample_shape: of one input, e.g. ``(3, 32, 32)``.
+        class_balanced_batch: draws the batch that masks by gradient (``snip``, ``prune_and_grow_*``) are drawn from.
+        label_smoothing: of the training loss.
+    """
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    sources: Sources
+    sample_shape: tuple[int, ...]
+    class_balanced_batch: Callable[[], Batch]
+    label_smoothing: float = 0.0
+
+
+@dataclass(frozen=True)
+class Output:
+    """What a run writes and shows.
+
+    Attributes:
+        folder: the run's folder.
+        config: content of ``config.json``.
+        identity: the part of it that a resumed run must share.
+        resume: where to start from.
+        log_interval: batches between looks at the running loss.
+        keep_tickets: write every ticket to a file of its own.
+        keep_checkpoints: keep the checkpoint of every epoch.
+        tensorboard: where to write TensorBoard's event files; None: nowhere.
+    """
+
+    folder: RunFolder
+    config: dict[str, Any]
+    identity: dict[str, Any] = field(default_factory=dict)
+    resume: Path | None = None
+    log_interval: int = 100
+    keep_tickets: bool = False
+    keep_checkpoints: bool = False
+    tensorboard: Path | None = None
+
+
+def check_images(model: nn.Module, shapes: Iterable[Sequence[int]]) -> None:
+    """Refuse images that a network does not take.
+
+    Args:
+        model: a copy of it is run, on the ``meta`` device, where nothing is computed.
+        shapes: of single images, (C, H, W).
+
+    Raises:
+        UsageError: naming the first such shape.
+    """
+    copy = deepcopy(model).to("meta").eval()
+    height = width = 0
+    try:
+        for channels, height, width in shapes:
+            copy(torch.empty(1, channels, height, width, device="meta"))
+    except Exception as error:  # networks raise errors of many kinds
+        reason = first_line(error)
+        raise UsageError(f"this network takes no images of {height} x {width} pixels ({reason})") from error
+
+
+def check_smallest_batch(model: nn.Module, shape: Sequence[int], images: int) -> None:
+    """Refuse single images per step and process where a BatchNorm would then see a single value per channel.
+
+    Args:
+        model: a copy of it is run, on the ``meta`` device, where nothing is computed.
+        shape: of an image that it takes, (C, H, W).
+        images: the fewest that a process gets in a training step.
+
+    Raises:
+        UsageError: if this network cannot train on them.
+    """
+    if images > 1:
+        return
+    try:
+        deepcopy(model).to("meta").train()(torch.empty(1, *shape, device="meta"))
+    except ValueError as error:
+        raise UsageError("BatchNorm cannot train on one image at a time: at least 2 per step and process") from error
+
+
+def prepare(
+    recipe: Recipe,
+    plan: Plan,
+    sparse: SparseTraining | None,
+    runtime: Runtime,
+    output: Output,
+    stop_signal: Callable[[], int] = lambda: 0,
+) -> Trainer:
+    """Draw the masks, or take them and all else from what ``output.resume`` names; no file of the run is written yet.
+
+    Raises:
+        UsageError: if what ``resume`` names does not fit.
+        FaultError: if it cannot be read.
+    """
+    device = next(recipe.model.parameters()).device
+    runtime = runtime.resolved(device)
+    source = find_checkpoint(output.resume) if output.resume else None
+    saved, is_checkpoint, continues = {}, False, False
+    if source:
+        saved = load_torch(source)
+        is_checkpoint = not saved.keys().isdisjoint(MARKS)
+        if is_checkpoint:
+            check(saved, HEAD, source)
+        continues = _continues(saved, is_checkpoint, plan, sparse, output)
+        if not continues:
+            load_weights(recipe.model, saved, source)
+    masking, keeps_pattern = None, True
+    if sparse:
+        init = _first_masks(plan, sparse, continues)
+        masking, keeps_pattern = _mask(recipe, sparse, init), init == "resume"
+    flops = layer_flops(recipe.model, recipe.sample_shape)
+    network: Any = torch.compile(recipe.model) if runtime.compile else recipe.model
+    executed = None
+    if masking and runtime.execution != "masked":
+        network = executed = sparse_execution(recipe.model, masking, flops if runtime.execution == "auto" else None)
+    trainer = Trainer(
+        Passes(recipe.model, distributed.wrap(network, device), runtime.precision(), recipe.label_smoothing, executed),
+        recipe.optimizer,
+        masking,
+        recipe.sources,
+        plan,
+        output.folder,
+        Progress(output.tensorboard),
+        layer_flops=flops,
+        log_interval=output.log_interval,
+        keep_tickets=output.keep_tickets,
+        keep_checkpoints=output.keep_checkpoints,
+        identity=output.identity,
+        stop_signal=stop_signal,
+    )
+    if masking:
+        masking.steps = plan.first_epoch * len(recipe.sources.train)  # cycles alone come after pre-training
+    if source:
+        if continues:
+            trainer.load_checkpoint(saved, source)
+        elif not plan.pre_train and is_checkpoint and keeps_pattern:
+            trainer.load_training_state(saved, source)
+    if plan.update_bn and plan.cyclic_train and plan.budget.tickets and not batchnorms(recipe.model):
+        print_notes("this network has no BatchNorm statistics: there is nothing for --update_bn to re-estimate")
+    if masking:
+        _check_budget(masking, plan)
+        _note_density(masking, plan)
+        _note_unfinished_pruning(masking, plan, len(recipe.sources.train))
+    return trainer
+
+
+def run(recipe: Recipe, plan: Plan, sparse: SparseTraining | None, runtime: Runtime, output: Output) -> Summary:
+    """Do one run from its start, or from where it was stopped, to its table; return its summary.
+
+    Raises:
+        UsageError: if what ``resume`` names does not fit.
+        FaultError: if training or the disk fails, or another run is using the folder.
+        Stopped: on a stop signal, after writing the checkpoint.
+    """
+    if distributed.restarts() and output.resume is None and output.folder.checkpoint.exists():
+        output = replace(output, resume=output.folder.path)
+    with stop_signals() as stop_signal, ExitStack() as held:
+        trainer = prepare(recipe, plan, sparse, runtime, output, stop_signal)
+        if trainer.masking and plan.explores_before(trainer.epoch) and not trainer.continues:
+            trainer.masking.check_can_explore()
+        if distributed.is_main() and trainer.masking:
+            print(f"execution: {_execution(trainer)}", flush=True)
+        distributed.on_main(lambda: _open_folder(output, trainer, held))
+        summary = trainer.run()
+        if distributed.is_main():
+            write_json(output.folder.summary, summary)
+            print(run_table(summary, output.folder.path))
+        distributed.barrier()
+        if stop_signal():  # it came too late to stop this run, but the next one is not to start
+            raise Stopped(stop_signal(), output.folder.checkpoint)
+    return summary
+
+
+def show_layers(recipe: Recipe, plan: Plan, sparse: SparseTraining | None, runtime: Runtime, output: Output) -> None:
+    """Print a table of the layers of a run, as it would start or go on; nothing is trained or written.
+
+    Raises:
+        UsageError: if what ``resume`` names does not fit.
+        FaultError: if it cannot be read.
+    """
+    masking = prepare(recipe, plan, sparse, runtime, replace(output, tensorboard=None)).masking
+    if not distributed.is_main():
+        return
+    shapes = {name: tuple(weight.shape) for name, weight in maskable_parameters(recipe.model).items()}
+    now = layer_densities(masking.masks) | {"all": masking.density()} if masking else {}
+    at_end = _densities_at_end(masking) if masking else {}
+    print(layer_table(shapes, layer_flops(recipe.model, recipe.sample_shape), now, at_end))
+    if masking and plan.cyclic_train and plan.budget.tickets:
+        print(f"superpositions are pruned to density {plan.final_density} over all masked layers, by magnitude")
+
+
+def _densities_at_end(masking: Masking) -> dict[str, float | None]:
+    """Density of every masked layer, and of ``all``, after the last update; None where the weights will decide."""
+    method, last = METHODS[masking.method], classifier(masking.masks)
+    layers = {
+        name: Layer(mask.flatten().float(), mask.flatten().clone(), is_classifier=name == last)
+        for name, mask in masking.masks.items()
+    }
+    if masking.updates_enabled and method.shrink:
+        method.shrink(list(layers.values()), masking.final_density)
+    found: dict[str, float | None] = dict(layer_densities({name: layer.mask for name, layer in layers.items()}))
+    total = overall_density(layer.mask for layer in layers.values())
+    prunes_anywhere = method.shrink is shrink_globally and total < masking.density()
+    redistributes = method.grows and REDISTRIBUTION[masking.redistribution] is not None
+    if masking.updates_enabled and (prunes_anywhere or redistributes):
+        found = dict.fromkeys(found)
+    return found | {"all": total}
+
+
+def _execution(trainer: Trainer) -> str:
+    """How the run begins to compute: ``auto`` may change over as masks change."""
+    sparse = trainer.passes.sparse
+    if sparse is None:
+        return "masked" if trainer.masking else "dense"
+    return "sparse" if sparse.is_sparse else "masked, which is faster at this density"
+
+
+def _mask(recipe: Recipe, sparse: SparseTraining, init: str) -> Masking:
+    """Make the masking and draw its first masks."""
+    masking = Masking(recipe.optimizer, **sparse.masking)
+    masking.updates_enabled = not sparse.frozen
+    if SPARSE_INITS[init].needs_gradients:
+        batch = recipe.class_balanced_batch()
+        recipe.model.train()
+        with keeping_buffers(recipe.model):
+            nn.functional.cross_entropy(recipe.model(batch.images), batch.labels).backward()
+    masking.add_module(
+        recipe.model,
+        init,
+        pruning_rate=sparse.pruning_rate,
+        keep_first_dense=sparse.keep_first_dense,
+        dense_layers=sparse.dense_layers,
+        layer_densities=sparse.layer_densities if SPARSE_INITS[init].shares_density else {},
+    )
+    recipe.optimizer.zero_grad()
+    return masking
+
+
+def _first_masks(plan: Plan, sparse: SparseTraining, continues: bool) -> str:
+    """Name in :data:`SPARSE_INITS` of how the first masks are drawn."""
+    if continues:
+        return "GMP"  # any: the checkpoint's masks replace them
+    if plan.pre_train or SPARSE_INITS[sparse.sparse_init].needs_trained_weights:
+        return sparse.sparse_init
+    return "resume"  # cycles alone start from trained weights, which random masks would destroy
+
+
+def _check_budget(masking: Masking, plan: Plan) -> None:
+    """Refuse superpositions without any weight."""
+    total = sum(mask.numel() for mask in masking.masks.values())
+    if plan.final_density and active_count(total, plan.final_density) == 0:
+        raise UsageError(f"a final density of {plan.final_density} leaves none of {total:,} weights active")
+
+
+def _note_density(masking: Masking, plan: Plan) -> None:
+    """Tell the user if cycles alone start from more weights than the budget allows."""
+    if not plan.pre_train and plan.final_density and _is_denser(masking, plan.final_density):
+        print_notes(f"the weights to start from are denser than the budget of {plan.final_density}")
+
+
+def _is_denser(masking: Masking, density: float) -> bool:
+    """Whether more weights are active than a budget of that density allows."""
+    budget = active_count(sum(mask.numel() for mask in masking.masks.values()), density)
+    return sum(masking.active_counts().values()) > budget
+
+
+def _note_unfinished_pruning(masking: Masking, plan: Plan, batches: int) -> None:
+    """Tell the user if the last topology update comes before gradual pruning is at its end."""
+    if not (METHODS[masking.method].shrink and masking.updates_enabled) or masking.prune_end_step is None:
+        return
+    end = (plan.end_epoch if plan.updates_in_cycles else plan.budget.pretrain_epochs) * batches
+    last = end - end % masking.update_frequency
+    gets_there = last > masking.steps and last >= masking.prune_end_step
+    if gets_there or not _is_denser(masking, masking.final_density):
+        return
+    updates = f"the last topology update is at step {last}" if last > masking.steps else "no topology update comes"
+    print_notes(
+        f"gradual pruning does not get to density {masking.final_density}: its window ends at step "
+        f"{masking.prune_end_step}, and {updates} (one in {masking.update_frequency} steps, {end} in all)"
+    )
+
+
+def _continues(
+    saved: Mapping[str, Any], is_checkpoint: bool, plan: Plan, sparse: SparseTraining | None, output: Output
+) -> bool:
+    """Whether a saved file is a run with these very flags, to go on with; else its weights are a start.
+
+    A finished run with flags that start from weights can be either: in its own folder it goes on; in another, its
+    weights are the start of a new run.
+
+    Raises:
+        UsageError: if it is neither.
+    """
+    starts_from_weights = not plan.pre_train or (sparse and SPARSE_INITS[sparse.sparse_init].needs_trained_weights)
+    there = {name: saved["config"].get(name) for name in output.identity} if is_checkpoint else {}
+    if is_checkpoint and there == output.identity:
+        assert output.resume is not None
+        own = RunFolder.of(output.resume).path.resolve() == output.folder.path.resolve()
+        if starts_from_weights and saved["epoch"] == plan.end_epoch and not own:
+            return False
+        if (processes := len(saved["ranks"])) != distributed.world_size():
+            raise UsageError(
+                f"{output.resume} was written by {processes} process{'es' * (processes > 1)}: go on with as many, "
+                f"not {distributed.world_size()}"
+            )
+        return True
+    if starts_from_weights:
+        return False
+    if not is_checkpoint:
+        raise UsageError(
+            f"{output.resume} is no checkpoint of a run: weights alone can start --cyclic_train without --pre_train, "
+            "or --sparse-init resume and prune_*"
+        )
+    differing = [
+        f"{name} ({there.get(name)} there, {value} here)"
+        for name, value in sorted(output.identity.items())
+        if there.get(name) != value
+    ]
+    raise UsageError(f"{output.resume} belongs to a run with other flags: {', '.join(differing)}")
+
+
+def _open_folder(output: Output, trainer: Trainer, held: ExitStack) -> None:
+    """Make the run's folder and write ``config.json``; another run there moves aside, unless it is still going on.
+
+    A run that goes on keeps its files, and brings them along into another folder; one that goes back to an earlier
+    checkpoint leaves them to the later run. ``held`` keeps other runs out of the folder until it is closed.
+
+    Raises:
+        FaultError: if another run is using the folder, or it cannot be made.
+        UsageError: if what lies there is no run.
+    """
+    folder = output.folder
+    source, goes_back = None, False
+    if output.resume and trainer.continues:
+        source = RunFolder.of(output.resume)
+        goes_back = find_checkpoint(output.resume).resolve() != source.checkpoint.resolve()
+    if not held.enter_context(folder.in_use()):
+        print_notes(f"the file system of {folder.path} has no locks: no other run may write there meanwhile")
+    if source is None or goes_back or source.path.resolve() != folder.path.resolve():
+        on_windows = os.name == "nt"  # which moves no folder with an open file in it
+        if on_windows:
+            held.close()
+        aside = folder.make_room()
+        if aside:
+            print_notes(f"an earlier run stood in {folder.path}: moved to {aside}")
+        if aside or on_windows:
+            held.enter_context(folder.in_use())
+        if source and not goes_back:
+            folder.copy_from(source.path)
+    if not folder.config.exists():
+        write_json(folder.config, {**output.config, "executed": _execution(trainer)})
+    else:
+        _note_environment(folder, output.config)
+
+
+def _note_environment(folder: RunFolder, config: Mapping[str, Any]) -> None:
+    """Add the code, versions and hardware that a run goes on with to its ``config.json``, if they are others.
+
+    Raises:
+        FaultError: if the file is damaged.
+    """
+    there = folder.read_config()
+    latest = (there.get("resumed") or [there])[-1]
+    now = {name: config[name] for name in ENVIRONMENT if name in config}
+    if any(latest.get(name) != value for name, value in now.items()):
+        there.setdefault("resumed", []).append(now)
+        write_json(folder.config, there)

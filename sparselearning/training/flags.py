@@ -1,0 +1,608 @@
+"""The command-line flags that both scripts share, their checks, and what they mean to the library."""
+
+import argparse
+import os
+import re
+import shlex
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, NoReturn
+
+from sparselearning import execution
+from sparselearning.process.errors import FaultError, UsageError
+from sparselearning.process.files import read_json
+from sparselearning.process.schema import FlagValue, read, shown
+from sparselearning.sparse.schedules import DECAYS
+from sparselearning.sparse.sparse_init import SPARSE_INITS
+from sparselearning.sparse.superpose import AVERAGING, chooses
+from sparselearning.sparse.topology import GROWTH, METHODS, PRUNE, REDISTRIBUTION, chosen_modes
+from sparselearning.training.experiment import SparseTraining
+from sparselearning.training.plan import EpochBudget, Plan
+from sparselearning.training.records import flags_of
+from sparselearning.training.runtime import AMP, Runtime
+
+# Flags that change where a run's files lie, what it shows, or how much it evaluates at a time, not what it computes
+# (but for rounding): a resumed run may differ in them. What `resume` names counts where it is a start.
+WITHOUT_EFFECT_ON_RESULTS = {
+    "benchmark_inference", "benchmark_training", "config", "data_dir", "demo", "evaluate", "gather_checkpoints",
+    "indicate_method", "iters", "keep_tickets", "local_rank", "log_interval", "master_port", "mgpu", "print_freq",
+    "prof", "resume", "save", "show_layers", "tensorboard", "test_batch_size", "workers",
+}  # fmt: skip
+
+
+OF_ONE_CALL = {"config", "iters", "local_rank", "resume", "save"}
+"""Flags that ``--config`` does not take over: where a run's files were, what it went on from, how it was started."""
+
+
+class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
+class Parser(argparse.ArgumentParser):
+    """Shows defaults in ``--help``, takes no abbreviations, and says what is wrong in one sentence.
+
+    Args:
+        doc: whose first line says what the script does; None where Python drops docstrings.
+        epilog: what ``--help`` ends with.
+    """
+
+    def __init__(self, doc: str | None, epilog: str | None = None) -> None:
+        super().__init__(
+            description=doc.splitlines()[0] if doc else None,
+            epilog=epilog,
+            formatter_class=_Formatter,
+            allow_abbrev=False,
+        )
+
+    def given(self, argv: Sequence[str] | None = None) -> dict[str, str]:
+        """The flags that a command line itself gives, whatever their values: name in the parsed arguments → flag."""
+        unset = object()
+        names = vars(self.parse_args(argv, argparse.Namespace(**{action.dest: unset for action in self._actions})))
+        return {
+            action.dest: action.option_strings[-1]
+            for action in self._actions
+            if action.option_strings and names[action.dest] is not unset
+        }
+
+    def error(self, message: str) -> NoReturn:
+        """Leave with one sentence and status 2; of a flag that there is none of, name the nearest."""
+        unknown = re.search(r"^unrecognized arguments: .*?(--?[a-zA-Z][^\s=]*)", message)
+        if unknown and (near := get_close_matches(unknown[1], self._option_string_actions, n=1)):
+            message += f"; did you mean {near[0]}?"
+        self.exit(2, f"{self.prog}: error: {message} (--help lists all flags)\n")
+
+
+def density(text: str) -> float:
+    """Parse a share of weights, in (0, 1]."""
+    return _number(text, float, lambda value: 0 < value <= 1, "a density lies in (0, 1]")
+
+
+def rate(text: str) -> float:
+    """Parse a share, in [0, 1]."""
+    return _number(text, float, lambda value: 0 <= value <= 1, "it lies in [0, 1]")
+
+
+def below_one(text: str) -> float:
+    """Parse a share, in [0, 1)."""
+    return _number(text, float, lambda value: 0 <= value < 1, "it lies in [0, 1)")
+
+
+def between_zero_and_one(text: str) -> float:
+    """Parse a number in (0, 1)."""
+    return _number(text, float, lambda value: 0 < value < 1, "it lies in (0, 1)")
+
+
+def non_negative_float(text: str) -> float:
+    """Parse a finite number, at least 0."""
+    return _number(text, float, lambda value: 0 <= value < float("inf"), "it is a number of at least 0")
+
+
+def positive_float(text: str) -> float:
+    """Parse a finite number above 0."""
+    return _number(text, float, lambda value: 0 < value < float("inf"), "it is a number above 0")
+
+
+def non_negative(text: str) -> int:
+    """Parse a whole number, at least 0."""
+    return _number(text, int, lambda value: value >= 0, "it is a whole number of at least 0")
+
+
+def seed(text: str) -> int:
+    """Parse a seed that every random generator takes, in [0, 2⁶³)."""
+    return _number(text, int, lambda value: 0 <= value < 2**63, "a seed is a whole number in [0, 2^63)")
+
+
+def positive(text: str) -> int:
+    """Parse a whole number, at least 1."""
+    return _number(text, int, lambda value: value >= 1, "it is a whole number of at least 1")
+
+
+def path(text: str) -> Path:
+    """Parse a path, in which a leading ``~`` is the user's home."""
+    if not text:
+        raise argparse.ArgumentTypeError("it is a path, not an empty text")
+    return Path(os.path.expanduser(text))  # as a text: Path takes ./~ for ~
+
+
+def layer_density(text: str) -> str:
+    """Check a pattern of layers and their density, ``GLOB=D``."""
+    pattern, equals, value = text.rpartition("=")
+    if not (pattern and equals):
+        raise argparse.ArgumentTypeError(f"it is written GLOB=D, such as fc=0.1, not {text!r}")
+    density(value)
+    return text
+
+
+def _number(text: str, kind: Callable[[str], Any], valid: Callable[[Any], bool], rule: str) -> Any:
+    try:
+        value = kind(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{rule}, not {text!r}") from None
+    if not valid(value):
+        raise argparse.ArgumentTypeError(f"{rule}, not {text}")
+    return value
+
+
+def add_run_flags(parser: argparse.ArgumentParser) -> None:
+    """Flags about the run as a whole: seed, files, device, number formats."""
+    group = parser.add_argument_group("run")
+    group.add_argument(
+        "--indicate_method", default="Results", metavar="NAME", help="name of the run: in its path and in reports"
+    )
+    group.add_argument("--seed", type=seed, default=17, help="of weights, masks, data order and augmentation")
+    group.add_argument("--save", type=path, metavar="DIR", help="where the run's files go, in place of saved_models/…")
+    group.add_argument(
+        "--resume", type=path, metavar="PATH",
+        help="go on from a checkpoint.pth or a run's folder; for --cyclic_train alone and for --sparse-init resume "
+        "and prune_*, any saved .pth to start from",
+    )  # fmt: skip
+    group.add_argument(
+        "--config", type=path, metavar="FILE",
+        help="take the flags of an earlier run from its config.json, but for --save and --resume; those on the command "
+        "line count more",
+    )  # fmt: skip
+    group.add_argument("--keep-tickets", action="store_true", help="save every ticket, in tickets/ of the run's folder")
+    group.add_argument("--tensorboard", type=path, metavar="DIR", help="write TensorBoard scalars there as well")
+    group.add_argument(
+        "--multiplier",
+        type=positive,
+        default=1,
+        help="stretch all counts of epochs, milestones and warm-up among them, this many times, but for --cycle",
+    )
+    group.add_argument(
+        "--show-layers", action="store_true",
+        help="print every layer's shape, density now and at the end, and FLOPs, in place of training",
+    )  # fmt: skip
+    group.add_argument(
+        "--ema", type=between_zero_and_one, metavar="DECAY",
+        help="a baseline beside superposing: also measure, at the end, the exponential moving average of every step's "
+        "weights, pruned to the budget and with BatchNorm re-estimated",
+    )  # fmt: skip
+    group.add_argument("--no-cuda", action="store_true", help="train on the CPU even if there is a GPU")
+    group = parser.add_argument_group("speed")
+    group.add_argument(
+        "--amp", choices=["auto", *AMP],
+        help="number format of forward passes; auto: bf16 on a GPU that has it, else off (float32) (default: auto)",
+    )  # fmt: skip
+    group.add_argument(
+        "--fp16", action="store_true", help="the same as --amp fp16: float16 with loss scaling, on a GPU"
+    )
+    group.add_argument(
+        "--channels-last", action=argparse.BooleanOptionalAction, default=True,
+        help="keep the channels of a pixel together in memory, which most convolutions are faster on",
+    )  # fmt: skip
+    group.add_argument(
+        "--execution", choices=execution.EXECUTIONS, default="auto",
+        help="masked multiplies by the zeros of inactive weights; sparse computes with active ones alone, on CPUs; "
+        "auto is what is faster by shapes and densities, always masked on a GPU",
+    )  # fmt: skip
+    group.add_argument(
+        "--compile", action="store_true", help="compile the network's passes: slower start, faster steps"
+    )
+    group.add_argument(
+        "--tf32", action=argparse.BooleanOptionalAction, default=True,
+        help="let a GPU round the inputs of float32 products to TensorFloat-32",
+    )  # fmt: skip
+    group.add_argument(
+        "--deterministic", action="store_true", help="on a GPU too, only algorithms that repeat bit by bit (slower)"
+    )
+
+
+def add_sparse_flags(parser: argparse.ArgumentParser) -> None:
+    """Flags of sparse training: masks, topology updates, densities."""
+    group = parser.add_argument_group("sparse training")
+    group.add_argument("--sparse", action="store_true", help="train with masks; without it training is dense")
+    group.add_argument("--fix", action="store_true", help="freeze the topology: static sparse training")
+    group.add_argument(
+        "--sparse-init", choices=SPARSE_INITS, default="ERK",
+        help="how the first masks are drawn; cycles alone take the pattern of the loaded weights, but for prune_*",
+    )  # fmt: skip
+    methods = "; ".join(f"{name}: {method.about}" for name, method in METHODS.items())
+    group.add_argument(
+        "--method", choices=METHODS, default="GraNet", help=f"what happens at a topology update. {methods}"
+    )
+    group.add_argument("--prune", choices=PRUNE, default="magnitude", help="which weights an update removes")
+    group.add_argument("--growth", choices=GROWTH, default="gradient", help="which weights an update grows")
+    group.add_argument(
+        "--redistribution", choices=REDISTRIBUTION, default="none",
+        help="how the removed weights are shared out over layers; none: a layer regrows what it lost",
+    )  # fmt: skip
+    group.add_argument(
+        "--prune-rate", type=rate, default=0.5, help="share of a layer's active weights that an update removes"
+    )
+    group.add_argument(
+        "--decay-schedule", choices=DECAYS, default="cosine", help="how the prune rate falls over the whole run"
+    )
+    group.add_argument(
+        "--pruning-rate", type=rate, default=0.5, help="share of the trained weights that --sparse-init prune_* drops"
+    )
+    group.add_argument(
+        "--update-frequency", type=positive, default=100, metavar="STEPS", help="steps from one update to the next"
+    )
+    group.add_argument("--init-density", type=density, default=0.5, help="share of active weights at the start")
+    group.add_argument(
+        "--final-density", type=density, default=0.05,
+        help="share that GraNet and GMP end at, and that every superposition is pruned back to",
+    )  # fmt: skip
+    group.add_argument(
+        "--init-prune-epoch", type=non_negative, default=0, metavar="EPOCH", help="gradual pruning starts here"
+    )
+    group.add_argument(
+        "--final-prune-epoch", type=non_negative, default=110, metavar="EPOCH",
+        help="gradual pruning reaches the final density here",
+    )  # fmt: skip
+    group.add_argument(
+        "--final-update-epoch", type=non_negative, metavar="EPOCH",
+        help="updates prune and grow in the epochs before this one only; gradual pruning and --re_explore go on "
+        "(default: in all)",
+    )  # fmt: skip
+    group.add_argument("--rm-first", action="store_true", help="keep the first layer dense, outside the masks")
+    group.add_argument(
+        "--dense-layers", nargs="+", metavar="GLOB",
+        help="keep the layers dense whose names match, such as fc or 'layer4.*' (--show-layers lists names)",
+    )  # fmt: skip
+    group.add_argument(
+        "--layer-density", nargs="+", type=layer_density, metavar="GLOB=D",
+        help="density of the layers that match at the start; the others share what is left of --init-density",
+    )  # fmt: skip
+
+
+def add_ticket_flags(parser: argparse.ArgumentParser) -> None:
+    """Flags of cheap tickets and their superposition."""
+    group = parser.add_argument_group("tickets and superposing")
+    group.add_argument("--pre_train", action="store_true", help="do the pre-training part of the run")
+    group.add_argument("--cyclic_train", action="store_true", help="do the cycles, each of which ends in a ticket")
+    group.add_argument("--cycle", type=positive, default=8, metavar="EPOCHS", help="length of a cycle")
+    group.add_argument(
+        "--cyc_lr", action="store_true", help="cyclic learning rate in the cycles; without it, the last rate"
+    )
+    group.add_argument(
+        "--lr_1", type=non_negative_float, default=0.05,
+        help="learning rate at both ends of a cycle, where the ticket is taken (not the maximum, unless it is larger)",
+    )  # fmt: skip
+    group.add_argument("--lr_2", type=non_negative_float, default=0.0001, help="learning rate in the middle of a cycle")
+    group.add_argument(
+        "--re_explore", action="store_true", help="start each cycle with one large prune-and-grow (--large-death-rate)"
+    )
+    group.add_argument(
+        "--large-death-rate",
+        type=rate,
+        default=0.8,
+        help="share of every layer's active weights that --re_explore moves",
+    )
+    group.add_argument("--no_maskupdates", action="store_true", help="stop the periodic topology updates in the cycles")
+    group.add_argument(
+        "--superposing_method", choices=AVERAGING, default="CIMA",
+        help="CIMA: every ticket enters with --CIMA_factor; CAA: all members weigh the same; greedy: with what factor "
+        "is best on the images that --valid_split holds out",
+    )  # fmt: skip
+    group.add_argument("--CIMA_factor", type=rate, default=0.5, help="weight of the new ticket in CIMA")
+    group.add_argument(
+        "--update_bn", "--bn_update", dest="update_bn", action="store_true",
+        help="re-estimate the superposition's BatchNorm statistics on the training data",
+    )  # fmt: skip
+
+
+def _names(add_flags: Callable[[argparse.ArgumentParser], None]) -> set[str]:
+    parser = argparse.ArgumentParser()
+    add_flags(parser)
+    return set(vars(parser.parse_args([])))
+
+
+SPARSE_FLAGS = _names(add_sparse_flags)
+TICKET_FLAGS = _names(add_ticket_flags) | {"cycle_rate", "cyclic_epochs", "pretrain_epoch"}
+"""Flags that have no effect on dense training, and on plain training; the last three are the scripts' own."""
+
+
+def check(args: argparse.Namespace, momentum_is_zero: bool, has_weights: bool) -> list[str]:
+    """Refuse contradictory flags before anything is trained or written; return warnings about doubtful ones.
+
+    Args:
+        args: the command line.
+        momentum_is_zero: whether the optimizer that it asks for keeps no momentum.
+        has_weights: whether it names weights to start from.
+
+    Raises:
+        UsageError: one sentence about the first contradiction.
+    """
+    warnings: list[str] = []
+    if args.execution == "sparse":
+        if not args.sparse:
+            raise UsageError("--execution sparse is about masks: give --sparse as well")
+        if args.compile or args.fp16 or args.amp not in (None, "auto", "off"):
+            raise UsageError(
+                "--execution sparse computes in float32 and is not compiled: leave out --compile and --amp"
+            )
+        if not execution.is_available():
+            raise UsageError(
+                "--execution sparse compiles its kernels with a package that is missing: pip install numba"
+            )
+    if chooses(args.superposing_method) and not getattr(args, "valid_split", 0):
+        has_flag = hasattr(args, "valid_split")
+        how = "give --valid_split SHARE" if has_flag else "this script evaluates on its validation set alone"
+        raise UsageError(
+            f"--superposing_method {args.superposing_method} chooses by accuracy on held-out training images: {how}"
+        )
+    if args.fp16 and args.amp not in (None, "fp16"):
+        raise UsageError(f"--fp16 means --amp fp16, which contradicts --amp {args.amp}")
+    if not (args.pre_train or args.cyclic_train):
+        raise UsageError("nothing to do: give --pre_train, --cyclic_train, or both")
+    if args.cyclic_train and not args.pre_train and not has_weights:
+        raise UsageError("--cyclic_train alone needs trained weights to start from: give --resume PATH or --pre_train")
+    if not args.sparse:
+        for flag in ("re_explore", "no_maskupdates"):
+            if getattr(args, flag):
+                raise UsageError(f"--{flag} is about masks: give --sparse as well")
+        return warnings
+    if args.execution == "auto" and not execution.is_available():
+        warnings.append("masks save no time on a CPU without the package that compiles kernels: pip install numba")
+    if args.fix and args.re_explore:
+        raise UsageError("--fix freezes the topology and --re_explore changes it: give one of them")
+    if SPARSE_INITS[args.sparse_init].needs_trained_weights and not has_weights:
+        raise UsageError(f"--sparse-init {args.sparse_init} starts from trained weights: give --resume PATH")
+    if layer_densities(args) and not (args.pre_train and SPARSE_INITS[args.sparse_init].shares_density):
+        sharing = ", ".join(name for name, init in SPARSE_INITS.items() if init.shares_density)
+        raise UsageError(f"--layer-density is about first masks: it needs --pre_train and --sparse-init {sharing}")
+    if args.final_update_epoch is not None and (args.fix or not METHODS[args.method].grows):
+        never = "--fix freezes the topology" if args.fix else f"{args.method} only prunes"
+        warnings.append(f"{never}: --final-update-epoch has no effect")
+    modes = chosen_modes(args.prune, args.growth, args.redistribution)
+    if momentum_is_zero and any(mode.reads_momentum for mode in modes):
+        raise UsageError("--growth and --redistribution by momentum need a --momentum above 0")
+    if args.final_prune_epoch < args.init_prune_epoch:
+        raise UsageError(
+            f"pruning cannot end at epoch {args.final_prune_epoch}, before it starts at epoch {args.init_prune_epoch}"
+        )
+    if METHODS[args.method].shrink:
+        if args.final_density > args.init_density:
+            raise UsageError(
+                f"{args.method} prunes from --init-density {args.init_density} to --final-density "
+                f"{args.final_density}, which is above it"
+            )
+        if args.init_density == args.final_density and METHODS[args.method].grows:
+            warnings.append(
+                f"{args.method} has nothing to prune at --init-density = --final-density = {args.final_density}: "
+                "it trains as DST does; GraNet usually starts at 0.5"
+            )
+        if args.fix and args.init_density != args.final_density:
+            warnings.append(f"--fix stops {args.method}'s gradual pruning: the density stays at --init-density")
+        if args.sparse_init == "GMP" and args.init_density != 1:
+            warnings.append(
+                f"--sparse-init GMP starts dense, but the pruning schedule at --init-density {args.init_density}: "
+                "give --init-density 1 for a schedule from dense"
+            )
+    elif args.pre_train and not SPARSE_INITS[args.sparse_init].needs_trained_weights:  # else the weights decide
+        if args.sparse_init == "GMP":
+            warnings.append(
+                "--sparse-init GMP starts dense and DST stays so; only the superposition is cut to the budget"
+            )
+        elif args.init_density != args.final_density:
+            warnings.append(
+                f"DST keeps --init-density {args.init_density}; only the superposition is cut to --final-density "
+                f"{args.final_density}. For gradual pruning give --method GraNet"
+            )
+    return warnings
+
+
+def without_masks_note(args: argparse.Namespace, given: Mapping[str, str]) -> list[str]:
+    """Tell the user which of the flags that they gave (:meth:`Parser.given`) say nothing to dense training."""
+    if args.sparse:
+        return []
+    about_masks = SPARSE_FLAGS | {"density", "large_death_rate"}
+    if without_effect := [flag for name, flag in given.items() if name in about_masks]:
+        return [f"training is dense: without --sparse there is no effect of {', '.join(without_effect)}"]
+    return []
+
+
+def pruning_window_warning(args: argparse.Namespace, pretrain_epochs: int) -> list[str]:
+    """Warn about gradual pruning that goes on after pre-training."""
+    end = args.final_prune_epoch * args.multiplier
+    if not (args.sparse and METHODS[args.method].shrink and end > pretrain_epochs):
+        return []
+    return [f"gradual pruning ends at epoch {end}, after pre-training, which ends at epoch {pretrain_epochs}"]
+
+
+def check_budget(args: argparse.Namespace, budget: EpochBudget) -> list[str]:
+    """Tell the user when the cycles asked for do not come to one.
+
+    Raises:
+        UsageError: if nothing is left to do.
+    """
+    cycle = f"{budget.cycle_epochs} epoch{'s' * (budget.cycle_epochs > 1)}"
+    if not budget.total_epochs:
+        raise UsageError("nothing to do: pre-training and cycles have no epochs at all")
+    if not args.pre_train and not budget.tickets:
+        raise UsageError(f"nothing to do: the cyclic part is shorter than one cycle ({cycle})")
+    if not args.cyclic_train and not budget.pretrain_epochs:
+        raise UsageError(
+            "nothing to do: no epochs are left for pre-training beside the cycles, and they are not asked for"
+        )
+    if not args.cyclic_train or budget.tickets:
+        return []
+    return [f"the cyclic part is shorter than one cycle ({cycle}): all epochs pre-train, no tickets"]
+
+
+def layer_densities(args: argparse.Namespace) -> dict[str, float]:
+    """Pattern to density, as ``--layer-density`` gives them.
+
+    Raises:
+        UsageError: if one pattern is given two densities.
+    """
+    densities: dict[str, float] = {}
+    for text in args.layer_density or ():
+        pattern, _, value = text.rpartition("=")
+        if densities.setdefault(pattern, float(value)) != float(value):
+            raise UsageError(f"--layer-density gives {pattern!r} two densities: {densities[pattern]} and {value}")
+    return densities
+
+
+def sparse_training(args: argparse.Namespace, steps_per_epoch: int, total_epochs: int) -> SparseTraining | None:
+    """What the sparse flags mean in steps; None for dense training."""
+    if not args.sparse:
+        return None
+    return SparseTraining(
+        masking={
+            "method": args.method,
+            "prune": args.prune,
+            "growth": args.growth,
+            "redistribution": args.redistribution,
+            "prune_rate": args.prune_rate,
+            "decay_schedule": args.decay_schedule,
+            "update_frequency": args.update_frequency,
+            "init_density": args.init_density,
+            "final_density": args.final_density,
+            "prune_start_step": args.init_prune_epoch * args.multiplier * steps_per_epoch,
+            "prune_end_step": args.final_prune_epoch * args.multiplier * steps_per_epoch,
+            "final_update_step": None
+            if args.final_update_epoch is None
+            else args.final_update_epoch * args.multiplier * steps_per_epoch,
+            "total_steps": total_epochs * steps_per_epoch,
+            "seed": args.seed,
+        },
+        sparse_init=args.sparse_init,
+        pruning_rate=args.pruning_rate,
+        keep_first_dense=args.rm_first,
+        dense_layers=args.dense_layers or (),
+        layer_densities=layer_densities(args),
+        frozen=args.fix,
+    )
+
+
+def plan(args: argparse.Namespace, budget: EpochBudget, pretrain_lr: Callable[[int], float]) -> Plan:
+    """What the ticket flags mean."""
+    return Plan(
+        budget=budget,
+        pretrain_lr=pretrain_lr,
+        averaging=AVERAGING[args.superposing_method](args.CIMA_factor),
+        pre_train=args.pre_train,
+        cyclic_train=args.cyclic_train,
+        cycle_lr=(args.lr_1, args.lr_2) if args.cyc_lr else None,
+        explore_rate=args.large_death_rate if args.re_explore else None,
+        updates_in_cycles=not args.no_maskupdates,
+        update_bn=args.update_bn,
+        final_density=args.final_density if args.sparse else None,
+        ema_decay=args.ema,
+    )
+
+
+def runtime(args: argparse.Namespace) -> Runtime:
+    """What the flags about devices and number formats mean."""
+    return Runtime(
+        use_cuda=not args.no_cuda,
+        amp="fp16" if args.fp16 else args.amp or "auto",
+        channels_last=args.channels_last,
+        compile=args.compile,
+        execution=args.execution,
+        tf32=args.tf32,
+        deterministic=args.deterministic,
+        static_loss_scale=getattr(args, "static_loss_scale", None),
+    )
+
+
+def run_path(args: argparse.Namespace, model: str, data: str, budget: EpochBudget) -> Path:
+    """Folder of one run."""
+    if args.save:
+        return args.save
+    return Path(
+        "saved_models",
+        args.indicate_method,
+        model,
+        data,
+        f"cycle_num_{args.cycle}",
+        f"pretrain_epoch_{budget.pretrain_epochs}",
+        f"cyclic_epochs_{budget.cyclic_epochs}",
+        f"density_{args.final_density:g}",
+        f"M={budget.tickets}",
+        f"ex_rate={args.large_death_rate:g}",
+        f"seed{args.seed}",
+    )
+
+
+def take_over(parser: Parser, argv: Sequence[str]) -> None:
+    """Let the flags of the run that ``--config`` names, if it is there, be the parser's defaults.
+
+    Raises:
+        UsageError: if there is no such file, or it has entries that are no flags of this parser.
+        FaultError: if it is damaged.
+    """
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    finder.add_argument("--config", type=path, nargs="?")
+    if (source := finder.parse_known_args(argv)[0].config) is None:
+        return
+    if not source.is_file():
+        raise UsageError(f"--config {source}: there is no such file")
+    kept = read(dict[str, FlagValue], flags_of(read_json(source)), str(source))
+    known = {action.dest for action in parser._actions}
+    if unknown := [name for name in kept if name not in known]:
+        raise UsageError(f"--config {source}: this script has no flags {', '.join(map(shown, unknown))}")
+    taken = {name: value for name, value in kept.items() if name not in OF_ONE_CALL}
+    parser.set_defaults(**restored(parser, taken, str(source)))
+
+
+def restored(parser: argparse.ArgumentParser, kept: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """The flags of a run as its parser would make them; what the parser does not know is left out.
+
+    Args:
+        parser: of the script that the run was made with.
+        kept: name to value, as :func:`values` wrote it.
+        source: where, for messages.
+
+    Raises:
+        FaultError: naming the first flag whose value no command line gives.
+    """
+    known = [action for action in parser._actions if action.dest in kept]
+    return {action.dest: _restored(action, kept[action.dest], source) for action in known}
+
+
+def _restored(action: argparse.Action, value: Any, source: str) -> Any:
+    if value is None and action.default is None:
+        return None
+    items = value if action.nargs == "+" and isinstance(value, list) else [value]
+    kind: Any = bool if action.nargs == 0 else action.type or str
+    try:
+        made = [bool(item) if kind is bool else kind(str(item)) for item in items]
+    except argparse.ArgumentTypeError as error:
+        raise FaultError(f"{source} is damaged or no run's: {action.dest} is {shown(value)} ({error})") from error
+    written = [str(item) if isinstance(item, Path) else item for item in made]
+    alike = all(type(there) is type(here) and there == here for there, here in zip(items, written, strict=True))
+    if not alike or (action.choices and not set(made) <= set(action.choices)):
+        raise FaultError(f"{source} is damaged or no run's: {action.dest} is {shown(value)}")
+    return made if action.nargs == "+" else made[0]
+
+
+def values(args: argparse.Namespace) -> dict[str, Any]:
+    """Every flag's value, as plain values."""
+    return {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+
+
+def identity(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The flags that a resumed run must share."""
+    return {name: value for name, value in values.items() if name not in WITHOUT_EFFECT_ON_RESULTS}
+
+
+def command(argv: Sequence[str] | None) -> str:
+    """The command line, to be pasted into a shell."""
+    return shlex.join(["python", sys.argv[0], *(sys.argv[1:] if argv is None else argv)])

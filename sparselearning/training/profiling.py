@@ -1,0 +1,73 @@
+"""How fast a trainer's steps are, and where their time goes. Nothing is written."""
+
+import itertools
+import time
+from collections.abc import Callable, Iterable
+
+import torch
+from torch.profiler import ProfilerActivity
+
+from sparselearning.process import distributed
+from sparselearning.training.data import Batch
+from sparselearning.training.engine import Trainer
+
+WARMUP_STEPS = 5
+STEPS = 20
+PROFILED_STEPS = 5
+
+
+def measure(trainer: Trainer, *, training: bool, inference: bool, profile: bool) -> None:
+    """Print images per second of training and evaluation steps, and a table of the costliest operations."""
+    if training:
+        trainer.passes.network.train()
+        resident = next(iter(trainer.sources.train.epoch(0)))
+        _report("training step, one resident batch", trainer, itertools.repeat(resident), trainer.train_batch)
+        _report("training step, batches from the loader", trainer, _endless(trainer), trainer.train_batch)
+    if inference:
+        trainer.passes.network.eval()
+        resident = next(iter(trainer.sources.evaluation.epoch(0)))
+        _report("evaluation step, one resident batch", trainer, itertools.repeat(resident), trainer.passes.predict)
+    if profile:
+        _profile(trainer)
+
+
+def _endless(trainer: Trainer) -> Iterable[Batch]:
+    return itertools.chain.from_iterable(trainer.sources.train.epoch(epoch) for epoch in itertools.count())
+
+
+def _report(what: str, trainer: Trainer, batches: Iterable[Batch], step: Callable[[Batch], object]) -> None:
+    images = 0
+    began = 0.0
+    for number, batch in enumerate(itertools.islice(batches, WARMUP_STEPS + STEPS)):
+        if number == WARMUP_STEPS:
+            _wait(trainer)
+            began = time.perf_counter()
+        step(batch)
+        images += len(batch.labels) if number >= WARMUP_STEPS else 0
+    _wait(trainer)
+    seconds = time.perf_counter() - began
+    rate = distributed.world_size() * images / seconds
+    if distributed.is_main():
+        print(f"{what}: {rate:,.1f} images/s over {STEPS} steps ({1000 * seconds / STEPS:.1f} ms per step)")
+
+
+def _wait(trainer: Trainer) -> None:
+    if trainer.device.type == "cuda":
+        torch.cuda.synchronize(trainer.device)
+
+
+def _profile(trainer: Trainer) -> None:
+    activities = [ProfilerActivity.CPU]
+    if trainer.device.type == "cuda":
+        activities.append(ProfilerActivity.CUDA)
+    batch = next(iter(trainer.sources.train.epoch(0)))
+    trainer.passes.network.train()
+    for _ in range(WARMUP_STEPS):
+        trainer.train_batch(batch)
+    with torch.profiler.profile(activities=activities) as result:
+        for _ in range(PROFILED_STEPS):
+            trainer.train_batch(batch)
+        _wait(trainer)
+    if distributed.is_main():
+        sort_by = "self_device_time_total" if trainer.device.type == "cuda" else "self_cpu_time_total"
+        print(result.key_averages().table(sort_by=sort_by, row_limit=25, max_name_column_width=50))

@@ -1,0 +1,389 @@
+"""Comparing tickets and superposing them again, without training: by hand, then on one tiny run."""
+
+import itertools
+import json
+import math
+import shlex
+import shutil
+import sys
+
+import analyze_tickets
+import main_suptickets
+import pytest
+import torch
+from analyze_tickets import Network, barrier, compare_layer, disagreement, jaccard, kl_divergence, superpose_again
+from test_damaged_runs import damages, names
+
+from sparselearning.process.errors import FaultError, UsageError
+from sparselearning.process.files import save_torch
+from sparselearning.process.schema import read
+from sparselearning.reporting.analysis import Analysis
+from sparselearning.sparse.superpose import AVERAGING, prune_to_density, superpose
+
+DENSITY, FACTOR, MEMBERS = 0.1, 0.3, 3
+RUN_FLAGS = shlex.split(
+    f"--data digits --model cifar_resnet_8_4 --epochs 3 --cycle 1 --cycle_rate 0.67 --batch-size 128 --lr 0.05 "
+    f"--sparse --method GraNet --init-density 0.5 --final-density {DENSITY} --final-prune-epoch 1 --update-frequency 4 "
+    f"--pre_train --cyclic_train --re_explore --large-death-rate 0.5 --cyc_lr --lr_1 0.01 --lr_2 0.05 --update_bn "
+    f"--CIMA_factor {FACTOR} --keep-tickets --workers 1 --no-cuda --seed 5"
+)
+
+
+def mask(*bits):
+    return torch.tensor(bits, dtype=torch.bool)
+
+
+def network(values, name="n", epoch=0):
+    state = {"w": torch.tensor(values)}
+    return Network(name, state, {"w": state["w"] != 0}, epoch)
+
+
+# ------------------------------------------------------------------------------------------------------ by hand
+
+
+def test_jaccard_counts_over_all_layers_together():
+    a, b = [mask(1, 1, 0, 0), mask(1, 1)], [mask(1, 0, 1, 0), mask(1, 1)]
+    assert jaccard(a[:1], b[:1]) == 1 / 3
+    assert jaccard(a, b) == 3 / 5
+    assert jaccard(a, a) == 1
+    assert jaccard([mask(0, 0)], [mask(0, 0)]) == 1
+    assert jaccard([mask(1, 0)], [mask(0, 1)]) == 0
+
+
+def test_disagreement_is_the_share_of_other_classes():
+    a = torch.tensor([[2.0, 1.0], [0.0, 3.0], [1.0, 0.0], [5.0, 4.0]])
+    b = torch.tensor([[9.0, 1.0], [3.0, 0.0], [1.0, 0.5], [4.0, 5.0]])
+    assert disagreement(a, b) == 0.5
+    assert disagreement(a, a) == 0
+
+
+def test_kl_divergence_is_the_mean_over_samples_and_has_a_direction():
+    even, uneven = torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[0.25, 0.75]]).log()
+    there = 0.5 * math.log(2) + 0.5 * math.log(2 / 3)
+    back = 0.25 * math.log(1 / 2) + 0.75 * math.log(3 / 2)
+    assert kl_divergence(even, uneven) == pytest.approx(there, abs=1e-6)
+    assert kl_divergence(uneven, even) == pytest.approx(back, abs=1e-6)
+    both = torch.cat([even, uneven])
+    assert kl_divergence(both, torch.cat([uneven, uneven])) == pytest.approx(there / 2, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [([1.0, 3.0, 2.0], 1.5), ([1.0, 1.25, 2.0], 0.0), ([2.0, 2.0, 0.0], 1.0), ([1.0, 1.0, 1.0], 0.0)],
+)
+def test_barrier_is_the_rise_above_the_chord(values, expected):
+    assert barrier([0.0, 0.5, 1.0], values) == expected
+
+
+def test_layers_are_set_beside_random_masks_as_dense():
+    half, quarter = mask(1, 1, 0, 0), mask(0, 1, 0, 0)
+    row = compare_layer("fc", [half, quarter])
+    # Random: 1/2 · 1/4 of the weights shared, 1/2 + 1/4 - 1/8 united.
+    assert row.chance == pytest.approx((1 / 8) / (5 / 8))
+    assert row.mean_overlap == 0.5
+    assert row.densities == [0.5, 0.25]
+    assert row.overlap == [[1.0, 0.5], [0.5, 1.0]]
+
+
+def not_asked(network):
+    raise AssertionError("an average with one factor needs no accuracy")
+
+
+def test_a_greedy_average_takes_the_first_of_the_best_factors():
+    members = [network([8.0, 0.0]), network([0.0, 4.0]), network([0.0, 0.0])]
+    first, second = superpose_again(
+        members, AVERAGING["greedy"](0.5), ["w"], None, lambda made: float(made.state["w"][1] >= 1)
+    )
+    assert first.state["w"].tolist() == pytest.approx([5.6, 1.2]), "0.3: 0.1 makes it 0.4, too little"
+    assert second.state["w"].tolist() == first.state["w"].tolist(), "0: the ticket is left out"
+
+
+def test_averages_by_hand():
+    members = [network([8.0, 0.0, 4.0, 1.0]), network([0.0, 4.0, 4.0, 1.0]), network([4.0, 8.0, 0.0, 1.0])]
+    cima = superpose_again(members, AVERAGING["CIMA"](0.5), ["w"], None, not_asked)
+    assert [made.state["w"].tolist() for made in cima] == [[4, 2, 4, 1], [4, 5, 2, 1]]
+    caa = superpose_again(members, AVERAGING["CAA"](0.5), ["w"], None, not_asked)[-1]
+    torch.testing.assert_close(caa.state["w"], torch.tensor([4.0, 4.0, 8 / 3, 1.0]))
+
+
+def test_every_superposition_is_pruned_before_the_next_ticket_enters():
+    members = [network([8.0, 0.0, 3.0, 1.0]), network([0.0, 4.0, 4.0, 1.0]), network([4.0, 8.0, 0.0, 1.0])]
+    first, second = superpose_again(members, AVERAGING["CIMA"](0.5), ["w"], 0.5, not_asked)
+    assert first.state["w"].tolist() == [4, 0, 3.5, 0]
+    assert first.masks["w"].tolist() == [True, False, True, False]
+    assert second.state["w"].tolist() == [4, 4, 0, 0]
+
+
+# ---------------------------------------------------------------------------------------------------- a tiny run
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("analysis") / "run"
+    main_suptickets.main([*RUN_FLAGS, "--save", str(folder)])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def analysed(finished):
+    """The run analysed with its own settings, and a grid."""
+    return analyse(
+        finished, "--points", 3, "--grid", "--factors", 0.9, FACTOR, "--save-network", finished.parent / "again.pth"
+    )
+
+
+@pytest.fixture
+def run(finished, tmp_path, monkeypatch):
+    """A copy to analyse otherwise, or to spoil; without pictures, which take longest."""
+    monkeypatch.setattr(analyze_tickets, "draw", lambda results, out: None)
+    return shutil.copytree(finished, tmp_path / "run", ignore=shutil.ignore_patterns("analysis"))
+
+
+def analyse(run, *words):
+    analyze_tickets.main([str(run), "--points", "2", *map(str, words)])
+    return json.loads((run / "analysis" / "analysis.json").read_text())
+
+
+def load(path):
+    return torch.load(path, weights_only=True)
+
+
+def same_tensors(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def accuracies(results):
+    return {row["name"]: row["accuracy"] for row in results["networks"]}
+
+
+def test_the_runs_own_settings_reproduce_its_superposition_bit_for_bit(finished, analysed):
+    own, again = load(finished / "model_previous.pth"), load(finished.parent / "again.pth")
+    assert same_tensors(own["state_dict"], again["state_dict"])
+    assert same_tensors(own["masks"], again["masks"])
+    assert own["epoch"] == again["epoch"]
+    assert analysed["same_as_run"]
+
+
+def test_accuracies_are_those_that_the_run_recorded(finished, analysed):
+    summary = json.loads((finished / "summary.json").read_text())
+    recorded = {"ticket 0": summary["pretrain_acc"]}
+    for row in map(json.loads, (finished / "tickets.jsonl").read_text().splitlines()):
+        recorded |= {f"ticket {row['ticket']}": row["ticket_acc"]}
+        recorded |= {f"superposition {row['ticket']}": row["superposed_acc"]}
+    found = accuracies(analysed)
+    assert len(recorded) == 5
+    assert {name: found[name] for name in recorded} == recorded
+
+
+def test_the_ensemble_is_the_mean_of_all_members_logits(finished, analysed):
+    bench = analyze_tickets.Bench.of(analyze_tickets.rebuilt_flags(analyze_tickets.parse([str(finished)]))[1])
+    states = [load(finished / "tickets" / f"ticket_{number}.pth")["state_dict"] for number in range(MEMBERS)]
+    mean = sum(bench.logits(state) for state in states) / MEMBERS
+    ensemble = analysed["networks"][-1]
+    assert ensemble["forward_passes"] == MEMBERS
+    assert ensemble["loss"] == pytest.approx(bench.quality(mean).loss, rel=1e-5)
+
+
+def test_matrices_have_the_networks_of_the_run_in_order(analysed):
+    pairs = analysed["pairs"]
+    assert pairs["names"] == ["ticket 0", "ticket 1", "ticket 2", "superposition 2"]
+    for key, diagonal in (("overlap", 1), ("disagreement", 0), ("kl", 0)):
+        for i, j in itertools.product(range(4), repeat=2):
+            value = pairs[key][i][j]
+            assert value == pytest.approx(diagonal, abs=1e-12) if i == j else value >= 0
+            if key != "kl":
+                assert value == pairs[key][j][i]
+    assert pairs["overlap"][0][1] < 1  # the exploration moved connections
+
+
+def test_lines_start_and_end_at_their_networks(analysed):
+    final, accuracy = "superposition 2", accuracies(analysed)
+    expected = [("ticket 0", "ticket 1"), ("ticket 1", "ticket 2"), *((f"ticket {n}", final) for n in range(3))]
+    assert [(line["from"], line["to"]) for line in analysed["lines"]] == expected
+    for line in analysed["lines"]:
+        assert line["share"] == [0, 0.5, 1]
+        assert (line["accuracy"][0], line["accuracy"][-1]) == (accuracy[line["from"]], accuracy[line["to"]])
+
+
+def test_the_grid_holds_the_runs_own_settings(analysed):
+    averages = [(row["superposing_method"], row["CIMA_factor"]) for row in analysed["grid"]]
+    assert averages == [("CAA", None), ("CIMA", 0.9), ("CIMA", FACTOR)]
+    final = next(row for row in analysed["networks"] if row["name"] == "superposition 2")
+    assert analysed["grid"][-1]["bn_re_estimated"] == {key: final[key] for key in ("accuracy", "loss")}
+
+
+def test_pictures_come_with_matplotlib(finished, analysed):
+    pytest.importorskip("matplotlib")
+    pictures = {"networks", "pairs", "layers", "lines", "grid"}
+    expected = {f"{name}.{kind}" for name in pictures for kind in ("png", "svg")} | {"analysis.json"}
+    assert {path.name for path in (finished / "analysis").iterdir()} == expected
+
+
+def test_without_matplotlib_there_are_no_pictures(analysed, tmp_path, monkeypatch, capsys):
+    for module in ("ticket_plots", "sparselearning.reporting.plots"):
+        monkeypatch.delitem(sys.modules, module, raising=False)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    analyze_tickets.draw(read(Analysis, analysed, "analysis.json", complete=True), tmp_path)
+    assert "no pictures without matplotlib" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_another_average_budget_and_subset(run, tmp_path, capsys):
+    words = ["--superposing_method", "CAA", "--no-update_bn", "--final-density", "0.2", "--tickets", "1", "2"]
+    results = analyse(run, *words, "--save-network", tmp_path / "other.pth")
+    one, two = (load(run / "tickets" / f"ticket_{number}.pth") for number in (1, 2))
+    average = superpose(one["state_dict"], two["state_dict"], 1 / 2)
+    expected, _ = prune_to_density(average, one["masks"], 0.2)
+    assert same_tensors(expected, load(tmp_path / "other.pth")["state_dict"])
+    assert [row["name"] for row in results["networks"]] == ["ticket 1", "ticket 2", "superposition 1", "logit ensemble"]
+    assert not results["same_as_run"]
+    assert "by CAA, pruned to density 0.2, BatchNorm averaged; the last superposition is not" in capsys.readouterr().out
+
+
+def test_a_greedy_run_is_superposed_again_to_the_bit(tmp_path, monkeypatch):
+    monkeypatch.setattr(analyze_tickets, "draw", lambda results, out: None)
+    folder = tmp_path / "run"
+    main_suptickets.main([*RUN_FLAGS, "--superposing_method", "greedy", "--valid_split", "0.2", "--save", str(folder)])
+    results = analyse(folder)
+    assert results["same_as_run"]
+    assert results["settings"]["superposing_method"] == "greedy"
+    rows = [json.loads(line) for line in (folder / "tickets.jsonl").read_text().splitlines()]
+    assert [row["superposed_acc"] for row in rows] == [accuracies(results)[f"superposition {n}"] for n in (1, 2)]
+    again = analyse(folder, "--superposing_method", "CIMA", "--tickets", "0", "1")
+    best = analyse(folder, "--tickets", "0", "1")
+    assert accuracies(best)["superposition 1"] >= accuracies(again)["superposition 1"]
+
+
+def test_a_greedy_average_needs_held_out_images(run):
+    with pytest.raises(UsageError, match="held none out"):
+        analyse(run, "--superposing_method", "greedy")
+
+
+def test_lines_with_bn_re_estimated_end_at_the_superposition_that_has_it_too(run):
+    results = analyse(run, "--line-bn", "--tickets", "0", "1")
+    to_final = [line for line in results["lines"] if line["to"] == "superposition 1"]
+    assert [line["accuracy"][-1] for line in to_final] == [accuracies(results)["superposition 1"]] * 2
+
+
+def test_tickets_of_a_dense_run_are_not_pruned_and_all_pairs_have_lines(run):
+    config = json.loads((run / "config.json").read_text())
+    config |= {"sparse": False}
+    (run / "config.json").write_text(json.dumps(config))
+    for number in range(MEMBERS):
+        path = run / "tickets" / f"ticket_{number}.pth"
+        save_torch(path, load(path) | {"masks": {}})
+    results = analyse(run, "--all-pairs")
+    assert len(results["lines"]) == 6
+    assert results["settings"]["final_density"] is None
+    final = next(row for row in results["networks"] if row["name"] == "superposition 2")
+    assert final["density"] > DENSITY
+
+
+# -------------------------------------------------------------------------------------------------------- misuse
+
+
+def test_a_folder_without_a_run(tmp_path):
+    with pytest.raises(UsageError, match="no run"):
+        analyse(tmp_path)
+
+
+def test_a_folder_of_several_runs_must_be_narrowed_down(run):
+    shutil.copytree(run, run.parent / "second")
+    with pytest.raises(UsageError, match="holds 2 runs: name one"):
+        analyse(run.parent)
+
+
+def test_a_run_that_kept_no_tickets(run):
+    shutil.rmtree(run / "tickets")
+    with pytest.raises(UsageError, match="--keep-tickets"):
+        analyse(run)
+
+
+@pytest.mark.parametrize(
+    ("tickets", "message"), [(["1"], "at least two tickets"), (["0", "7"], r"no file .*ticket_7\.pth")]
+)
+def test_tickets_that_do_not_do(run, tickets, message):
+    with pytest.raises(UsageError, match=message):
+        analyse(run, "--tickets", *tickets)
+
+
+def test_a_ticket_of_another_model(run):
+    path = run / "tickets" / "ticket_1.pth"
+    saved = load(path)
+    save_torch(path, saved | {"state_dict": {"other": torch.zeros(2)}, "masks": {}})
+    with pytest.raises(UsageError, match=r"ticket_1\.pth holds weights of another model"):
+        analyse(run)
+
+
+@pytest.mark.parametrize("damage", [lambda path: path.write_bytes(b"no"), lambda path: save_torch(path, {"masks": {}})])
+def test_a_damaged_ticket(run, damage):
+    damage(run / "tickets" / "ticket_1.pth")
+    with pytest.raises(FaultError, match=r"ticket_1\.pth"):
+        analyse(run)
+
+
+@pytest.mark.parametrize("words", [["--points", "1"], ["--CIMA_factor", "2"], ["--superposing_method", "mean"]])
+def test_values_out_of_range_exit_2(run, words):
+    with pytest.raises(SystemExit) as exit_:
+        analyse(run, *words)
+    assert exit_.value.code == 2
+    assert not (run / "analysis").exists()
+
+
+class Reached(Exception):
+    """All that ``config.json`` decides is decided."""
+
+
+FOR_FLAGS = {"removed", "null", "true", "text", "minus", "fraction", "huge", "nan", "list", "object", "nested"}
+LOADED_BY = ("data", "data_dir", "model", "batch_size", "test_batch_size", "valid_split", "seed")
+
+
+def test_damaged_flags_are_named_or_harmless(run, monkeypatch):
+    load, loaded = main_suptickets.load, {}
+
+    def load_once(args, *arguments):
+        key = repr([getattr(args, name) for name in LOADED_BY])
+        if key not in loaded:
+            loaded[key] = load(args, *arguments)
+        return loaded[key]
+
+    def stop_before_the_tickets(folder):
+        raise Reached
+
+    monkeypatch.setattr(main_suptickets, "load", load_once)
+    monkeypatch.setattr(analyze_tickets, "kept_tickets", stop_before_the_tickets)
+    path = run / "config.json"
+    refused = 0
+    for place, damage, damaged in damages(path.read_text(), lines=False):
+        if damage not in FOR_FLAGS:
+            continue
+        path.write_text(damaged)
+        with pytest.raises((Reached, FaultError, UsageError)) as caught:
+            analyse(run)
+        if caught.type is not Reached:
+            refused += 1
+            sentence = str(caught.value)
+            named = str(path) in sentence and names(sentence, place)
+            # A flag that could be is told by what it leads to: no such file, no image left, no such layer, no GPU.
+            assert named or place[0] in ("data", "data_dir", "model", "dense_layers", "valid_split", "fp16"), (
+                place,
+                damage,
+                sentence,
+            )
+        assert path.read_text() == damaged
+    assert refused > 300
+
+
+@pytest.mark.parametrize("name", ["model_previous.pth", "config.json", "tickets"])
+def test_a_saved_network_replaces_nothing_of_the_run(run, name):
+    path = run / name
+    before = path.read_bytes() if path.is_file() else None
+    with pytest.raises(UsageError, match=name):
+        analyse(run, "--save-network", path)
+    assert (path.read_bytes() if path.is_file() else None) == before
+
+
+def test_a_saved_network_replaces_an_earlier_one(run, tmp_path):
+    for _ in range(2):
+        analyse(run, "--save-network", tmp_path / "again.pth", "--points", 2)
+    assert set(load(tmp_path / "again.pth")) == {"made_by", "state_dict", "masks", "epoch"}

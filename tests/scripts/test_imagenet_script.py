@@ -1,0 +1,518 @@
+"""The ImageNet script: the published lines in two processes, and everything else in one, on generated JPEGs.
+
+Launched runs see images of 224 pixels, as users' do; runs within this process see smaller ones, to save time.
+"""
+
+import json
+import os
+import runpy
+import shlex
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+
+import main
+import numpy as np
+import pytest
+import torch
+from imagenet_resnet import build_model
+from PIL import Image
+from test_distributed import (
+    ROOT,
+    assert_identical,
+    finished,
+    free_port,
+    marked_processes,
+    on_linux,
+    read_jsonl,
+    results,
+    started,
+    wait_until,
+)
+from torchvision.models import VisionTransformer
+from torchvision.models._api import BUILTIN_MODELS
+
+from sparselearning import export
+from sparselearning.process.files import load_torch
+from sparselearning.process.script import run_script
+from sparselearning.sparse.costs import layer_flops
+from sparselearning.training import profiling
+from sparselearning.training.run_folder import RunFolder
+
+SCRIPTS = ROOT / "ImageNet"
+CLASSES, TRAIN_IMAGES, VAL_IMAGES = 4, 8, 4
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A folder with imagenet2012/ and a clone's ImageNet/, where the published lines expect them."""
+    home = tmp_path_factory.mktemp("home")
+    numbers = np.random.default_rng(0)
+    for split, count in (("train", TRAIN_IMAGES), ("val", VAL_IMAGES)):
+        for label in range(CLASSES):
+            folder = home / "imagenet2012" / split / f"n{label}"
+            folder.mkdir(parents=True)
+            for number in range(count // CLASSES):
+                pixels = numbers.integers(0, 120, (36, 48, 3), dtype=np.uint8) + np.uint8(30 * label)
+                Image.fromarray(pixels).save(folder / f"{number}.JPEG")
+    scripts = home / "clone" / "ImageNet"
+    scripts.mkdir(parents=True)
+    for name in ("multiproc.py", "main.py"):
+        (scripts / name).symlink_to(SCRIPTS / name)
+    return home
+
+
+# --------------------------------------------------------------------------------------- the two published lines
+
+PUBLISHED = {
+    "Rigl": "python $1multiproc.py --nproc_per_node 2 $1main.py --sparse --sparse-init ERK --first_m 30 --second_m 60 "
+    "--third_m 85 --method DST --init-prune-epoch 0 --final-prune-epoch 30 --init-density 0.5 --final-density 0.1 "
+    "--multiplier 1 --growth gradient --seed 17 --master_port 7768 -j20 -p 500 --arch resnet50 -c fanin "
+    "--update-frequency 4000 --label-smoothing 0.1 -b 64 --lr 0.1 --warmup 5 --density 0.1 $2 ../../imagenet2012/ "
+    "--epochs 100 --indicate_method Rigl --cyclic_epochs 8 --pretrain_epoch 92 --pre_train --cyclic_train --bn_update "
+    "--lr_2 0.0005 --lr_1 0.0001 --cycle 2 --large-death-rate 0.5 --cyc_lr",
+}
+PUBLISHED["Granet"] = (
+    PUBLISHED["Rigl"]
+    .replace("--method DST", "--method GraNet")
+    .replace("--init-density 0.5", "--init-density 0.1")
+    .replace("--indicate_method Rigl", "--indicate_method Granet")
+)
+EPOCHS = 3  # 2 of pre-training, then one cycle of 1
+
+
+def shrunk(name):
+    """A published line with its numbers cut down to a minute's work, consistently, and a port that is free."""
+    cut = {
+        "--arch resnet50": "--arch resnet18",
+        "-b 64": "-b 2",
+        "--epochs 100": f"--epochs {EPOCHS}",
+        "--pretrain_epoch 92": "--pretrain_epoch 2",
+        "--cyclic_epochs 8": "--cyclic_epochs 1",
+        "--cycle 2": "--cycle 1",
+        "--warmup 5": "--warmup 1",
+        "--first_m 30": "--first_m 1",
+        "--second_m 60": "--second_m 2",
+        "--third_m 85": "--third_m 3",
+        "--final-prune-epoch 30": "--final-prune-epoch 1",
+        "--update-frequency 4000": "--update-frequency 2",
+        "--master_port 7768": f"--master_port {free_port()}",
+    }
+    line = PUBLISHED[name]
+    for published, small in cut.items():
+        assert line.count(f"{published} ") == 1
+        line = line.replace(f"{published} ", f"{small} ")
+    return line
+
+
+def as_command(line, *more):
+    """The same line as a list of words, so that signals reach the launcher and no shell."""
+    _, *words = shlex.split(line.replace("$1", "").replace("$2", ""))
+    return [sys.executable, *words, *more]
+
+
+def paste(home, name):
+    """Paste a line into a shell that has neither $1 nor $2; return the run's folder and what was printed."""
+    log = home / f"{name}.log"
+    shell = ["sh", "-c", 'python() { "$PYTHON" "$@"; }; ' + shrunk(name)]
+    assert finished(shell, log, home / "clone" / "ImageNet") == 0, log.read_text()
+    folder = "cycle_num_1/pretrain_epoch_2/cyclic_epochs_1/density_0.1/M=1/ex_rate=0.5/seed17"
+    saved_models = home / "clone" / "ImageNet" / "saved_models"
+    return RunFolder(saved_models / name / "resnet18" / "imagenet2012" / folder), log.read_text()
+
+
+@pytest.fixture(scope="module")
+def rigl(home):
+    return paste(home, "Rigl")
+
+
+def active(masks):
+    return sum(int(mask.sum()) for mask in masks.values())
+
+
+def check_published_run(folder, density):
+    """What any run with the published numbers leaves behind; ``density`` is the one that it trains at."""
+    metrics, (ticket,) = read_jsonl(folder.metrics), read_jsonl(folder.tickets)
+    assert [row["phase"] for row in metrics] == ["pretrain", "pretrain", "cycle"]
+    assert [row["lr"] for row in metrics[:2]] == pytest.approx([0.05, 0.01])  # warm-up, first milestone
+    assert [row["samples"] for row in metrics] == [TRAIN_IMAGES] * EPOCHS
+    summary = json.loads(folder.summary.read_text())
+    assert summary["superposed_acc"] == [summary["final_acc"]] == [ticket["superposed_acc"]]
+    assert all(accuracy * VAL_IMAGES % 1 == 0 for accuracy in (summary["pretrain_acc"], summary["final_acc"]))
+    assert json.loads(folder.config.read_text())["world_size"] == 2
+
+    current, previous = load_torch(folder.current), load_torch(folder.previous)
+    size = sum(mask.numel() for mask in current["masks"].values())
+    assert active(current["masks"]) == round(size * density)
+    assert active(previous["masks"]) == round(size * 0.1)
+    # Weights that an update grew in the very last step are still zero: only then can a union fall short of it.
+    available = round(size * ticket["union_density"])
+    non_zeros = sum(int(previous["state_dict"][name].count_nonzero()) for name in previous["masks"])
+    assert non_zeros == min(round(size * 0.1), available)
+    assert summary["density"] == non_zeros / size
+    for saved in (current, previous):
+        assert all(not saved["state_dict"][name][~mask].any() for name, mask in saved["masks"].items())
+    buffers = [
+        value for state in load_torch(folder.checkpoint)["optimizer"]["state"].values() for value in state.values()
+    ]
+    assert sum(int(buffer.count_nonzero()) for buffer in buffers if buffer.dim() in (2, 4)) <= round(size * density)
+    assert list(folder.path.rglob("*.partial")) == []
+
+
+def test_the_published_rigl_line(rigl):
+    folder, printed = rigl
+    assert "note: DST keeps --init-density 0.5; only the superposition is cut to --final-density 0.1" in printed
+    assert "Traceback" not in printed
+    check_published_run(folder, density=0.5)
+
+
+def test_the_published_granet_line(home):
+    folder, printed = paste(home, "Granet")
+    assert "note: GraNet has nothing to prune at --init-density = --final-density = 0.1" in printed
+    assert "Traceback" not in printed
+    check_published_run(folder, density=0.1)
+
+
+# ------------------------------------------------------------------------------------------------- killed ranks
+
+
+def rank_processes(launcher):
+    """Process ids of a launcher's ranks, by rank."""
+    found = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+            variables = (folder / "environ").read_bytes().split(b"\0") if parent == launcher.pid else []
+        except OSError:  # it has just ended
+            continue
+        found |= {int(entry[5:]): int(folder.name) for entry in variables if entry.startswith(b"RANK=")}
+    return found
+
+
+def kill_when(launcher, rank, condition):
+    """SIGKILL one rank as soon as something holds, while all still run."""
+    wait_until(lambda: condition() or launcher.poll() is not None)
+    ranks = wait_until(lambda: len(found := rank_processes(launcher)) == 2 and found)
+    os.kill(ranks[rank], signal.SIGKILL)
+
+
+@pytest.fixture(scope="module")
+def killed(home, rigl):
+    """The published run again, whose rank 1 is killed in its second epoch: folder, exit status, seconds, output."""
+    folder, log = RunFolder(home / "killed"), home / "killed.log"
+    with started(as_command(shrunk("Rigl"), "--save", folder.path), log, home / "clone" / "ImageNet") as launcher:
+        kill_when(launcher, 1, folder.checkpoint.exists)
+        assert len(marked_processes(log)) > 3  # the launcher, two ranks, and what they started
+        began = time.monotonic()
+        status = launcher.wait(120)
+    return folder, status, time.monotonic() - began, log
+
+
+@on_linux
+def test_a_killed_rank_takes_the_job_down(killed):
+    folder, status, seconds, log = killed
+    printed = log.read_text()
+    assert status != 0
+    assert seconds < 60
+    assert "process 1 of main.py failed with exit code -9" in printed
+    assert "Traceback" not in printed
+    assert 1 <= len(read_jsonl(folder.metrics)) < EPOCHS
+    wait_until(lambda: not marked_processes(log), 30)  # neither ranks nor their workers stay
+
+
+@on_linux
+def test_a_killed_rank_leaves_whole_files(killed):
+    files = [
+        path
+        for path in killed[0].path.rglob("*")
+        if path.is_file() and path.suffix != ".partial" and path != killed[0].lock
+    ]
+    assert {path.name for path in files} >= {"config.json", "metrics.jsonl", "checkpoint.pth"}
+    for path in files:
+        if path.suffix == ".pth":
+            load_torch(path)
+        else:
+            for text in path.read_text().splitlines() if path.suffix == ".jsonl" else [path.read_text()]:
+                json.loads(text)
+
+
+@on_linux
+def test_a_killed_run_resumes_exactly(home, rigl, killed):
+    folder, log = killed[0], home / "resumed.log"
+    resume = as_command(shrunk("Rigl"), "--save", folder.path, "--resume", folder.path)
+    assert finished(resume, log, home / "clone" / "ImageNet") == 0, log.read_text()
+    assert_identical(results(folder.path), results(rigl[0].path))
+
+
+# ----------------------------------------------------------------------------------------------- in one process
+
+SMALL = shlex.split(
+    "--no-cuda --arch resnet18 -b 4 -j 0 --lr 0.01 --sparse --method DST --init-density 0.2 --final-density 0.1 "
+    "--update-frequency 2 --pre_train --cyclic_train --cyc_lr --lr_1 0.001 --lr_2 0.002 --bn_update --warmup 1 "
+    "--label-smoothing 0.1 --pretrain_epoch 1 --cyclic_epochs 2 --cycle 1"
+)
+DENSE = shlex.split("--no-cuda --arch resnet18 -b 4 -j 0 --pre_train --pretrain_epoch 1 --cyclic_epochs 0 --cycle 1")
+
+
+def run(*words):
+    """Run the script, on images of 64 pixels unless it is told otherwise; return its exit status."""
+    sizes = shlex.split("--train-crop-size 64 --val-resize-size 72 --val-crop-size 64")
+    try:
+        run_script(lambda: main.main([*sizes, *(str(word) for word in words)]))
+    except SystemExit as end:
+        return end.code
+    return 0
+
+
+@pytest.fixture(scope="module")
+def trained(home):
+    keep = ["--gather-checkpoints", "--keep-tickets"]
+    assert run(*SMALL, *keep, home / "imagenet2012", "--save", home / "trained") == 0
+    return RunFolder(home / "trained")
+
+
+@pytest.fixture
+def narrow_vit(monkeypatch):
+    """vit_b_16 with two narrow layers in place of twelve, and dropout, which torchvision's has at 0."""
+    sizes = {"patch_size": 16, "num_layers": 2, "num_heads": 4, "hidden_dim": 32, "mlp_dim": 64, "dropout": 0.1}
+
+    def vit_b_16(weights=None, **arguments):
+        return VisionTransformer(**sizes, **arguments)
+
+    monkeypatch.setitem(BUILTIN_MODELS, "vit_b_16", vit_b_16)
+
+
+@pytest.mark.parametrize("arch", ["mobilenet_v3_small", "vit_b_16"])
+def test_other_networks_of_torchvision(narrow_vit, home, tmp_path, capsys, arch):
+    """Trained, superposed, resumed bit by bit though they drop out units, costed, and exported."""
+    small = [word if word != "resnet18" else arch for word in SMALL]
+    sizes = shlex.split("--train-crop-size 32 --val-resize-size 40 --val-crop-size 32")
+    flags = [*small, *sizes, "--gather-checkpoints", home / "imagenet2012"]
+    assert run(*flags, "--save", tmp_path / "whole") == 0
+    printed, whole = capsys.readouterr(), RunFolder(tmp_path / "whole")
+    assert printed.err.count("no BatchNorm statistics: there is nothing for --update_bn") == (arch == "vit_b_16")
+    assert run(*flags, "--save", tmp_path / "again", "--resume", whole.epoch_checkpoint(2)) == 0
+    assert_identical(results(tmp_path / "again"), results(whole.path))
+
+    superposition, summary = load_torch(whole.previous), json.loads(whole.summary.read_text())
+    size = sum(mask.numel() for mask in superposition["masks"].values())
+    assert active(superposition["masks"]) == round(size * 0.1)
+    assert 0 < summary["inference_flops_of_dense"] < summary["training_flops_of_dense"] < 1
+
+    recipe = whole.read_config()["network"]
+    assert recipe["arguments"] == {"arch": arch, "num_classes": CLASSES, "image_size": 32}
+    export.main([str(whole.path), str(tmp_path / "packed.safetensors"), "--fold-bn"])
+    packed, metadata = export.load_sparse(tmp_path / "packed.safetensors")
+    folded = export.fold_batchnorms(export.build_network(recipe, superposition["state_dict"], whole.previous))
+    assert all(torch.equal(packed[name], entry) for name, entry in folded.state_dict().items())
+    assert metadata["folded_batchnorms"] == (34 if arch == "mobilenet_v3_small" else 0)
+
+
+def test_sizes_of_images(home, tmp_path):
+    sizes = shlex.split("--train-crop-size 32 --val-resize-size 60 --val-crop-size 48")
+    assert run(*DENSE, *sizes, home / "imagenet2012", "--save", tmp_path / "run") == 0
+    config = RunFolder(tmp_path / "run").read_config()
+    assert config["network"]["input_shape"] == [3, 48, 48]
+    assert config["network"]["arguments"]["image_size"] == 32
+    with torch.device("meta"):
+        flops = layer_flops(build_model("resnet18", CLASSES), (3, 32, 32))
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["inference_flops"] == sum(flops.values())
+
+
+def test_on_a_gpu_too(gpu, home, tmp_path):
+    flags = [*SMALL[1:], "--deterministic", home / "imagenet2012"]
+    assert run(*flags, "--gather-checkpoints", "--save", tmp_path / "whole") == 0
+    whole = RunFolder(tmp_path / "whole")
+    assert run(*flags, "--save", tmp_path / "again", "--resume", whole.epoch_checkpoint(2)) == 0
+    assert_identical(results(tmp_path / "again"), results(whole.path))
+
+
+def test_config_says_what_was_left_out_on_the_command_line(trained):
+    config = trained.read_config()
+    assert (config["density"], config["final_density"], config["epochs"]) == (0.1, 0.1, 3)
+
+
+def test_every_epochs_checkpoint_is_kept_and_resumes_exactly(home, trained, tmp_path):
+    assert [trained.epoch_checkpoint(epoch).exists() for epoch in range(5)] == [False, True, True, True, False]
+    resume = [*SMALL, home / "imagenet2012", "--save", tmp_path / "again", "--resume", trained.epoch_checkpoint(2)]
+    assert run(*resume) == 0
+    assert_identical(results(tmp_path / "again"), results(trained.path))
+
+
+def distance(state, other):
+    return sum(float((state[name] - other[name]).norm() ** 2) for name in state if "weight" in name)
+
+
+def test_training_goes_on_from_the_ticket_and_changes_it(trained):
+    first, second = (load_torch(trained.ticket(number))["state_dict"] for number in (1, 2))
+    between = load_torch(trained.epoch_checkpoint(2))
+    assert all(torch.equal(between["state_dict"][name], first[name]) for name in first)
+    assert 0 < distance(second, first) < 0.1 * distance(second, between["superposition"])
+
+
+def test_evaluation_of_a_run_and_of_any_weights(home, trained, tmp_path, capsys):
+    summary = json.loads(trained.summary.read_text())
+    superposed = load_torch(trained.previous)["state_dict"]
+    torch.save({f"module.{name}": entry for name, entry in superposed.items()}, tmp_path / "bare.pth")
+    for weights, accuracy in (
+        (["--resume", trained.path], summary["final_acc"]),
+        (["--resume", trained.current], summary["ticket_acc"][-1]),
+        (["--pretrained-weights", trained.previous], summary["final_acc"]),
+        (["--pretrained-weights", tmp_path / "bare.pth"], summary["final_acc"]),
+    ):
+        capsys.readouterr()
+        flags = ["--no-cuda", "--arch", "resnet18", "-b", "4", "-j", "0", "--save", tmp_path / "run"]
+        assert run(*flags, home / "imagenet2012", "--evaluate", *weights) == 0
+        assert f"accuracy {accuracy:.2%}\n" in capsys.readouterr().out
+    assert not (tmp_path / "run").exists()
+
+
+def test_pretrained_weights_are_where_training_starts(home, trained, tmp_path):
+    flags = [*DENSE, "--lr", "0", "--pretrained-weights", trained.previous, "--save", tmp_path / "run"]
+    assert run(*flags, home / "imagenet2012") == 0
+    start, end = (load_torch(path)["state_dict"] for path in (trained.previous, tmp_path / "run" / "model_current.pth"))
+    assert all(torch.equal(start[name], end[name]) for name in start if name.endswith(("weight", "bias")))
+
+
+def test_cycles_alone_start_from_pretrained_weights(home, trained, tmp_path):
+    cycles = [word for word in SMALL if word != "--pre_train"]
+    flags = [*cycles, "--pretrained-weights", trained.previous, "--save", tmp_path / "run", "--keep-tickets"]
+    assert run(*flags, home / "imagenet2012") == 0
+    start = load_torch(tmp_path / "run" / "tickets" / "ticket_0.pth")["state_dict"]
+    weights = load_torch(trained.previous)["state_dict"]
+    assert all(torch.equal(start[name], weights[name]) for name in weights)
+
+
+@pytest.mark.parametrize("epoch", [2, 3])
+def test_a_run_goes_back_to_one_of_its_checkpoints(home, trained, tmp_path, epoch):
+    """The later run moves aside, whole; what stands in its place is consistent, and in the end equal."""
+    shutil.copytree(trained.path, tmp_path / "run")
+    there, aside = RunFolder(tmp_path / "run"), RunFolder(tmp_path / "run.old-1")
+    assert run(*SMALL, home / "imagenet2012", "--save", there.path, "--resume", there.epoch_checkpoint(epoch)) == 0
+    assert aside.epoch_checkpoint(3).read_bytes() == trained.epoch_checkpoint(3).read_bytes()
+    for file in ("metrics", "tickets", "summary"):
+        written, before = (getattr(folder, file).read_text().splitlines() for folder in (there, trained))
+        assert len(written) == len(before)
+    for file in ("current", "previous"):
+        written, before = (load_torch(getattr(folder, file))["state_dict"] for folder in (there, trained))
+        assert all(torch.equal(written[name], before[name]) for name in before)
+    assert load_torch(there.checkpoint)["epoch"] == 3
+
+
+@pytest.mark.parametrize(
+    ("flags", "printed"),
+    [
+        (["--benchmark-training", "--benchmark-inference"], ["training step", "loader", "evaluation step", "images/s"]),
+        (["--prof", *SMALL], ["aten::", "convolution"]),
+        (
+            ["--sparse", "--dense-layers", "fc", "--show-layers"],
+            ["layer4.1.conv2.weight", "512x512x3x3", "by magnitude"],
+        ),
+    ],
+    ids=["benchmarks", "profile", "layers"],
+)
+def test_what_is_done_in_place_of_training_writes_nothing(home, tmp_path, monkeypatch, capsys, flags, printed):
+    monkeypatch.setattr(profiling, "WARMUP_STEPS", 1)
+    monkeypatch.setattr(profiling, "STEPS", 1)
+    monkeypatch.chdir(tmp_path)
+    assert run("--no-cuda", "--arch", "resnet18", "-b", "4", "-j", "0", *flags, home / "imagenet2012") == 0
+    text = capsys.readouterr().out
+    assert all(words in text for words in printed)
+    assert list(tmp_path.iterdir()) == []
+
+
+def damage(home, root):
+    """A copy of the data set with one training image cut short; its path."""
+    shutil.copytree(home / "imagenet2012", root)
+    path = root / "train" / "n2" / "1.JPEG"
+    path.write_bytes(path.read_bytes()[:200])
+    return path
+
+
+def test_a_damaged_image_is_left_out_and_counted(home, tmp_path, capsys):
+    path = damage(home, tmp_path / "data")
+    assert run(*DENSE, tmp_path / "data", "--save", tmp_path / "run") == 0
+    assert f"left out damaged image {path}" in (message := capsys.readouterr().err)
+    assert message.count("left out") == 1
+    assert "; 1 so far" in message
+    assert read_jsonl(tmp_path / "run" / "metrics.jsonl")[0]["samples"] == TRAIN_IMAGES - 1
+
+
+def test_strict_data_stops_at_a_damaged_image(home, tmp_path, capsys):
+    path = damage(home, tmp_path / "data")
+    assert run(*DENSE, tmp_path / "data", "--save", tmp_path / "run", "--strict-data") == 1
+    assert f"damaged image {path}" in capsys.readouterr().err
+
+
+CONTRADICTIONS = {
+    "--superposing_method greedy": "this script evaluates on its validation set alone",
+    "--epochs 90 --pretrain_epoch 2 --cyclic_epochs 4": "--epochs 90 is not --pretrain_epoch 2 + --cyclic_epochs 4 = 6",
+    "--density 0.2 --final-density 0.1": "--density 0.2 contradicts --final-density 0.1",
+    "--pretrain_epoch 0 --cyclic_epochs 0": "no epochs at all",
+    "--cyclic_epochs 6 --cycle 4": "--cyclic_epochs 6 is no whole number of --cycle 4 epochs",
+    "--static-loss-scale 128": "loss scaling is for float16",
+    "--dynamic-loss-scale": "loss scaling is for float16",
+    "--fp16 --static-loss-scale 128 --dynamic-loss-scale": "one of --static-loss-scale and --dynamic-loss-scale",
+    "--fp16": "float16 training needs a GPU",
+    "--evaluate": "--evaluate needs weights",
+    "--sparse --method GraNet --init-density 0.5 --density 0.6": "--final-density 0.6, which is above it",
+    "--re_explore": "--re_explore is about masks",
+    "--sparse --growth momentum --momentum 0": "need a --momentum above 0",
+    "--sparse --init-prune-epoch 3 --final-prune-epoch 2": "before it starts at epoch 3",
+    "--cyclic_epochs 4 --cycle 0": "at least 1, not 0",
+    "--density 0": "a density lies in (0, 1], not 0",
+    "--arch vit_b16": "unknown architecture 'vit_b16': the nearest of torchvision's",
+    "--arch vit_b_16 -c fanin": "vit_b_16 starts as torchvision's: leave it out",
+    "--arch vit_b_16 --train-crop-size 40": "vit_b_16 cannot be built for images of 40 pixels (Input shape indivisible",
+    "--arch squeezenet1_1 --val-crop-size 8": "this network takes no images of 8 x 8 pixels",
+    "--train-crop-size 32 -b 1": "BatchNorm cannot train on one image at a time",
+    "--train-crop-size 0": "at least 1, not 0",
+    "--val-crop-size 73": "--val-crop-size 73 cannot be cut out of images that --val-resize-size scales to 72",
+    "--pretrained-weights nowhere.pth": "no file nowhere.pth",
+    "--resume nowhere": "no file nowhere",
+}
+
+
+@pytest.mark.parametrize("flags", CONTRADICTIONS)
+def test_wrong_calls_end_with_a_sentence_and_nothing_written(home, tmp_path, monkeypatch, capsys, flags):
+    monkeypatch.chdir(tmp_path)
+    base = shlex.split("--no-cuda --arch resnet18 -b 4 -j 0 --pre_train --cyclic_train")
+    assert run(*base, *flags.split(), home / "imagenet2012") == 2
+    (message,) = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("note: ")]
+    assert CONTRADICTIONS[flags] in message
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_neither_part_is_nothing_to_do(home, capsys):
+    assert run("--no-cuda", home / "imagenet2012") == 2
+    assert "nothing to do" in capsys.readouterr().err
+
+
+def test_dense_training_names_the_given_flags_that_are_about_masks(capsys):
+    assert run(*DENSE, "--density", 0.2, "--growth", "random", "nowhere") == 2
+    note, _ = capsys.readouterr().err.splitlines()
+    assert note.endswith("without --sparse there is no effect of --density, --growth")
+
+
+def test_missing_folders_are_named(home, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert run(*DENSE, "nowhere") == 2
+    assert "nowhere is not a folder" in capsys.readouterr().err
+    (tmp_path / "half").mkdir()
+    shutil.copytree(home / "imagenet2012" / "train", tmp_path / "half" / "train")
+    assert run(*DENSE, "half") == 2
+    assert "half/val" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["half"]
+
+
+def test_weights_of_another_network_are_refused(home, trained, tmp_path, capsys):
+    other = [word if word != "resnet18" else "resnet34" for word in DENSE]
+    assert run(*other, "--pretrained-weights", trained.current, home / "imagenet2012", "--save", tmp_path / "run") == 2
+    assert "holds weights of another model" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_other_script_is_the_same_program():
+    assert runpy.run_path(str(SCRIPTS / "main_suptickets.py"))["main"] is main.main

@@ -1,0 +1,864 @@
+"""Two gloo processes on the CPU against one process with the same global batch; CIFAR under torchrun.
+
+What makes one and two processes comparable: no BatchNorm in training mode (each rank normalises by its own half of the
+batch, as everywhere in data-parallel training), no dropout, and the same global batches. Where masks must agree to
+the bit the networks compute in float64, so that the other order of summation cannot swap two scores that nearly tie.
+"""
+
+import contextlib
+import itertools
+import json
+import multiprocessing
+import os
+import random
+import re
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor, wait
+from pathlib import Path
+
+import main_suptickets
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from cifar_data import Augmentation, TensorLoader
+from torch import nn
+from torch.distributed.elastic.multiprocessing.api import ProcessFailure, SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+from sparselearning import Masking, update_bn
+from sparselearning.process import distributed, launch
+from sparselearning.process.errors import FaultError, UsageError
+from sparselearning.process.files import load_torch
+from sparselearning.process.script import run_script
+from sparselearning.process.seeding import seed_everything
+from sparselearning.process.signals import Stopped
+from sparselearning.sparse.superpose import AVERAGING
+from sparselearning.sparse.topology import GROWTH, PRUNE, REDISTRIBUTION
+from sparselearning.training import experiment
+from sparselearning.training.data import Batch
+from sparselearning.training.engine import Sources
+from sparselearning.training.plan import EpochBudget, Plan
+from sparselearning.training.provenance import cpu_name
+from sparselearning.training.run_folder import RunFolder
+from sparselearning.training.runtime import Runtime
+
+ROOT = Path(__file__).resolve().parents[2]
+CPU = torch.device("cpu")
+PATIENCE = 180  # seconds until a test gives up on other processes
+
+# ---------------------------------------------------------------------------------- processes, for both test files
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def wait_until(condition, seconds=PATIENCE):
+    """Poll; return what the condition returned, or fail."""
+    end = time.monotonic() + seconds
+    while not (result := condition()):
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.02)
+    return result
+
+
+def environment():
+    """Of scripts that tests start: one thread, no GPU, this checkout."""
+    return os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "CUDA_VISIBLE_DEVICES": "",
+        "PYTHONPATH": str(ROOT),
+        "PYTHON": sys.executable,
+    }
+
+
+@contextlib.contextmanager
+def started(command, log, cwd=None):
+    """Run a command, its output in ``log``; if it has not ended by itself, it is stopped at the end."""
+    options = {"cwd": cwd, "env": environment() | {"MARK": str(log)}, "start_new_session": True}
+    with log.open("w") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, **options)
+    try:
+        yield process
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGTERM)  # a launcher passes it on to its ranks
+        process.wait()
+
+
+on_linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds processes in /proc")
+
+
+def marked_processes(mark):
+    """Process ids of all whose environment has this MARK: a command (``started``: its log) and all it started."""
+    found = []
+    for environ in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):  # it has just ended
+            if f"MARK={mark}".encode() in environ.read_bytes().split(b"\0"):
+                found.append(int(environ.parent.name))
+    return found
+
+
+def finished(command, log, cwd=None, seconds=PATIENCE):
+    """Run a command to its end; return its exit status."""
+    with started(command, log, cwd) as process:
+        try:
+            return process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            pytest.fail(f"still not done after {seconds} s:\n{log.read_text()}")
+
+
+def read_jsonl(path):
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def without_times(rows):
+    return [{key: row[key] for key in row.keys() - {"seconds", "images_per_second"}} for row in rows]
+
+
+def results(folder):
+    """All that a run computed: networks, masks, momentum, metrics; nothing that tells the time."""
+    folder = RunFolder(folder)
+    found = {"metrics": without_times(read_jsonl(folder.metrics)), "tickets": without_times(read_jsonl(folder.tickets))}
+    for path in (folder.current, folder.previous):
+        saved = load_torch(path)
+        for kind in ("state_dict", "masks"):
+            found |= {f"{path.name} {kind} {name}": tensor for name, tensor in saved[kind].items()}
+    for number, state in load_torch(folder.checkpoint)["optimizer"]["state"].items():
+        found |= {f"optimizer {number} {name}": value for name, value in (state or {}).items()}
+    return found
+
+
+def assert_identical(found, expected):
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        same = torch.equal(found[name], value) if isinstance(value, torch.Tensor) else found[name] == value
+        assert same, name
+
+
+# -------------------------------------------------------------------------------- two ranks that run what tests ask
+
+
+class Ranks:
+    """Two processes in one gloo group. A call runs a function in both and returns both results, rank 0's first."""
+
+    def __init__(self):
+        port, context = free_port(), multiprocessing.get_context("spawn")
+        self._pools = [ProcessPoolExecutor(1, context, join_group, (rank, port)) for rank in (0, 1)]
+        self._processes = [future.result(PATIENCE) for future in [pool.submit(os.getpid) for pool in self._pools]]
+
+    def __call__(self, function, *args):
+        futures = [pool.submit(function, *args) for pool in self._pools]
+        if wait(futures, timeout=60).not_done:
+            self.kill()
+            pytest.fail(f"the ranks wait for each other in {function.__name__}")
+        return [future.result() for future in futures]
+
+    def kill(self):
+        for process in self._processes:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
+
+    def close(self):
+        self.kill()
+        for pool in self._pools:
+            pool.shutdown()
+
+
+def join_group(rank, port):
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    assert distributed.start(use_cuda=False) == CPU
+
+
+@pytest.fixture(scope="module")
+def ranks():
+    ranks = Ranks()
+    yield ranks
+    ranks.close()
+
+
+def as_numpy(tensors):
+    return {name: tensor.detach().numpy().copy() for name, tensor in tensors.items()}
+
+
+def assert_same_arrays(ours, theirs):
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        np.testing.assert_array_equal(ours[name], theirs[name], err_msg=name)
+
+
+# ------------------------------------------------------------------------------------------------- masks and weights
+
+STEPS, GLOBAL_BATCH = 20, 8
+
+
+def small_model(seed=0):
+    """A network without BatchNorm and dropout, for images of 2 x 6 x 6 and 5 classes."""
+    torch.manual_seed(seed)
+    layers = [nn.Conv2d(2, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 5)]
+    return nn.Sequential(*layers).double()
+
+
+def global_batches():
+    generator = torch.Generator().manual_seed(3)
+    images = torch.randn(STEPS, GLOBAL_BATCH, 2, 6, 6, generator=generator, dtype=torch.float64)
+    return zip(images, torch.randint(5, (STEPS, GLOBAL_BATCH), generator=generator), strict=True)
+
+
+def seed_ranks_differently():
+    for seed in (random.seed, np.random.seed, torch.manual_seed):
+        seed(1000 + distributed.rank())
+
+
+def masking_of(model, optimizer=None, **options):
+    settings = {"update_frequency": 4, "init_density": 0.4, "final_density": 0.2, "prune_end_step": 12}
+    optimizer = optimizer or torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
+    return Masking(optimizer, seed=17 + distributed.rank(), **(settings | options))  # rank 0's seed counts
+
+
+def train_steps(network, masking, batches):
+    rank, world = distributed.rank(), distributed.world_size()
+    share = slice(rank * GLOBAL_BATCH // world, (rank + 1) * GLOBAL_BATCH // world)
+    for images, labels in batches:
+        masking.optimizer.zero_grad()
+        F.cross_entropy(network(images[share]), labels[share]).backward()
+        masking.step()
+
+
+def train(options, adam=False, wrap_first=False):
+    """20 steps on the ranks' shares of the same global batches, then one exploration; masks and weights."""
+    model = small_model()
+    masking = masking_of(model, torch.optim.Adam(model.parameters(), lr=0.01) if adam else None, **options)
+    seed_ranks_differently()
+    if wrap_first:
+        network = distributed.wrap(model, CPU)
+        masking.add_module(network)
+    else:
+        masking.add_module(model)
+        network = distributed.wrap(model, CPU)
+    first_masks = as_numpy(masking.masks)
+    train_steps(network, masking, global_batches())
+    masking.truncate_weights(0.5)
+    return {"first": first_masks, "last": as_numpy(masking.masks), "weights": as_numpy(model.state_dict())}
+
+
+MODES = [
+    *({"growth": growth, "method": method} for growth in GROWTH for method in ("DST", "GraNet")),
+    *({"prune": prune} for prune in PRUNE if prune != "magnitude"),
+    *({"redistribution": mode, "growth": "random"} for mode in REDISTRIBUTION if mode != "none"),
+    {"method": "GraNet_uniform"},
+    {"method": "GMP"},
+]
+
+
+@pytest.mark.parametrize("options", MODES, ids=lambda options: "-".join(options.values()))
+def test_two_processes_equal_one(ranks, options):
+    alone, (ours, theirs) = train(options), ranks(train, options)
+    for masks in ("first", "last"):
+        assert_same_arrays(ours[masks], theirs[masks])
+        assert_same_arrays(ours[masks], alone[masks])
+    assert_same_arrays(ours["weights"], theirs["weights"])
+    for name, weight in alone["weights"].items():
+        np.testing.assert_allclose(ours["weights"][name], weight, rtol=0, atol=1e-10, err_msg=name)
+    assert any((alone["first"][name] != mask).any() for name, mask in alone["last"].items())  # updates did happen
+
+
+@pytest.mark.parametrize("growth", GROWTH)
+def test_two_processes_equal_one_with_adam(ranks, growth):
+    alone, (ours, theirs) = train({"growth": growth}, adam=True), ranks(train, {"growth": growth}, True)
+    assert_same_arrays(ours["last"], theirs["last"])
+    assert_same_arrays(ours["last"], alone["last"])
+
+
+def test_it_does_not_matter_whether_masks_or_the_wrapper_come_first(ranks):
+    masks_first, wrapper_first = (ranks(train, {}, False, order)[0] for order in (False, True))
+    for part in masks_first:
+        assert_same_arrays(wrapper_first[part], masks_first[part])
+
+
+def grow_on_unlike_devices():
+    """One update by random growth on ranks that draw differently from one seed, as unlike GPUs do."""
+    rand = torch.rand
+    with pytest.MonkeyPatch.context() as patch:
+        if distributed.rank() == 1:
+            patch.setattr(torch, "rand", lambda *args, **kwargs: 1 - rand(*args, **kwargs))
+        return train({"growth": "random"})
+
+
+def test_random_growth_is_rank_0s(ranks):
+    ours, theirs = ranks(grow_on_unlike_devices)
+    assert_same_arrays(theirs["last"], ours["last"])
+    assert_same_arrays(theirs["weights"], ours["weights"])
+    assert_same_arrays(ours["last"], train({"growth": "random"})["last"])
+
+
+def draw_masks(sparse_init):
+    """Masks drawn on ranks whose seeds, weights and gradients all differ."""
+    model = small_model(seed=distributed.rank())
+    images = torch.randn(4, 2, 6, 6, dtype=torch.float64)
+    F.cross_entropy(model(images), torch.randint(5, (4,))).backward()
+    masking = masking_of(model)
+    masking.add_module(model, sparse_init)
+    return as_numpy(masking.masks)
+
+
+@pytest.mark.parametrize("sparse_init", ["ERK", "uniform", "snip", "prune_global", "prune_and_grow_uniform"])
+def test_rank_0_draws_the_masks(ranks, sparse_init):
+    ours, theirs = ranks(draw_masks, sparse_init)
+    assert_same_arrays(ours, draw_masks(sparse_init))  # this process draws as rank 0 does
+    assert_same_arrays(theirs, ours)
+
+
+def tamper(move, by_training):
+    """Spoil rank 1's first mask at equal count; the step at which this rank stops, and what it says."""
+    model = small_model()
+    masking = masking_of(model, prune_rate=0.1)
+    masking.add_module(model)
+    network = distributed.wrap(model, CPU)
+    batches = global_batches()
+    train_steps(network, masking, itertools.islice(batches, 5))  # one update, which is fine
+    if distributed.rank() == 1:
+        move(next(iter(masking.masks.values())).view(-1), model[0].weight.detach().view(-1))
+    try:
+        if by_training:
+            train_steps(network, masking, batches)
+        else:
+            masking.truncate_weights(0.0)  # changes nothing, and looks
+    except FaultError as fault:
+        return masking.steps, str(fault)
+    return masking.steps, "no complaint"
+
+
+def move_the_largest(mask, weight):
+    """One active weight, that no update would remove, gives its place to an inactive one."""
+    mask[weight.abs().argmax()], mask[(~mask).nonzero()[0]] = False, True
+
+
+def move_two_in_opposite_directions(mask, weight):
+    """Neither the count nor the sum of the active positions changes."""
+    up = (mask[:-1] & ~mask[1:]).nonzero()[0]
+    down = next(p for p in (mask[1:] & ~mask[:-1]).nonzero() + 1 if abs(p - up) > 2)
+    for old, new in ((up, up + 1), (down, down - 1)):
+        mask[old], mask[new] = False, True
+
+
+@pytest.mark.parametrize("move", [move_the_largest, move_two_in_opposite_directions])
+def test_masks_that_differ_between_ranks_stop_all_of_them(ranks, move):
+    for step, message in ranks(tamper, move, False):
+        assert step == 5
+        assert re.match(r"the ranks' masks differ after the topology update at step 5\b", message)
+
+
+def test_masks_that_differ_between_ranks_stop_training_at_the_next_update(ranks):
+    for step, message in ranks(tamper, move_the_largest, True):
+        assert step == 8
+        assert re.match(r"the ranks' masks differ after the topology update at step 8\b", message)
+
+
+# --------------------------------------------------------------------------------------------- what ranks share
+
+
+def agreed(raised_by, at_step):
+    flag = distributed.AgreedFlag()
+    seen = [flag.exchange(15 if (distributed.rank(), step) == (raised_by, at_step) else 0) for step in range(7)]
+    flag.collect()
+    return seen
+
+
+@pytest.mark.parametrize("raised_by", [0, 1])
+def test_a_flag_raised_on_one_rank_is_seen_at_the_same_step_on_both(ranks, raised_by):
+    assert ranks(agreed, raised_by, 3) == [[0, 0, 0, 0, 15, 15, 15]] * 2
+
+
+def test_a_single_process_sees_its_flag_at_once():
+    assert agreed(0, 3) == [0, 0, 0, 15, 0, 0, 0]
+
+
+def pooled_bn(wrapped):
+    """BatchNorm statistics after one pass over 5 batches, which two ranks share 3 to 2."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.Conv2d(3, 2, 3), nn.BatchNorm2d(2))
+    for norm in (model[1], model[4]):
+        norm.running_mean += 100 * (1 + distributed.rank())  # must be forgotten
+    batches = [torch.randn(size, 2, 7, 7) * (1 + size) for size in (4, 2, 5, 3, 4)]
+    own = batches[distributed.rank() :: distributed.world_size()]
+    update_bn(own, distributed.wrap(model, CPU) if wrapped else model)
+    return as_numpy(dict(model.named_buffers()))
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_batchnorm_is_re_estimated_over_the_batches_of_all_ranks(ranks, wrapped):
+    alone, (ours, theirs) = pooled_bn(False), ranks(pooled_bn, wrapped)
+    assert_same_arrays(ours, theirs)
+    assert alone["1.num_batches_tracked"] == ours["1.num_batches_tracked"] == 5
+    for name in alone:
+        np.testing.assert_allclose(ours[name], alone[name], rtol=1e-5, err_msg=name)
+
+
+def averaged_buffers():
+    norm = nn.BatchNorm1d(2)
+    norm.running_mean += torch.tensor([1.0, 2.0]) + 4 * distributed.rank()
+    distributed.average_buffers(norm)
+    return norm.running_mean.tolist()
+
+
+def test_buffers_are_averaged_over_the_ranks(ranks):
+    assert ranks(averaged_buffers) == [[3.0, 4.0]] * 2
+
+
+def enter_after_main(path):
+    with distributed.main_first():
+        there = path.exists()
+        if distributed.rank() == 0:
+            time.sleep(0.2)
+            path.touch()
+    return there
+
+
+def test_one_process_goes_first_where_files_are_downloaded(ranks, tmp_path):
+    assert ranks(enter_after_main, tmp_path / "downloaded") == [False, True]
+
+
+# --------------------------------------------------------------------------------------------------- the engine
+
+NUMBERS = np.random.default_rng(5)
+IMAGES = NUMBERS.integers(0, 256, (25, 6, 6, 1), dtype=np.uint8)
+LABELS = NUMBERS.integers(0, 4, 25)
+
+
+class Shares:
+    """A set of 25 images of which each rank has batches of its own, not equally many."""
+
+    num_samples = len(IMAGES)
+
+    def __init__(self, *shares):
+        self.batches = shares[distributed.rank()] if distributed.world_size() > 1 else list(itertools.chain(*shares))
+
+    def __len__(self):
+        return len(self.batches)
+
+    def epoch(self, epoch, start=0):
+        for low, high in self.batches[start:]:
+            images = torch.from_numpy(IMAGES[low:high]).permute(0, 3, 1, 2).float() / 128 - 1
+            yield Batch(images, torch.from_numpy(LABELS[low:high]))
+
+
+UNEVEN = [(0, 4), (4, 9), (9, 16)], [(16, 25)]
+ONE_SIDED = [(0, 12), (12, 25)], []
+
+
+def toy_trainer(folder, *, resume=None, shares=UNEVEN, stop_signal=lambda: 0):
+    """The whole method, small: 2 epochs of pre-training, 2 cycles of 2, with BatchNorm and dropout."""
+    seed_everything(3)
+    model = nn.Sequential(
+        nn.Conv2d(1, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Flatten(), nn.Dropout(0.3), nn.Linear(96, 4)
+    )
+    train = TensorLoader(
+        IMAGES, LABELS, mean=np.array([128.0]), std=np.array([64.0]), batch_size=7, seed=3,
+        augmentation=Augmentation("constant", flip=True, pad=1),
+        rank=distributed.rank(), world_size=distributed.world_size(),
+    )  # fmt: skip
+    plan = Plan(
+        EpochBudget(2, 2, 2), lambda epoch: 0.05, AVERAGING["CAA"](0.5), cycle_lr=(0.01, 0.1), explore_rate=0.5,
+        update_bn=True, final_density=0.3,
+    )  # fmt: skip
+    masking = {
+        "method": "GraNet", "init_density": 0.6, "final_density": 0.3, "prune_end_step": 8, "update_frequency": 3,
+        "seed": 3,
+    }  # fmt: skip
+    return experiment.prepare(
+        experiment.Recipe(
+            model,
+            torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9),
+            Sources(train, train_once=train, evaluation=Shares(*shares)),
+            sample_shape=(1, 6, 6),
+            class_balanced_batch=lambda: train.class_balanced_batch(7, 3),
+        ),
+        plan,
+        experiment.SparseTraining(masking),
+        Runtime(use_cuda=False, amp="off"),
+        experiment.Output(RunFolder(folder), {}, resume=resume),
+        stop_signal,
+    )
+
+
+def evaluated(shares, folder):
+    return toy_trainer(folder, shares=shares).evaluate()
+
+
+@pytest.mark.parametrize("shares", [UNEVEN, ONE_SIDED], ids=["uneven", "one_sided"])
+def test_evaluation_counts_each_sample_once(ranks, shares, tmp_path):
+    alone, (ours, theirs) = evaluated(shares, tmp_path), ranks(evaluated, shares, tmp_path)
+    assert ours == theirs
+    assert ours[1] == alone[1]
+    assert ours[0] == pytest.approx(alone[0], rel=1e-6)
+
+
+def run_toy(folder, stop_after=None, stopper=1):
+    """Run, stopped by a signal that only one rank gets, after so many looks; then go on. Where each was stopped."""
+    looks = itertools.count()
+
+    def stop_signal():
+        return signal.SIGTERM if distributed.rank() == stopper and next(looks) >= stop_after else 0
+
+    position = None
+    if stop_after is not None:
+        trainer = toy_trainer(folder, stop_signal=stop_signal)
+        try:
+            trainer.run()
+        except Stopped as stop:
+            position = stop.exit_code, trainer.epoch, trainer.batch, trainer.trained
+        distributed.barrier()  # the other rank's checkpoint must be there before it is read
+    trainer = toy_trainer(folder, resume=folder if position else None)
+    trainer.run()
+    outcome = as_numpy(trainer.model.state_dict())
+    outcome |= {f"superposed {name}": array for name, array in as_numpy(trainer.superposition).items()}
+    outcome |= {f"mask {name}": array for name, array in as_numpy(trainer.masking.masks).items()}
+    rows = ([row.as_dict() for row in rows] for rows in (trainer.metrics, trainer.tickets))
+    return position, outcome, *map(without_times, rows)
+
+
+@pytest.fixture(scope="module")
+def undisturbed_toy(ranks, tmp_path_factory):
+    return ranks(run_toy, tmp_path_factory.mktemp("toy"))
+
+
+# The run looks 40 times: an epoch at its 4 training batches and 1 evaluation batch, a superposition at 4 batches for
+# BatchNorm and 1 of evaluation (looks 20 to 24 and 35 to 39).
+@pytest.mark.parametrize("stop_after", [0, 4, 9, 12, 18, 19, 21, 23, 24, 31, 37, 38])
+def test_a_stop_on_one_rank_stops_both_at_the_same_batch_and_resumes_exactly(
+    ranks, undisturbed_toy, stop_after, tmp_path
+):
+    stopped = ranks(run_toy, tmp_path, stop_after, stop_after % 2)
+    assert stopped[0][0] == stopped[1][0]
+    assert stopped[0][0][0] == 143
+    for after, undisturbed in zip(stopped, undisturbed_toy, strict=True):
+        assert_same_arrays(after[1], undisturbed[1])
+        assert after[2:] == undisturbed[2:]
+
+
+def test_the_ranks_of_a_run_end_with_the_same_networks_and_metrics(undisturbed_toy):
+    (_, ours, *our_rows), (_, theirs, *their_rows) = undisturbed_toy
+    assert_same_arrays(ours, theirs)
+    assert our_rows == their_rows
+
+
+def test_a_checkpoint_of_two_processes_is_refused_by_one(ranks, tmp_path):
+    ranks(run_toy, tmp_path)
+    with pytest.raises(UsageError, match=r"2 process.* not 1"):
+        toy_trainer(tmp_path, resume=tmp_path)
+
+
+def refused_on_main(folder):
+    """What both ranks make of a folder that is in use: rank 0 opens it for both."""
+    try:
+        distributed.on_main(RunFolder(folder).in_use().__enter__)
+    except FaultError as error:
+        return str(error)
+    except SystemExit as end:
+        return end.code
+
+
+def test_what_the_main_rank_refuses_ends_all(ranks, tmp_path):
+    with RunFolder(tmp_path / "run").in_use():
+        ours, theirs = ranks(refused_on_main, tmp_path / "run")
+    assert "is in use by another run" in ours
+    assert theirs == FaultError.exit_code
+    assert ranks(refused_on_main, tmp_path / "other") == [None, None]
+
+
+# -------------------------------------------------------------------------------------------------- the launcher
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """What torchrun would be given, instead of starting it."""
+    calls = []
+    monkeypatch.setattr(launch.torchrun, "run", calls.append)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    return calls
+
+
+@pytest.mark.parametrize("default", [None, 29500])  # torchrun's own, after and before torch 2.12
+def test_the_port_among_the_scripts_arguments_counts(launched, monkeypatch, default):
+    build = launch.torchrun.get_args_parser
+
+    def parser():
+        built = build()
+        built.set_defaults(master_port=default)
+        return built
+
+    monkeypatch.setattr(launch.torchrun, "get_args_parser", parser)
+    launch.launch(["--nproc_per_node", "2", "main.py", "--sparse", "--master_port", "7768", "-j20", "-p", "500", "DIR"])
+    launch.launch(["--nproc_per_node=2", "--master_port=1234", "main.py", "--master_port=7768"])
+    assert [args.master_port for args in launched] == [7768, 1234]
+    assert launched[0].training_script_args == ["--sparse", "--master_port", "7768", "-j20", "-p", "500", "DIR"]
+
+
+def test_without_a_port_torchrun_chooses(launched):
+    launch.launch(["--nproc_per_node", "2", "main.py", "-p", "500"])
+    assert launched[0].master_port == launch.torchrun.get_args_parser().parse_args(["main.py"]).master_port
+
+
+def test_the_published_launchers_flags_are_torchruns(launched):
+    flags = "--nnodes 3 --node_rank 2 --nproc_per_node 8 --master_addr first.host --master_port 29500"
+    launch.launch([*flags.split(), "main.py"])
+    (args,) = launched
+    assert (args.nnodes, args.node_rank, args.nproc_per_node) == ("3", 2, "8")
+    assert (args.master_addr, args.master_port) == ("first.host", 29500)
+
+
+def test_more_processes_than_gpus_are_refused(launched, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(UsageError, match=r"2 processes .* 1 GPU"):
+        launch.launch(["--nproc_per_node", "2", "main.py"])
+    with pytest.raises(UsageError, match=r"2 processes .* 1 GPU"):
+        distributed.check_gpus(2)
+    assert launched == []
+    launch.launch(["--nproc_per_node", "2", "main.py", "--no-cuda"])
+    assert len(launched) == 1
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        *(f"--nproc_per_node {count}" for count in ("0", "00", "-1", "x", "gpu")),
+        "--nnodes 0",
+        "--nproc_per_node 1 --master_port 99999",
+    ],
+)
+def test_what_torchrun_refuses_is_told_in_a_sentence(monkeypatch, flags):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UsageError, match=r"torchrun refuses to start main\.py: ."):
+        launch.launch([*flags.split(), "main.py"])
+
+
+def test_an_environment_that_no_launcher_made_is_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(UsageError, match="which of 2 processes this one is"):
+        distributed.start(use_cuda=False)
+
+
+def status_of(main):
+    with pytest.raises(SystemExit) as end:
+        run_script(main)
+    return end.value.code
+
+
+@pytest.mark.parametrize("exit_code", [1, 2])
+def test_the_launcher_ends_with_the_status_of_the_rank_that_failed(launched, monkeypatch, capsys, exit_code):
+    def fail(args):
+        raise ChildFailedError("main.py", {1: ProcessFailure(1, 4242, exit_code, "no file")})
+
+    monkeypatch.setattr(launch.torchrun, "run", fail)
+    assert status_of(lambda: launch.launch(["main.py"])) == exit_code
+    assert "process 1 of main.py" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_launcher_that_is_stopped_says_by_what(launched, monkeypatch, number):
+    def stop(args):
+        raise SignalException("stopped", number)
+
+    monkeypatch.setattr(launch.torchrun, "run", stop)
+    assert status_of(lambda: launch.launch(["main.py"])) == 128 + number
+
+
+def test_a_fault_that_only_one_rank_meets_is_shown(monkeypatch, capsys):
+    def meet():
+        raise FaultError("damaged image ant/3.JPEG")
+
+    monkeypatch.setattr(distributed, "rank", lambda: 1)
+    assert status_of(meet) == 1
+    assert "damaged image ant/3.JPEG" in capsys.readouterr().err
+
+
+def test_a_port_in_use_is_named(monkeypatch, capsys):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    with socket.create_server(("", 0)) as other:
+        port = other.getsockname()[1]
+        assert status_of(lambda: launch.launch(["--nproc_per_node", "2", "main.py", "--master_port", str(port)])) == 1
+    assert str(port) in capsys.readouterr().err
+
+
+def test_ranks_that_do_not_find_each_other_say_so(capsys):
+    def fail():
+        raise RuntimeError("Gloo connectFullMesh failed with timed out connecting: Connection refused")
+
+    assert status_of(fail) == 1
+    assert "Traceback" not in capsys.readouterr().err
+
+
+MULTIPROC = [sys.executable, ROOT / "ImageNet" / "multiproc.py"]
+
+REPORTER = """
+import json, os, sys
+names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+print(json.dumps([[os.environ[name] for name in names], sys.argv[1:]]))
+"""
+
+
+def test_two_launchers_are_two_machines(tmp_path):
+    child, port = tmp_path / "child.py", str(free_port())
+    child.write_text(REPORTER)
+    logs = [tmp_path / f"node{node}" for node in (0, 1)]
+    launcher = [*MULTIPROC, "--nnodes", "2", "--nproc_per_node", "1", "--master_addr", "127.0.0.1", "--node_rank"]
+    with contextlib.ExitStack() as stack:
+        nodes = [
+            stack.enter_context(started([*launcher, str(node), child, "-p", "500", "--master_port", port], log))
+            for node, log in enumerate(logs)
+        ]
+        assert [node.wait(PATIENCE) for node in nodes] == [0, 0]
+    for rank, log in enumerate(logs):
+        (line,) = (json.loads(line) for line in log.read_text().splitlines() if line.startswith("[["))
+        assert line == [[str(rank), "2", "0", "127.0.0.1", port], ["-p", "500", "--master_port", port]]
+
+
+MORTAL = """
+import os, pathlib, signal, sys, time, torch
+from sparselearning.process import distributed
+
+first_attempt = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
+if not first_attempt and os.environ["RANK"] == "0":
+    time.sleep(2)  # the other rank, which is there first, must not take the dead rank's address for this one's
+distributed.start(use_cuda=False)
+distributed.sum_over_ranks(torch.ones(1))
+if first_attempt and distributed.is_main():
+    os.kill(os.getpid(), signal.SIGKILL)
+try:
+    ranks = int(distributed.sum_over_ranks(torch.ones(1)))
+except RuntimeError:
+    sys.exit("the other rank has gone away")
+pathlib.Path(sys.argv[1], f"rank{distributed.rank()}").write_text(str(ranks))
+distributed.stop()
+"""
+
+
+def test_ranks_find_each_other_again_after_an_elastic_restart(tmp_path):
+    (tmp_path / "child.py").write_text(MORTAL)
+    command = [*MULTIPROC, "--nproc_per_node", "2", "--max_restarts", "1", tmp_path / "child.py", tmp_path]
+    assert finished([*command, "--master_port", str(free_port())], tmp_path / "log", seconds=60) == 0
+    assert [(tmp_path / f"rank{rank}").read_text() for rank in (0, 1)] == ["2", "2"]
+
+
+# ----------------------------------------------------------------------------------------- CIFAR under torchrun
+
+# Batches of 65 cannot be halved: each step has shares of 32 and 33 images. LeNet has neither BatchNorm nor dropout.
+DIGITS = shlex.split(
+    "--no-cuda --data digits --model lenet-300-100 --sparse --pre_train --cyclic_train --re_explore --cyc_lr "
+    "--lr_1 0.01 --lr_2 0.02 --method GraNet --growth gradient --init-density 0.5 --final-density 0.1 "
+    "--final-prune-epoch 2 --seed 5 --update-frequency 7 --epochs 6 --cycle 2 --cycle_rate 0.7 --batch-size 65 "
+    "--test-batch-size 101 --lr 0.02 --large-death-rate 0.3"
+)
+CIFAR = [ROOT / "CIFAR" / "main_suptickets.py", *DIGITS]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+
+
+@pytest.fixture(scope="module")
+def undisturbed_cifar(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cifar") / "undisturbed"
+    assert finished([*TORCHRUN, *CIFAR, "--save", folder], folder.with_suffix(".log")) == 0
+    return folder
+
+
+def is_close(value, other):
+    return value == (pytest.approx(other, rel=1e-5) if isinstance(other, float) else other)
+
+
+def test_cifar_in_two_processes_equals_one(undisturbed_cifar, tmp_path):
+    main_suptickets.main([*DIGITS, "--save", str(tmp_path)])
+    alone, together = results(tmp_path), results(undisturbed_cifar)
+    assert alone.keys() == together.keys()
+    for name, value in alone.items():
+        if name in ("metrics", "tickets"):
+            for row, other in zip(value, together[name], strict=True):
+                assert row.keys() == other.keys()
+                assert all(is_close(row[key], other[key]) for key in row), (row, other)
+        elif " masks " in name:
+            assert torch.equal(together[name], value), name
+        else:
+            assert (together[name] - value).abs().max() < 1e-5, name
+    assert json.loads((undisturbed_cifar / "config.json").read_text())["world_size"] == 2
+
+
+def test_cifar_stops_on_sigterm_to_the_launcher_and_resumes_exactly(undisturbed_cifar, tmp_path):
+    folder, log = tmp_path / "run", tmp_path / "log"
+    with started([*MULTIPROC, "--nproc_per_node", "2", *CIFAR, "--save", folder], log) as launcher:
+        wait_until(lambda: len(read_jsonl(folder / "metrics.jsonl")) == 4 or launcher.poll() is not None)
+        launcher.terminate()
+        assert launcher.wait(60) == 143
+    assert f"stopped by SIGTERM: go on with --resume {folder}\n" in log.read_text()
+    assert "Traceback" not in log.read_text()
+    assert list(folder.rglob("*.partial")) == []
+    stopped = load_torch(folder / "checkpoint.pth")
+    assert stopped["epoch"] == 4
+    assert 0 < stopped["batch"] < 18  # in the middle of the second cycle's first epoch
+    assert finished([*TORCHRUN, *CIFAR, "--save", folder, "--resume", folder], log) == 0
+    assert_identical(results(folder), results(undisturbed_cifar))
+
+
+@on_linux
+def test_a_launcher_that_is_killed_leaves_no_ranks_and_a_checkpoint(tmp_path):
+    folder, log = tmp_path / "run", tmp_path / "log"
+    with started([*MULTIPROC, "--nproc_per_node", "2", *CIFAR, "--save", folder, "--epochs", "400"], log) as launcher:
+        wait_until(lambda: read_jsonl(folder / "metrics.jsonl") or launcher.poll() is not None)
+        launcher.kill()
+        launcher.wait()
+        wait_until(lambda: not marked_processes(log), 30)
+    assert f"stopped by SIGTERM: go on with --resume {folder}\n" in log.read_text()
+    assert load_torch(folder / "checkpoint.pth")["epoch"] >= 1
+    assert not RunFolder(folder).lock.exists()
+
+
+def test_cifar_with_another_number_of_processes_is_refused(undisturbed_cifar, tmp_path, capsys):
+    folder = undisturbed_cifar
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    resume = [*DIGITS, "--save", str(tmp_path / "run"), "--resume", str(folder)]
+    assert status_of(lambda: main_suptickets.main(resume)) == 2
+    assert re.search(r"written by 2 processes: go on with as many, not 1\n$", capsys.readouterr().err)
+    assert not (tmp_path / "run").exists()
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_cifar_on_all_gpus_needs_one(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    assert status_of(lambda: main_suptickets.main([*DIGITS, "--mgpu"])) == 2
+    assert "--mgpu uses all GPUs" in capsys.readouterr().err
+
+
+def test_a_run_says_where_it_computes_and_is_deterministic_before_it_joins_the_others(monkeypatch):
+    # NCCL's choice of algorithms is made when the process group is.
+    found = []
+
+    def start(use_cuda):
+        found.append(torch.are_deterministic_algorithms_enabled())
+        return CPU
+
+    monkeypatch.setattr(distributed, "start", start)
+    device, runtime = Runtime(use_cuda=False, deterministic=True, channels_last=False).start()
+    torch.use_deterministic_algorithms(False)
+    assert found == [True]
+    assert runtime.description(device) == f"computing on cpu: {cpu_name()}: float32, 1 thread"
+
+
+@pytest.mark.parametrize(("has_units", "amp"), [(True, "bf16"), (False, "off")])
+def test_bf16_is_not_chosen_where_it_is_emulated(gpu, monkeypatch, has_units, amp):
+    monkeypatch.setattr(
+        torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or has_units
+    )
+    assert Runtime().resolved(torch.device("cuda", 0)).amp == amp

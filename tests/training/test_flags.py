@@ -1,0 +1,593 @@
+"""The command line: defaults, help, wrong calls, warnings, paths. Nothing is trained here."""
+
+import argparse
+import json
+import os
+import re
+import shlex
+from pathlib import Path
+
+import main_suptickets
+import numpy as np
+import pytest
+from cifar_data import DATASETS
+from cifar_models import model_names
+
+from sparselearning.process.errors import FaultError, UsageError
+from sparselearning.process.script import run_script
+from sparselearning.sparse.schedules import DECAYS
+from sparselearning.sparse.sparse_init import SPARSE_INITS
+from sparselearning.sparse.superpose import AVERAGING
+from sparselearning.sparse.topology import GROWTH, METHODS, PRUNE, REDISTRIBUTION
+from sparselearning.training import flags
+from sparselearning.training.plan import EpochBudget
+
+# The published command lines of the CIFAR script.
+COMMON = (
+    "--update_bn --pre_train --cyclic_train --re_explore --no_maskupdates --cyc_lr --lr_2 0.005 --lr_1 0.001 "
+    "--cycle 8 --cycle_rate 0.1 --sparse --decay-schedule constant --seed 41 --sparse-init ERK --update-frequency 1000 "
+    "--batch-size 128 --prune-rate 0.5 --large-death-rate 0.5 --prune magnitude --final-density 0.05 --epochs 250 "
+    "--model ResNet50 --data cifar100 "
+)
+PUBLISHED = {
+    "granet": COMMON + "--indicate_method granet --method GraNet --growth gradient --init-density 0.5",
+    "rigl": COMMON + "--indicate_method rigl --method DST --growth gradient --init-density 0.05",
+    "set": COMMON + "--indicate_method set --method DST --growth random --init-density 0.05",
+}
+
+
+def parse(text):
+    return main_suptickets.parse(shlex.split(text))
+
+
+# ----------------------------------------------------------------------------------------------------- defaults
+
+
+DEFAULTS = {
+    "batch_size": 128, "test_batch_size": 128, "epochs": 160, "lr": 0.1, "momentum": 0.9, "l2": 5e-4, "seed": 17,
+    "log_interval": 100, "optimizer": "sgd", "decay_schedule": "cosine", "workers": 4, "indicate_method": "Results",
+    "cycle": 8, "cycle_rate": 0.2, "lr_1": 0.05, "lr_2": 0.0001, "growth": "gradient", "prune": "magnitude",
+    "redistribution": "none", "prune_rate": 0.5, "pruning_rate": 0.5, "update_frequency": 100, "method": "GraNet",
+    "init_density": 0.5, "final_density": 0.05, "init_prune_epoch": 0, "final_prune_epoch": 110,
+    "large_death_rate": 0.8, "multiplier": 1, "model": "vgg-like", "data": "cifar10", "superposing_method": "CIMA",
+    "CIMA_factor": 0.5, "valid_split": 0, "iters": 1, "save": None, "resume": None,
+}  # fmt: skip
+SWITCHES = {
+    "sparse", "fix", "rm_first", "pre_train", "cyclic_train", "re_explore", "no_maskupdates", "cyc_lr", "update_bn",
+    "no_cuda", "mgpu", "fp16", "nolrsche", "keep_tickets", "demo",
+}  # fmt: skip
+
+
+def test_defaults_are_the_documented_ones():
+    args = vars(parse(""))
+    assert {name: args[name] for name in DEFAULTS} == DEFAULTS
+    assert {name: args[name] for name in SWITCHES} == dict.fromkeys(SWITCHES, False)
+
+
+def test_both_names_of_the_batchnorm_flag():
+    assert parse("--update_bn").update_bn
+    assert parse("--bn_update").update_bn
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_lines(name, capsys):
+    args = parse(PUBLISHED[name])
+    main_suptickets.check(args)
+    budget = EpochBudget.of_share(args.epochs, args.cycle_rate, args.cycle)
+    assert (budget.pretrain_epochs, budget.cyclic_epochs, budget.tickets) == (226, 24, 3)
+    assert (args.lr, args.lr_1, args.lr_2) == (0.1, 0.001, 0.005)
+    plan = flags.plan(args, budget, main_suptickets.pretrain_lr(args, budget))
+    assert [plan.lr(epoch, 0, 391) for epoch in (0, 112, 113, 168, 169, 225)] == pytest.approx(
+        [0.1, 0.1, 0.01, 0.01, 0.001, 0.001]
+    )
+    assert (plan.explore_rate, plan.updates_in_cycles, plan.final_density) == (0.5, False, 0.05)
+    masking = flags.sparse_training(args, 391, budget.total_epochs).masking
+    assert masking["total_steps"] == 250 * 391
+    assert (masking["prune_start_step"], masking["prune_end_step"]) == (0, 110 * 391)
+    assert masking["growth"] == ("random" if name == "set" else "gradient")
+
+
+def test_demo_presets_give_way_to_flags():
+    args = parse("--demo")
+    assert (args.data, args.sparse, args.pre_train, args.cyclic_train, args.final_density) == (
+        "digits", True, True, True, 0.05,
+    )  # fmt: skip
+    budget = EpochBudget.of_share(args.epochs, args.cycle_rate, args.cycle)
+    assert budget.tickets >= 3
+    assert not main_suptickets.check(args)
+    assert not flags.pruning_window_warning(args, budget.pretrain_epochs)
+    given = parse("--epochs 7 --demo --final-density 0.2")
+    assert (given.epochs, given.final_density, given.data) == (7, 0.2, "digits")
+    assert parse("").data == "cifar10"  # the presets do not stay behind
+
+
+# --------------------------------------------------------------------------------------------------------- help
+
+
+def help_of(capsys):
+    with pytest.raises(SystemExit) as leaving:
+        parse("--help")
+    assert leaving.value.code == 0
+    return " ".join(capsys.readouterr().out.split())
+
+
+def test_help_shows_every_flag_and_default(capsys):
+    text = help_of(capsys)
+    for name, default in DEFAULTS.items():
+        flag = re.search(rf"--{name.replace('_', '[-_]')}[ ,].*?(?= --|$)", text)
+        assert flag, name
+        if default is not None:
+            assert f"(default: {default}" in text
+    for name in SWITCHES:
+        assert re.search(rf"--{name.replace('_', '[-_]')}\b", text), name
+
+
+def test_help_names_all_choices(capsys):
+    text = help_of(capsys)
+    for table in (GROWTH, PRUNE, REDISTRIBUTION, SPARSE_INITS, METHODS, DECAYS, AVERAGING):
+        assert "{" + ",".join(table) + "}" in text
+    for name in [*DATASETS, *model_names(), ".npz"]:
+        assert name in text
+
+
+def test_help_says_what_the_methods_and_the_demo_are(capsys):
+    text = help_of(capsys)
+    for name, method in METHODS.items():
+        assert f"{name}: {method.about}" in text
+    assert main_suptickets.DEMO in text
+
+
+def test_help_says_what_the_cyclic_rates_are(capsys):
+    text = help_of(capsys)
+    assert re.search(r"--lr_1 LR_1 [^-]*both ends", text)
+    assert re.search(r"--lr_2 LR_2 [^-]*middle", text)
+
+
+def test_given_flags_are_those_on_the_command_line_whatever_their_values():
+    parser = main_suptickets.make_parser()
+    assert parser.given([]) == {}
+    argv = shlex.split("--lr 0.1 --bn_update --no-tf32 --init-density=0.5 --save x")
+    assert parser.given(argv) == {
+        "lr": "--lr", "update_bn": "--bn_update", "tf32": "--no-tf32", "init_density": "--init-density",
+        "save": "--save",
+    }  # fmt: skip
+    assert vars(parser.parse_args([])) == vars(parse(""))  # nothing stays behind
+
+
+def test_a_path_starts_at_home_where_a_tilde_says_so(monkeypatch, capsys):
+    monkeypatch.setenv("HOME", "/home/reader")
+    args = parse("--save '~/x' --resume ~/y/~ --data-dir ./~ --tensorboard '~'")
+    assert (args.save, args.resume) == (Path("/home/reader/x"), Path("/home/reader/y/~"))
+    assert (args.data_dir, args.tensorboard) == (Path("~"), Path("/home/reader"))
+    with pytest.raises(SystemExit) as leaving:
+        parse("--save ''")
+    assert leaving.value.code == 2
+    assert "--save" in one_sentence(capsys)
+
+
+def test_no_abbreviations(capsys):
+    with pytest.raises(SystemExit) as leaving:
+        parse("--epoch 3")
+    assert leaving.value.code == 2
+
+
+# --------------------------------------------------------------------------------------------------- wrong calls
+
+
+def script(argv):
+    """Exit code of the script, run in this process."""
+    try:
+        run_script(lambda: main_suptickets.main([str(word) for word in argv]))
+    except SystemExit as leaving:
+        return leaving.code
+    return 0
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        ("--sparse --cycle-rate 0.1", "unrecognized arguments: --cycle-rate 0.1; did you mean --cycle_rate?"),
+        ("--final-densty=0.1", "did you mean --final-density?"),
+        ("--xyzzy", "unrecognized arguments: --xyzzy ("),
+        ("--pre_train 3", "unrecognized arguments: 3 ("),
+    ],
+)
+def test_a_wrong_flag_suggests_the_nearest(capsys, wrong, told):
+    with pytest.raises(SystemExit) as end:
+        parse(wrong)
+    assert end.value.code == 2
+    assert told in one_sentence(capsys)
+
+
+def one_sentence(capsys):
+    """What went to stderr but for notes: one line, and nothing that looks like a crash."""
+    err = capsys.readouterr().err
+    told = [line for line in err.splitlines() if not line.startswith("note: ")]
+    assert len(told) == 1, err
+    assert "Traceback" not in err
+    return told[0]
+
+
+RUN = "--sparse --pre_train --cyclic_train "
+WRONG_CALLS = {
+    # unknown names
+    "--no-such-flag": "--no-such-flag",
+    RUN + "--method RigL": "'RigL'",
+    RUN + "--growth best": "'best'",
+    RUN + "--prune all": "'all'",
+    RUN + "--redistribution fair": "'fair'",
+    RUN + "--sparse-init erk": "'erk'",
+    RUN + "--decay-schedule step": "'step'",
+    RUN + "--superposing_method EMA": "'EMA'",
+    RUN + "--superposing_method greedy": "--valid_split",
+    RUN + "--ema 1": "(0, 1)",
+    RUN + "--ema 0": "(0, 1)",
+    RUN + "--optimizer lamb": "'lamb'",
+    RUN + "--amp fp8": "'fp8'",
+    # numbers out of range, or none
+    RUN + "--init-density 0": "(0, 1]",
+    RUN + "--init-density 1.01": "(0, 1]",
+    RUN + "--init-density nan": "(0, 1]",
+    RUN + "--final-density -0.1": "(0, 1]",
+    RUN + "--final-density half": "half",
+    RUN + "--prune-rate 1.5": "[0, 1]",
+    RUN + "--prune-rate -0.5": "[0, 1]",
+    RUN + "--pruning-rate 2": "[0, 1]",
+    RUN + "--large-death-rate 1.1": "[0, 1]",
+    RUN + "--cycle_rate 1.2": "[0, 1]",
+    RUN + "--cycle_rate -0.1": "[0, 1]",
+    RUN + "--CIMA_factor 1.5": "[0, 1]",
+    RUN + "--valid_split 1": "[0, 1)",
+    RUN + "--momentum 1": "[0, 1)",
+    RUN + "--lr nan": "nan",
+    RUN + "--lr inf": "inf",
+    RUN + "--lr -1": "-1",
+    RUN + "--lr_1 -1": "-1",
+    RUN + "--l2 -1": "-1",
+    RUN + "--cycle 0": "--cycle",
+    RUN + "--cycle 2.5": "--cycle",
+    RUN + "--epochs 0": "--epochs",
+    RUN + "--iters 0": "--iters",
+    RUN + "--multiplier 0": "--multiplier",
+    RUN + "--batch-size 0": "--batch-size",
+    RUN + "--test-batch-size -1": "--test-batch-size",
+    RUN + "--update-frequency 0": "--update-frequency",
+    RUN + "--log-interval 0": "--log-interval",
+    RUN + "--init-prune-epoch -1": "--init-prune-epoch",
+    RUN + "--seed -1": "--seed",
+    RUN + "--seed 17.5": "--seed",
+    RUN + "--seed 99999999999999999999": "seed",
+    # contradictions
+    "--sparse": "nothing to do",
+    "": "nothing to do",
+    "--sparse --cyclic_train": "--resume",
+    "--pre_train --cyclic_train --re_explore": "--sparse",
+    "--pre_train --cyclic_train --no_maskupdates": "--sparse",
+    RUN + "--init-density 0.1 --final-density 0.2": "--final-density",
+    RUN + "--method GMP --init-density 0.1 --final-density 0.2": "--final-density",
+    RUN + "--method GraNet_uniform --init-density 0.1 --final-density 0.2": "--final-density",
+    RUN + "--init-prune-epoch 20 --final-prune-epoch 10": "epoch 10",
+    RUN + "--growth momentum --momentum 0": "--momentum",
+    RUN + "--growth momentum_neuron --momentum 0": "--momentum",
+    RUN + "--redistribution momentum --momentum 0": "--momentum",
+    RUN + "--fix --re_explore": "--fix",
+    RUN + "--sparse-init prune_uniform": "--resume",
+    RUN + "--sparse-init prune_and_grow_structured": "--resume",
+    RUN + "--sparse-init resume": "--resume",
+    RUN + "--fp16 --amp bf16": "--fp16",
+    RUN + "--iters 2 --resume nowhere": "--iters",
+    "--pre_train --sparse-init resume --iters 2 --resume nowhere": "--iters",  # dense: no mask takes the weights over
+    # what is not there
+    RUN + "--resume nowhere": "nowhere",
+    RUN + "--data nothing": "nothing",
+    RUN + "--data nothing.npz": "nothing.npz",
+    RUN + "--data .": "'.'",
+    RUN + "--model ResNet51": "ResNet51",
+    RUN + "--model cifar_resnet_9": "cifar_resnet_9",
+    RUN + "--model lenet5 --data tiny.npz": "lenet5",
+}
+
+
+@pytest.fixture
+def workplace(tmp_path, monkeypatch):
+    """A folder of one's own with a tiny data set in it, which is also the default."""
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (24, 8, 8, 3), dtype=np.uint8)
+    np.savez("tiny.npz", x_train=images, y_train=np.arange(24) % 3, x_test=images[:9], y_test=np.arange(9) % 3)
+    parser_class = flags.Parser
+
+    class WithTinyDefaults(parser_class):
+        def parse_args(self, argv=None, namespace=None):
+            self.set_defaults(data="tiny.npz", model="lenet-300-100")
+            return super().parse_args(argv, namespace)
+
+    monkeypatch.setattr(flags, "Parser", WithTinyDefaults)
+    return tmp_path
+
+
+@pytest.mark.parametrize("call", WRONG_CALLS)
+def test_a_wrong_call_is_one_sentence_and_exit_2_before_anything_is_written(call, workplace, capsys):
+    assert script(shlex.split(call)) == 2
+    assert WRONG_CALLS[call] in one_sentence(capsys)
+    assert os.listdir(workplace) == ["tiny.npz"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "code"),
+    [
+        ("--model vgg-like --batch-size 1", 2),
+        ("--model vgg-like --batch-size 2", 0),
+        ("--model wrn-10-1 --batch-size 1", 0),
+    ],
+)
+def test_single_images_are_refused_where_batchnorm_would_see_single_values(flags, code, workplace, monkeypatch, capsys):
+    """vgg-like's BatchNorm1d always does; the last BatchNorm of wrn-10-1 sees 2 x 2 pixels of these images."""
+    started = []
+    monkeypatch.setattr("sparselearning.training.experiment.run", lambda *args: started.append(args))
+    assert script(shlex.split(f"--pre_train {flags}")) == code
+    assert len(started) == (code == 0)
+    if code:
+        assert "at least 2 per step" in one_sentence(capsys)
+
+
+def test_a_wrong_call_stops_all_of_iters(workplace, capsys):
+    assert script(shlex.split(RUN + "--iters 3 --model lenet5")) == 2
+    one_sentence(capsys)
+    assert os.listdir(workplace) == ["tiny.npz"]
+
+
+@pytest.mark.parametrize("flags", ["--growth momentum --momentum 0", "--model ResNet51", "--model wrn-15-2"])
+def test_wrong_calls_do_not_wait_for_the_data(flags, workplace, monkeypatch):
+    monkeypatch.setattr(main_suptickets, "load_data", lambda *args, **options: pytest.fail("data was loaded"))
+    assert script(shlex.split(RUN + flags)) == 2
+
+
+def test_momentum_growth_with_adam_needs_no_momentum_flag():
+    args = parse(RUN + "--growth momentum --momentum 0 --optimizer adam")
+    assert not main_suptickets.check(args)
+
+
+def test_a_denser_end_is_allowed_where_no_schedule_goes_there():
+    main_suptickets.check(parse(RUN + "--method DST --init-density 0.1 --final-density 0.2"))
+
+
+# ------------------------------------------------------------------------------------------------------ warnings
+
+
+@pytest.mark.parametrize(
+    ("call", "fragment"),
+    [
+        (RUN + "--method DST --init-density 0.5 --final-density 0.1", "DST"),
+        (RUN + "--method GraNet --init-density 0.1 --final-density 0.1", "nothing to prune"),
+        (RUN + "--sparse-init GMP --method GMP", "--init-density"),
+        (RUN + "--fix", "--fix"),
+    ],
+)
+def test_doubtful_flags_are_warned_about(call, fragment):
+    warnings = main_suptickets.check(parse(call))
+    assert any(fragment in warning for warning in warnings)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        RUN,
+        RUN + "--method DST --init-density 0.05",
+        "--pre_train",
+        RUN + "--method DST --init-density 0.5 --sparse-init resume --resume there",
+        "--sparse --cyclic_train --resume there --method DST --init-density 0.5 --final-density 0.1",
+    ],
+)
+def test_sound_flags_are_not(call):
+    assert main_suptickets.check(parse(call)) == []
+
+
+def test_dense_training_names_the_given_flags_that_are_about_masks(workplace, monkeypatch, capsys):
+    monkeypatch.setattr("sparselearning.training.experiment.run", lambda *args: None)
+
+    def notes(call):
+        assert script(shlex.split(call)) == 0
+        return [line for line in capsys.readouterr().err.splitlines() if "--sparse" in line]
+
+    call = "--pre_train --method GraNet --lr 0.1 --init-density 0.5 --sparse-init ERK --large-death-rate 0.8 --fix"
+    (note,) = notes(call)
+    assert note.endswith("of --fix, --sparse-init, --method, --init-density, --large-death-rate")
+    assert notes("--pre_train --lr 0.1") == []
+    assert notes(call.replace("--fix", "--sparse")) == []
+    assert notes("--demo --method DST --init-density 0.05") == []
+
+
+@pytest.mark.parametrize(
+    ("epochs", "rates"),
+    [(1, [0.1]), (2, [0.1, 0.001]), (3, [0.1, 0.01, 0.001]), (4, [0.1, 0.1, 0.01, 0.001])],
+)
+def test_a_milestone_at_epoch_0_does_not_count(epochs, rates):
+    rate = main_suptickets.pretrain_lr(parse(""), EpochBudget(epochs, 8, 0))
+    assert [rate(epoch) for epoch in range(epochs)] == pytest.approx(rates)
+
+
+def test_a_pruning_window_past_pretraining_is_warned_about():
+    args = parse(RUN + "--final-prune-epoch 6 --multiplier 2")
+    assert flags.pruning_window_warning(args, 12) == []
+    assert "epoch 12, after pre-training, which ends at epoch 11" in flags.pruning_window_warning(args, 11)[0]
+    assert flags.pruning_window_warning(parse(RUN + "--method DST"), 11) == []
+
+
+def test_too_few_epochs_for_a_cycle_are_told():
+    args = parse(RUN + "--epochs 30")
+    assert EpochBudget.of_share(30, 0.2, 8) == EpochBudget(30, 8, 0)
+    assert "8 epochs" in flags.check_budget(args, EpochBudget(30, 8, 0))[0]
+    assert "(1 epoch)" in flags.check_budget(args, EpochBudget(30, 1, 0))[0]
+    assert flags.check_budget(args, EpochBudget(22, 8, 1)) == []
+    assert flags.check_budget(parse("--sparse --pre_train"), EpochBudget(30, 8, 0)) == []
+
+
+# --------------------------------------------------------------------------------------- what flags mean and do
+
+
+@pytest.mark.parametrize(
+    ("epochs", "rate", "cycle", "expected"),
+    [
+        (250, 0.1, 8, (226, 24, 3)),
+        (160, 0.2, 8, (128, 32, 4)),
+        (10, 0.3, 1, (7, 3, 3)),  # 0.3 · 10 is below 3 in binary
+        (10, 0.5, 3, (7, 3, 1)),
+        (10, 1.0, 5, (0, 10, 2)),
+        (10, 0.0, 1, (10, 0, 0)),
+        (7, 0.1, 1, (7, 0, 0)),
+    ],
+)
+def test_epoch_budget(epochs, rate, cycle, expected):
+    budget = EpochBudget.of_share(epochs, rate, cycle)
+    assert (budget.pretrain_epochs, budget.cyclic_epochs, budget.tickets) == expected
+
+
+def test_learning_rate_of_pretraining():
+    rates = [main_suptickets.pretrain_lr(parse("--lr 1"), EpochBudget(7, 1, 0))(epoch) for epoch in range(7)]
+    assert rates == pytest.approx([1, 1, 1, 0.1, 0.1, 0.01, 0.01])  # ⌊3.5⌋ and ⌊5.25⌋
+    constant = main_suptickets.pretrain_lr(parse("--lr 1 --nolrsche"), EpochBudget(7, 1, 0))
+    assert {constant(epoch) for epoch in range(7)} == {1}
+
+
+def test_pruning_window_in_steps_and_the_multiplier():
+    args = parse(RUN + "--init-prune-epoch 2 --final-prune-epoch 5 --final-update-epoch 4 --multiplier 3")
+    masking = flags.sparse_training(args, steps_per_epoch=10, total_epochs=30).masking
+    assert (masking["prune_start_step"], masking["prune_end_step"], masking["total_steps"]) == (60, 150, 300)
+    assert masking["final_update_step"] == 120
+    assert flags.sparse_training(parse(RUN), 10, 30).masking["final_update_step"] is None
+
+
+def test_flags_come_from_a_config_and_the_command_line_counts_more(tmp_path):
+    path = tmp_path / "config.json"
+    first = parse(RUN + "--lr 0.3 --dense-layers fc conv1 --ema 0.9 --no-tf32 --save there --iters 3 --seed 5")
+    path.write_text(json.dumps({"command": "x", "versions": {}, "commit": None, **flags.values(first)}))
+    again = parse(f"--config {path} --seed 6")
+    expected = vars(first) | {"save": None, "iters": 1, "seed": 6, "config": path}
+    assert vars(again) == expected
+
+
+@pytest.mark.parametrize(
+    ("content", "error", "message"),
+    [
+        ({"lr": 0.1, "learning_rate": 0.1}, UsageError, "no flags 'learning_rate'"),
+        ({"lr": "fast"}, FaultError, "lr"),
+        (None, UsageError, "no such file"),
+    ],
+)
+def test_a_config_that_does_not_fit_is_refused(tmp_path, content, error, message):
+    if content is not None:
+        (tmp_path / "config.json").write_text(json.dumps(content))
+    with pytest.raises(error, match=message):
+        parse(f"--config {tmp_path / 'config.json'} {RUN}")
+
+
+@pytest.mark.parametrize(("text", "said"), [("--method GMP", "GMP only prunes"), ("--fix", "--fix freezes")])
+def test_a_last_update_is_nothing_to_what_never_grows(text, said):
+    warnings = main_suptickets.check(parse(RUN + f"--final-update-epoch 3 {text}"))
+    assert [said in warning for warning in warnings if "--final-update-epoch" in warning] == [True]
+
+
+def test_dense_training_has_neither_masks_nor_a_budget():
+    args = parse("--pre_train --cyclic_train")
+    assert flags.sparse_training(args, 10, 30) is None
+    assert flags.plan(args, EpochBudget(3, 1, 1), lambda epoch: 0.1).final_density is None
+
+
+def test_folder_of_a_run():
+    args = parse(PUBLISHED["rigl"])
+    path = flags.run_path(args, "ResNet50", "cifar100", EpochBudget.of_share(250, 0.1, 8))
+    assert str(path) == (
+        "saved_models/rigl/ResNet50/cifar100/cycle_num_8/pretrain_epoch_226/cyclic_epochs_24/density_0.05/M=3/"
+        "ex_rate=0.5/seed41"
+    )
+    assert str(flags.run_path(parse("--save /a/b"), "m", "d", EpochBudget(1, 1, 1))) == "/a/b"
+
+
+def test_values_of_the_flags_are_complete_and_plain():
+    args = parse(RUN + "--save /a/b --resume c.pth")
+    values = flags.values(args)
+    assert json.loads(json.dumps(values)) == values
+    assert values.keys() == vars(args).keys()
+    assert (values["save"], values["resume"]) == ("/a/b", "c.pth")
+    assert shlex.split(flags.command(["--save", "/a b"]))[-2:] == ["--save", "/a b"]
+
+
+def test_a_resumed_run_may_move_but_not_change():
+    def identity(call):
+        return flags.identity(flags.values(parse(RUN + call)))
+
+    first = identity("--save a --log-interval 5 --keep-tickets")
+    assert first == identity("--save b --resume a --data-dir x --test-batch-size 7")
+    for change in ("--seed 18", "--lr 0.2", "--model ResNet18", "--final-density 0.1", "--cyc_lr", "--amp bf16"):
+        assert first != identity(change), change
+
+
+def test_every_flag_is_looked_at(workplace, monkeypatch):
+    """A flag changes what happens, or it does not exist."""
+    seen = set()
+
+    class Noticing(argparse.Namespace):
+        def __getattribute__(self, name):
+            seen.add(name)
+            return super().__getattribute__(name)
+
+    parse_before = main_suptickets.parse
+    monkeypatch.setattr(main_suptickets, "parse", lambda argv: Noticing(**vars(parse_before(argv))))
+    call = RUN + "--re_explore --cyc_lr --epochs 2 --cycle 1 --cycle_rate 0.5 --final-prune-epoch 1"
+    assert script(shlex.split(call)) == 0
+    known = vars(parse_before([])).keys()
+    assert known - seen <= {"config", "demo", "workers"}  # two take effect while parsing, one is said to have none
+
+
+def test_every_choice_is_taken_from_its_table():
+    """A new entry of a table is a new choice at once, and nothing else is one."""
+    actions = main_suptickets.make_parser()._actions
+    parser_choices = {action.dest: action.choices for action in actions if action.choices}
+    tables = {
+        "growth": GROWTH, "prune": PRUNE, "redistribution": REDISTRIBUTION, "sparse_init": SPARSE_INITS,
+        "method": METHODS, "decay_schedule": DECAYS, "superposing_method": AVERAGING,
+        "optimizer": main_suptickets.OPTIMIZERS,
+    }  # fmt: skip
+    assert {name: list(choices) for name, choices in parser_choices.items() if name in tables} == {
+        name: list(table) for name, table in tables.items()
+    }
+    assert len(SPARSE_INITS) == 11
+    assert set(METHODS) == {"DST", "GraNet", "GraNet_uniform", "GMP", "GMP_uniform"}
+    assert set(PRUNE) == {"magnitude", "SET", "threshold", "global_magnitude"}
+    assert set(GROWTH) == {"random", "gradient", "momentum", "momentum_neuron"}
+    assert set(REDISTRIBUTION) == {"none", "nonzeros", "magnitude", "momentum"}
+
+
+def test_number_formats_that_need_a_gpu_say_so(workplace, capsys, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert script(shlex.split(RUN + "--fp16")) == 2
+    assert "GPU" in one_sentence(capsys)
+    assert script(shlex.split(RUN + "--mgpu")) == 2
+    assert "--mgpu" in one_sentence(capsys)
+    assert os.listdir(workplace) == ["tiny.npz"]
+
+
+def test_more_processes_than_gpus_say_so(monkeypatch):
+    from sparselearning.process import distributed
+
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    with pytest.raises(UsageError, match=r"2 processes .* 1 GPU"):
+        distributed.check_gpus(2)
+
+
+def test_the_data_flags_arrive(monkeypatch):
+    class Seen(Exception):
+        pass
+
+    def load(name, **options):
+        raise Seen(name, options)
+
+    monkeypatch.setattr(main_suptickets, "load_data", load)
+    call = "--data digits --valid_split 0.25 --batch-size 7 --test-batch-size 5 --seed 3 --data-dir there"
+    with pytest.raises(Seen) as seen:
+        main_suptickets.main(shlex.split(RUN + call))
+    name, options = seen.value.args
+    assert name == "digits"
+    assert {"valid_split": 0.25, "batch_size": 7, "test_batch_size": 5, "seed": 3}.items() <= options.items()
+    assert str(options["data_dir"]) == "there"

@@ -1,0 +1,98 @@
+"""Where a run computes: the memory format of networks and images, kept from a fault of oneDNN."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import imagenet_resnet
+import main_suptickets
+import numpy as np
+import pytest
+import torch
+from cifar_models import MODELS
+from torch import nn
+
+from sparselearning.training.runtime import Runtime
+
+LAST, FIRST = torch.channels_last, torch.contiguous_format
+
+
+@pytest.mark.parametrize(
+    ("layer", "expected"),
+    [
+        (nn.Conv2d(7, 8, 1, stride=2), FIRST),
+        (nn.Conv2d(1, 24, 1, stride=(1, 2)), FIRST),
+        (nn.Conv2d(15, 16, 1, stride=2), FIRST),
+        (nn.Conv2d(16, 16, 1, stride=2), LAST),
+        (nn.Conv2d(4, 8, 1), LAST),
+        (nn.Conv2d(4, 8, 3, stride=2, padding=1), LAST),
+        (nn.Conv1d(4, 8, 1, stride=2), LAST),
+    ],
+)
+def test_only_networks_with_narrow_strided_1x1_convolutions_are_kept_from_channels_last(layer, expected):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Sequential(layer))
+    assert Runtime().memory_format(model) == expected
+    assert Runtime(channels_last=False).memory_format(model) == FIRST
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize(
+    "name", [*(f"cifar_resnet_8_{width}" for width in (1, 3, 4, 8, 15, 16)), "wrn-10-1", "lenet5", *MODELS]
+)
+def test_no_network_for_small_images_computes_a_narrow_strided_1x1_convolution_in_channels_last(
+    tmp_path, name, channels
+):
+    rng = np.random.default_rng(0)
+    shape = (4, 16, 16, channels)
+    images, labels = rng.integers(0, 256, shape, dtype=np.uint8), np.arange(4)
+    np.savez(tmp_path / "set.npz", x_train=images, y_train=labels, x_test=images, y_test=labels)
+    args = main_suptickets.parse(["--data", str(tmp_path / "set.npz"), "--model", name, "--no-cuda"])
+    data, model = main_suptickets.load(args, Runtime(), torch.device("cpu"))
+
+    convolutions = [layer for layer in model.modules() if isinstance(layer, nn.Conv2d)]
+    strided = [layer for layer in convolutions if layer.kernel_size == (1, 1) and max(layer.stride) > 1]
+    narrow = [layer for layer in strided if layer.in_channels < 16]
+    seen = []
+    for layer in narrow:
+        layer.register_forward_hook(lambda layer, inputs, output: seen.extend([*inputs, output]))
+    passes = [
+        data.train.epoch(0),
+        data.evaluation.epoch(0),
+        data.test.epoch(0),
+        [data.train.class_balanced_batch(4, 0)],
+    ]
+    with torch.no_grad():
+        for batch in (next(iter(batches)) for batches in passes):
+            assert model(batch.images).shape == (4, 4)
+            # Channels are neighbours in memory if and only if the layout is channels-last.
+            assert batch.images.stride(1) == (256 if narrow else 1)
+    assert len(seen) == 2 * len(passes) * len(narrow)
+    assert all(tensor.stride(1) == tensor.shape[2] * tensor.shape[3] > 1 for tensor in seen)
+
+
+@pytest.mark.parametrize("arch", imagenet_resnet.RESNETS)
+def test_imagenets_networks_are_channels_last(arch):
+    with torch.device("meta"):
+        assert Runtime().memory_format(imagenet_resnet.build_model(arch)) == LAST
+
+
+AVX2_ALONE = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}
+
+
+@pytest.mark.parametrize(("width", "size", "processor"), [(4, 32, AVX2_ALONE), (8, 64, {})])
+def test_a_narrow_network_trains(tmp_path, width, size, processor):
+    images, labels = np.random.default_rng(0).integers(0, 256, (64, size, size, 3), dtype=np.uint8), np.arange(64) % 4
+    np.savez(tmp_path / "set.npz", x_train=images, y_train=labels, x_test=images[:8], y_test=labels[:8])
+    line = f"--data set.npz --model cifar_resnet_8_{width} --pre_train --epochs 4 --cycle_rate 0 --no-cuda --save run"
+    # glibc's debugging allocator aborts when a block comes back that was written past.
+    checked = {"LD_PRELOAD": "libc_malloc_debug.so.0", "MALLOC_CHECK_": "3", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, str(Path(main_suptickets.__file__)), *line.split(), "--batch-size", "32"],
+        cwd=tmp_path,
+        env={**os.environ, **processor, **checked},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "run" / "summary.json").is_file()
