@@ -48,26 +48,57 @@ class Experiment(NamedTuple):
         flags: on top of the study's; ``{before}`` stands for the folder of the study's experiments, ``{seed}`` for the
             run's seed.
         without: the study's switches to leave out.
+        seeds: in place of the study's.
     """
 
     methods: Sequence[str]
     control: bool = False
     flags: str = ""
     without: Sequence[str] = ()
+    seeds: tuple[int, ...] | None = None
 
 
 class Subset(NamedTuple):
-    """A part of CIFAR-100, the same always: some classes, some training images and all test images of each.
+    """A part of CIFAR-100, the same always: some classes, some training images of each, and images to test on.
 
     Attributes:
         name: of its file.
         classes: how many; the first in the order of the labels.
         images_per_class: how many to train on, drawn at random.
+        pixels: their height and width, a divisor of 32, if blocks of pixels are averaged.
+        rest: which of each class's training images that were not drawn are test images, too.
+        test_images: CIFAR-100's own test images are test images.
     """
 
     name: str
     classes: int
     images_per_class: int
+    pixels: int | None = None
+    rest: slice = slice(0)
+    test_images: bool = True
+
+    def of(self, whole: cifar_data.Arrays) -> cifar_data.Arrays:
+        """Draw it from all of CIFAR-100."""
+        generator = np.random.default_rng(0)
+        labels = range(self.classes)
+        shuffled = [generator.permutation(np.flatnonzero(whole.y_train == label)) for label in labels]
+        train = np.sort(np.concatenate([indices[: self.images_per_class] for indices in shuffled]))
+        rest = np.sort(np.concatenate([indices[self.images_per_class :][self.rest] for indices in shuffled]))
+        test = np.flatnonzero(whole.y_test < self.classes) if self.test_images else np.arange(0)
+        return cifar_data.Arrays(
+            self._shrunk(whole.x_train[train]),
+            whole.y_train[train],
+            self._shrunk(np.concatenate([whole.x_test[test], whole.x_train[rest]])),
+            np.concatenate([whole.y_test[test], whole.y_train[rest]]),
+        )
+
+    def _shrunk(self, images: np.ndarray) -> np.ndarray:
+        """Average blocks of pixels of images [N, H, H, 3], uint8."""
+        if self.pixels is None:
+            return images
+        block = images.shape[1] // self.pixels
+        blocks = images.reshape(len(images), self.pixels, block, self.pixels, block, 3)
+        return np.round(blocks.mean((2, 4))).astype(np.uint8)
 
 
 @dataclass(frozen=True)
@@ -105,6 +136,12 @@ TICKETS = (
 )
 SHORT = "--update-frequency 100 --final-density 0.1 --batch-size 32 --lr 0.05 --test-batch-size 100"
 TEN_THOUSAND = Subset("cifar100-10k", classes=100, images_per_class=100)
+FITTED = (
+    f"{TICKETS} --model cifar_resnet_20_32 --epochs 250 --cycle 8 --cycle_rate 0.1 --decay-schedule constant "
+    "--sparse-init ERK --update-frequency 26 --batch-size 100 --prune-rate 0.5 --prune magnitude --final-density 0.05 "
+    "--valid_split 0.2 --ema 0.999 --keep-tickets"
+)
+"""The published flags, with batches and updates scaled to 1,000 images, which the network fits (RESULTS.md)."""
 
 STUDIES = {
     "cifar100-10k": Study(
@@ -134,6 +171,20 @@ STUDIES = {
             "one-ticket-rate-0.05": cycles_again("--lr_2 0.05 --cycle 15", without=["--re_explore"]),
         },
         subset=Subset("cifar100-20", classes=20, images_per_class=250),
+    ),
+    "claim": Study(
+        flags=FITTED,
+        experiments={
+            "main": Experiment(["granet"], control=True, seeds=(41, 42, 43, 44, 45)),
+            "methods": Experiment(["rigl", "set"], control=True),
+            "again": cycles_again(),
+            "no-exploration": cycles_again(without=["--re_explore"]),
+            "rate-0.05": cycles_again("--lr_2 0.05"),
+            "no-exploration-rate-0.05": cycles_again("--lr_2 0.05", without=["--re_explore"]),
+            "one-cycle": cycles_again("--cycle 24"),
+            "one-cycle-no-exploration-rate-0.05": cycles_again("--cycle 24 --lr_2 0.05", without=["--re_explore"]),
+        },
+        subset=Subset("cifar100-claim", classes=10, images_per_class=125, pixels=16, rest=slice(200)),
     ),
     "number-formats": Study(
         flags=f"{TICKETS} {SHORT} --model cifar_resnet_8 --epochs 4 --cycle 1 --cycle_rate 0.5 --final-prune-epoch 1",
@@ -171,7 +222,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name in args.only or study.experiments:
         out = WORK / args.study / name
         if not args.collect:
-            seeds = args.seeds or study.seeds
+            seeds = args.seeds or study.experiments[name].seeds or study.seeds
             sweep.main([*sweep_words(study, name, out, seeds, args.gpus), "--data", data, "--data-dir", str(data_dir)])
             for run in map(RunFolder, runs_under(out)):
                 if run.read_config()["seed"] in seeds and run.ticket(1).is_file() and not run.analysis.is_file():
@@ -226,17 +277,13 @@ def prepared(data: str, data_dir: Path, subset: Subset | None) -> str:
     path = WORK / f"{subset.name}.npz" if subset else None
     if path and path.is_file():
         return str(path)
-    (x_train, y_train, x_test, y_test), num_classes = cifar_data.load_arrays(data, data_dir)
-    if (len(y_train), num_classes) != (50_000, 100):
-        raise UsageError(f"{data} is not CIFAR-100: it has {len(y_train):,} training images of {num_classes} classes")
+    whole, num_classes = cifar_data.load_arrays(data, data_dir)
+    images = len(whole.y_train)
+    if (images, num_classes) != (50_000, 100):
+        raise UsageError(f"{data} is not CIFAR-100: it has {images:,} training images of {num_classes} classes")
     if subset is None:
         return data
-    generator = np.random.default_rng(0)
-    labels = range(subset.classes)
-    chosen = [generator.permutation(np.flatnonzero(y_train == label))[: subset.images_per_class] for label in labels]
-    train, test = np.sort(np.concatenate(chosen)), y_test < subset.classes
-    arrays = cifar_data.Arrays(x_train[train], y_train[train], x_test[test], y_test[test])
-    write_whole(path, lambda file: np.savez_compressed(file, **arrays._asdict()))
+    write_whole(path, lambda file: np.savez_compressed(file, **subset.of(whole)._asdict()))
     return str(path)
 
 

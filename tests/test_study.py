@@ -24,10 +24,11 @@ EXPERIMENTS = [(name, experiment) for name, one in study.STUDIES.items() for exp
 @pytest.mark.parametrize(("name", "experiment"), EXPERIMENTS)
 def test_every_run_can_be_started_and_every_control_pairs_with_its_runs(name, experiment, tmp_path):
     one = study.STUDIES[name]
-    words = study.sweep_words(one, experiment, tmp_path / experiment, one.seeds)
+    seeds = one.experiments[experiment].seeds or one.seeds
+    words = study.sweep_words(one, experiment, tmp_path / experiment, seeds)
     end = words.index("--")
     args = sweep.parse(words[:end])
-    assert (args.seeds, args.control) == ([41, 42, 43], one.experiments[experiment].control)
+    assert (args.seeds, args.control) == (list(seeds), one.experiments[experiment].control)
     for method in args.methods:
         run = sweep.main_suptickets.parse(sweep.planned(method, 41, words[end + 1 :], args.out, control=False).flags)
         assert run.cyclic_train
@@ -80,6 +81,19 @@ def test_a_subset_is_balanced_whole_in_test_and_always_the_same(tmp_path, monkey
     study.prepared("all.npz", Path("data"), subset)
     assert path.read_bytes() == before
     assert study.prepared("all.npz", Path("data"), None) == "all.npz"
+
+
+def test_images_are_averaged_and_those_not_drawn_are_tested_on():
+    images = np.arange(6 * 4 * 4 * 3, dtype=np.uint8).reshape(6, 4, 4, 3)
+    whole = study.cifar_data.Arrays(images, np.array([0, 0, 0, 1, 1, 1]), images[:2], np.array([0, 1]))
+    part = study.Subset("part", 2, images_per_class=1, pixels=2, rest=slice(1)).of(whole)
+    assert part.x_train.shape == (2, 2, 2, 3)
+    assert part.x_test[0, 0, 0, 0] == 8  # of 0, 3, 12 and 15, 7.5 rounded to even
+    assert part.y_test.tolist() == [0, 1, 0, 1]  # the test images, and one more of each class
+    drawn = study.Subset("part", 2, images_per_class=1).of(whole).x_train
+    rest = study.Subset("part", 2, images_per_class=1, rest=slice(2), test_images=False).of(whole)
+    assert rest.y_test.tolist() == [0, 0, 1, 1]
+    assert not (rest.x_test[:, None] == drawn[None]).all((2, 3, 4)).any()
 
 
 @pytest.mark.parametrize("subset", [study.TEN_THOUSAND, None])
