@@ -8,6 +8,7 @@ import torch
 from hypothesis import HealthCheck, settings
 from pretended_gpu import Kernels, PretendedGpu
 
+pytest.register_assert_rewrite("helpers")  # so that their assertions show values, too
 torch.set_num_threads(1)
 settings.register_profile(
     "tests",

@@ -1,0 +1,140 @@
+"""The state of a Masking: stopped, saved, restored, continued."""
+
+import pytest
+import torch
+from helpers.masked_networks import (
+    GROW_4,
+    OPTIMIZERS,
+    OVERFLOW,
+    SIZE,
+    SmallNet,
+    active,
+    assert_identical,
+    backward,
+    eight,
+    grad_scaler,
+    random_gradients,
+    sgd,
+    snapshot,
+    step,
+    through_a_file,
+)
+
+from sparselearning import Masking
+from sparselearning.process.errors import UsageError
+
+# --------------------------------------------------------------------------------------- float16 training
+
+
+def test_a_postponed_update_survives_a_restart():
+    model, masking = eight([1.0, 2, 3, 4, 0, 0, 0, 0], growth="gradient", prune_rate=0.25)
+    masking.update_frequency = 2
+    scaler = grad_scaler()
+    for gradient in (GROW_4, OVERFLOW):
+        step(model, masking, gradient, scaler=scaler)
+    resumed_model, resumed = eight([1.0, 2, 3, 4, 0, 0, 0, 0], growth="gradient", prune_rate=0.25)
+    resumed.update_frequency = 2
+    resumed.load_state_dict(through_a_file(masking.state_dict()))
+    step(resumed_model, resumed, GROW_4)
+    assert active(resumed) == [1, 2, 3, 4]
+
+
+def test_a_state_in_memory_stays_what_it_was():
+    model, masking = eight([1.0, 2, 3, 4, 0, 0, 0, 0], momentum=0.5, growth="momentum", prune_rate=0.25)
+    (name,) = masking.masks
+    step(model, masking, GROW_4)
+    before, copy = masking.state_dict(), through_a_file(masking.state_dict())
+    for _ in range(3):
+        step(model, masking, [0.0, 0, 0, 0, 1, 9, 9, 9])
+    assert masking.explored() > copy["ever_active"][name].float().mean()
+    for part in ("masks", "ever_active"):
+        assert torch.equal(before[part][name], copy[part][name])
+    [(key, kept)] = before["off_mask_momentum"][name].items()
+    assert torch.equal(kept, copy["off_mask_momentum"][name][key])
+
+
+# -------------------------------------------------------------------------------------- stop and go on
+
+
+RESUMED = [
+    ("SGD momentum", {"growth": "gradient"}),
+    ("SGD momentum", {"growth": "random", "prune": "SET"}),
+    ("SGD Nesterov", {"growth": "momentum_neuron", "prune": "global_magnitude", "redistribution": "momentum"}),
+    ("SGD momentum", {"growth": "momentum", "method": "GraNet", "decay_schedule": "cosine"}),
+    ("Adam", {"growth": "momentum", "prune": "threshold", "redistribution": "magnitude"}),
+    ("AdamW", {"growth": "random", "prune": "threshold", "method": "GraNet_uniform", "decay_schedule": "linear"}),
+    ("RMSprop", {"growth": "gradient", "redistribution": "nonzeros"}),
+    ("SGD momentum", {"method": "GMP"}),
+]
+
+
+@pytest.mark.parametrize(("optimizer", "options"), RESUMED)
+def test_a_resumed_run_is_bit_identical(optimizer, options):
+    def begin(seed):
+        model = SmallNet(seed)
+        masking = Masking(
+            OPTIMIZERS[optimizer](model.parameters()), update_frequency=3, init_density=0.5, final_density=0.2,
+            prune_start_step=2, prune_end_step=14, total_steps=20, seed=seed, **options,
+        )  # fmt: skip
+        masking.add_module(model, "ERK")
+        return model, masking
+
+    def train(model, masking, numbers):
+        for number in numbers:
+            backward(model, number)
+            masking.step()
+        masking.truncate_weights(0.4)
+
+    def state_of(model, masking):
+        return {"model": model.state_dict(), "optimizer": masking.optimizer.state_dict(), "masks": masking.state_dict()}
+
+    model, masking = begin(seed=3)
+    train(model, masking, range(8))
+    saved = through_a_file(state_of(model, masking))
+    train(model, masking, range(8, 20))
+
+    resumed_model, resumed = begin(seed=4)
+    resumed_model.load_state_dict(saved["model"])
+    resumed.optimizer.load_state_dict(saved["optimizer"])
+    resumed.load_state_dict(saved["masks"])
+    assert resumed.steps == 8
+    train(resumed_model, resumed, range(8, 20))
+
+    assert_identical(state_of(model, masking), state_of(resumed_model, resumed))
+    assert masking.explored() == resumed.explored()
+
+
+def test_the_state_of_another_model_is_refused():
+    _, masking = eight([1.0, 2, 3, 4, 0, 0, 0, 0])
+    other = SmallNet()
+    others = Masking(sgd(other))
+    with pytest.raises(UsageError, match="add_module"):
+        others.load_state_dict(masking.state_dict())
+    others.add_module(other)
+    with pytest.raises(UsageError, match="another model"):
+        others.load_state_dict(masking.state_dict())
+
+
+def test_explored_is_the_share_that_was_ever_active():
+    model = SmallNet()
+    masking = Masking(sgd(model), growth="random", update_frequency=2, init_density=0.2)
+    masking.add_module(model)
+    assert masking.explored() == masking.density() == 0.2
+    seen = snapshot(masking)
+    for number in range(12):
+        random_gradients(model, number)
+        masking.step()
+        seen = {name: mask | seen[name] for name, mask in masking.masks.items()}
+        assert masking.explored() == sum(int(mask.sum()) for mask in seen.values()) / SIZE
+    assert masking.explored() > 0.4
+
+
+def test_explored_of_static_training_is_its_density():
+    model = SmallNet()
+    masking = Masking(sgd(model), update_frequency=1, init_density=0.2)
+    masking.add_module(model)
+    masking.updates_enabled = False
+    for number in range(4):
+        random_gradients(model, number)
+        masking.step()
+    assert masking.explored() == 0.2
