@@ -32,6 +32,7 @@ from sparselearning.process.seeding import seed_everything
 from sparselearning.sparse.schedules import milestone_lr
 from sparselearning.sparse.sparse_init import SPARSE_INITS
 from sparselearning.training import experiment, flags, provenance
+from sparselearning.training.builders import builder_name
 from sparselearning.training.engine import Sources
 from sparselearning.training.plan import EpochBudget
 from sparselearning.training.progress import print_notes
@@ -139,7 +140,7 @@ def run(args: argparse.Namespace, argv: Sequence[str] | None) -> None:
     data, model = load(args, runtime, device)
     values = flags.values(args)
     network = {
-        "builder": "cifar_models:build_model",
+        "builder": builder_name(build_model),
         "arguments": {
             "name": args.model,
             "num_classes": data.num_classes,

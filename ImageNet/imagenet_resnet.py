@@ -9,6 +9,7 @@ from torch import nn
 from torchvision.models import get_model, list_models
 
 from sparselearning.process.errors import UsageError, first_line
+from sparselearning.training.builders import network_builder
 
 ARCHS = tuple(list_models(module=torchvision.models))
 """Every classification network of torchvision."""
@@ -33,6 +34,7 @@ def check_arch(arch: str) -> None:
         )
 
 
+@network_builder
 def build_model(arch: str, num_classes: int = 1000, init: str = "classic", image_size: int = 224) -> nn.Module:
     """Return ``arch``, freshly drawn from torch's global generator (same seed, same weights).
 

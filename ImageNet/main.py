@@ -31,6 +31,7 @@ from sparselearning.process.script import run_script
 from sparselearning.process.seeding import derive_seed, seed_everything
 from sparselearning.sparse.schedules import milestone_lr
 from sparselearning.training import experiment, flags, profiling, provenance
+from sparselearning.training.builders import builder_name
 from sparselearning.training.engine import Sources
 from sparselearning.training.networks import load_weights
 from sparselearning.training.plan import EpochBudget, Plan
@@ -84,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         load_weights(model, load_torch(args.pretrained_weights), args.pretrained_weights)
     values = flags.values(args)
     network = {
-        "builder": "imagenet_resnet:build_model",
+        "builder": builder_name(build_model),
         "arguments": network_arguments,
         "input_shape": list(val_shape),
         "mean": [255 * mean for mean in MEAN],

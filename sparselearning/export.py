@@ -15,7 +15,6 @@ ONNX has no sparse weights that its runtimes compute with: the ONNX file is as l
 import importlib
 import json
 import math
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,14 +31,13 @@ from sparselearning.process.schema import Count, Share
 from sparselearning.process.script import run_script
 from sparselearning.process.tensor_schema import check, mapping, record
 from sparselearning.training import flags
-from sparselearning.training.networks import load_weights, saved_state
+from sparselearning.training.builders import build_network
+from sparselearning.training.networks import saved_state
 from sparselearning.training.run_folder import RunFolder
 
 FORMAT_VERSION = 1
 PRODUCER = "sparselearning.export"
 """Name in ONNX files."""
-BUILDERS = {"cifar_models:build_model": "CIFAR", "imagenet_resnet:build_model": "ImageNet"}
-"""Functions that build the scripts' networks, and the folder beside this package that each lies in."""
 TOLERANCE = 1e-4  # of logits, where the largest logit is 1 or less; else of logits over the largest one
 
 # ------------------------------------------------------------------------------------------------- packed files
@@ -159,51 +157,6 @@ def _unpack(values: Tensor, positions: Tensor, shape: tuple[int, ...]) -> Packed
 
 
 # ------------------------------------------------------------------------------------------------- networks
-
-
-def build_network(record: Mapping[str, Any], state: Mapping[str, Tensor], source: Path) -> nn.Module:
-    """Build a run's network again, in evaluation mode, from what its script wrote into ``config.json``.
-
-    Args:
-        record: the entry ``network`` of ``config.json``: ``builder``, one of :data:`BUILDERS`, and its ``arguments``,
-            by keyword.
-        state: the weights to load.
-        source: where they are from, for error messages.
-
-    Raises:
-        UsageError: if the function is none of these, cannot be found or called, or the weights are of another network.
-    """
-    network = _build(record, source)
-    load_weights(network, state, source)
-    return network.eval()
-
-
-def build_empty(record: Mapping[str, Any], source: Path) -> nn.Module:
-    """The same without weights, and without memory for them: all tensors are on the device ``meta``."""
-    with torch.device("meta"):
-        return _build(record, source).eval()
-
-
-def _build(record: Mapping[str, Any], source: Path) -> nn.Module:
-    builder = str(record.get("builder"))
-    if builder not in BUILDERS:  # a file that may come from anywhere is not to name what is called
-        raise UsageError(
-            f"the network of {source} is built by {builder}, which is none of {', '.join(BUILDERS)}: "
-            "call fold_batchnorms and to_onnx with your own network"
-        )
-    folder = str(Path(__file__).parents[1] / BUILDERS[builder])
-    sys.path.insert(0, folder)  # as Python does for the script that trained it
-    try:
-        module, function = builder.split(":")
-        network: nn.Module = getattr(importlib.import_module(module), function)(**record["arguments"])
-    except (KeyError, ImportError, AttributeError, TypeError, ValueError) as error:
-        raise UsageError(
-            f"the network of {source} cannot be built by {builder} as its config.json says ({error}): "
-            "put the folder of the code that trained it on PYTHONPATH"
-        ) from error
-    finally:
-        sys.path.remove(folder)
-    return network
 
 
 @torch.no_grad()

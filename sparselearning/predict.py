@@ -26,12 +26,13 @@ from torch import Tensor, nn
 
 from sparselearning.execution import check_available, sparse_inference
 from sparselearning.execution.folding import fold_batchnorms
-from sparselearning.export import Packed, build_empty, build_network, read_network, read_packed
+from sparselearning.export import Packed, read_network, read_packed
 from sparselearning.process.errors import FaultError, UsageError
 from sparselearning.process.files import check_output, write_text
 from sparselearning.process.schema import Between, Ordinal, read
 from sparselearning.process.script import run_script
 from sparselearning.training import flags
+from sparselearning.training.builders import build_empty, build_network
 
 HEADER = ("image", "class", "probability")
 ARRAYS = ("x_test", "x")

@@ -292,18 +292,17 @@ def run(tmp_path, monkeypatch) -> Path:
     code.mkdir()
     (code / "tiny_network_to_export.py").write_text(
         "from torch import nn\n"
+        "from sparselearning.training.builders import network_builder\n"
+        "@network_builder\n"
         "def build(width):\n"
         "    body = nn.Sequential(nn.Conv2d(3, width, 3, bias=False), nn.BatchNorm2d(width), nn.ReLU())\n"
         "    return nn.Sequential(body, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 4))\n"
     )
     folder = tmp_path / "run"
     (folder / "tickets").mkdir(parents=True)
-    sys.path.insert(0, str(code))
+    monkeypatch.syspath_prepend(code)
     from tiny_network_to_export import build
 
-    sys.path.remove(str(code))
-    for builder in ("tiny_network_to_export:build", "no_such_module:build", "json:no_such_function"):
-        monkeypatch.setitem(export.BUILDERS, builder, str(code))
     network = trained(build(16))
     saved = {"state_dict": network.state_dict(), "masks": {}, "epoch": 3}
     torch.save(saved, folder / "model_previous.pth")
@@ -359,9 +358,10 @@ class TestCommand:
             (lambda run: (run / "config.json").unlink(), "no config.json"),
             (lambda run: (run / "config.json").write_text("{}"), "no config.json"),
             (lambda run: write_config(run, builder="os:system", arguments={"command": "touch called"}), "none of"),
-            (lambda run: write_config(run, builder=None), "none of"),
+            (lambda run: write_config(run, builder=None), "cannot be built"),
             (lambda run: write_config(run, builder="no_such_module:build"), "PYTHONPATH"),
-            (lambda run: write_config(run, builder="json:no_such_function"), "PYTHONPATH"),
+            (lambda run: write_config(run, builder="json:no_such_function"), "none of"),
+            (lambda run: write_config(run, builder="tiny_network_to_export:nn"), "none of"),
             (lambda run: write_config(run, arguments={"depth": 8}), "cannot be built"),
             (lambda run: write_config(run, arguments={"width": 8}), "another model"),
             (lambda run: (run / "model_previous.pth").unlink(), "pre-training"),

@@ -1,5 +1,6 @@
 """What is installed: every module, one version everywhere, and commands that run outside of a clone."""
 
+import json
 import os
 import re
 import shutil
@@ -10,6 +11,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
+from cifar_models import build_model
 
 import sparselearning
 from sparselearning.__main__ import main
@@ -54,6 +57,31 @@ def test_commands_run_outside_of_a_clone(installed, tmp_path, command):
     done = python("-m", f"sparselearning.{command}", "--help", installed=installed, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "usage:" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("cwd", "own", "code"), [(".", True, 0), ("CIFAR", False, 0), ("tests", True, 0), ("tests", False, 2)]
+)
+def test_where_networks_are_built_again(installed, tmp_path, cwd, own, code):
+    """In a clone, beside one in the folder of the script that trained the network, and nowhere else unless told."""
+    run, out = tmp_path / "run", tmp_path / "out.safetensors"
+    run.mkdir()
+    torch.save(build_model("lenet5", 10, 1, 28).state_dict(), run / "model_previous.pth")
+    arguments = {"name": "lenet5", "num_classes": 10, "in_channels": 1, "image_size": 28}
+    network = {"builder": "cifar_models:build_model", "arguments": arguments, "input_shape": [1, 28, 28]}
+    (run / "config.json").write_text(json.dumps({"network": network}))
+    done = python(
+        "-m", "sparselearning.export", str(run), str(out), "--fold-bn",
+        installed=ROOT if own else installed, cwd=ROOT / cwd,
+    )  # fmt: skip
+    assert done.returncode == code, done.stderr
+    assert out.exists() == (code == 0)
+    assert ("put the folder of the code that trained it on PYTHONPATH" in done.stderr) == (code == 2)
+
+
+def test_the_library_knows_no_folder_of_the_repository(installed):
+    for path in installed.rglob("*.py"):
+        assert not re.search(r"sys\.path|cifar|imagenet", path.read_text(), re.IGNORECASE), path
 
 
 def test_version_of_what_is_installed(installed, tmp_path):

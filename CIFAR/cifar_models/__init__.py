@@ -11,6 +11,7 @@ from functools import partial
 from torch import nn
 
 from sparselearning.process.errors import UsageError
+from sparselearning.training.builders import network_builder
 
 from .cifar_resnet import cifar_resnet
 from .lenet import lenet5, lenet_300_100
@@ -41,6 +42,7 @@ def model_names() -> list[str]:
     return [*MODELS, *FAMILIES]
 
 
+@network_builder
 def build_model(name: str, num_classes: int, in_channels: int = 3, image_size: int = 32) -> nn.Module:
     """Return the network ``name``, freshly drawn from torch's global generator (same seed, same weights).
 

@@ -1,0 +1,95 @@
+"""How a run's network is built again: by the function that its ``config.json`` names, from the code that trained it."""
+
+import importlib
+import sys
+from collections.abc import Callable, Mapping
+from importlib.machinery import PathFinder
+from importlib.util import module_from_spec
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from sparselearning.process.errors import UsageError
+from sparselearning.training.networks import load_weights
+
+Builder = TypeVar("Builder", bound=Callable[..., nn.Module])
+
+BUILDERS: dict[str, Callable[..., nn.Module]] = {}
+"""What :func:`network_builder` has marked, by :func:`builder_name`."""
+
+
+def network_builder(function: Builder) -> Builder:
+    """Mark a function as one that builds networks from plain arguments, given by keyword.
+
+    Of what a ``config.json`` or a packed file names, which may come from anywhere, nothing else is called.
+    """
+    BUILDERS[builder_name(function)] = function
+    return function
+
+
+def builder_name(function: Callable[..., nn.Module]) -> str:
+    """What ``builder`` in ``config.json`` says of a function: ``module:function``."""
+    return f"{function.__module__}:{function.__qualname__}"
+
+
+def build_network(record: Mapping[str, Any], state: Mapping[str, Tensor], source: Path) -> nn.Module:
+    """Build a run's network again, in evaluation mode, from what its script wrote into ``config.json``.
+
+    The module is imported from where Python looks, or else from a folder beside this package, as a clone has them.
+
+    Args:
+        record: the entry ``network`` of ``config.json``: ``builder``, a :func:`builder_name`, and its ``arguments``,
+            by keyword.
+        state: the weights to load.
+        source: where they are from, for error messages.
+
+    Raises:
+        UsageError: if the function is no :func:`network_builder`, cannot be found or called, or the weights are of
+            another network.
+    """
+    network = _build(record, source)
+    load_weights(network, state, source)
+    return network.eval()
+
+
+def build_empty(record: Mapping[str, Any], source: Path) -> nn.Module:
+    """The same without weights, and without memory for them: all tensors are on the device ``meta``."""
+    with torch.device("meta"):
+        return _build(record, source).eval()
+
+
+def _build(record: Mapping[str, Any], source: Path) -> nn.Module:
+    name = str(record.get("builder"))
+    try:
+        _import(name.partition(":")[0])
+        if name in BUILDERS:
+            return BUILDERS[name](**record["arguments"])
+    except (KeyError, ImportError, AttributeError, TypeError, ValueError) as error:
+        raise UsageError(
+            f"the network of {source} cannot be built by {name} as its config.json says ({error}): "
+            "put the folder of the code that trained it on PYTHONPATH"
+        ) from error
+    raise UsageError(
+        f"the network of {source} is built by {name}, which is none of the functions marked as network_builder: "
+        "call fold_batchnorms, to_onnx or sparse_inference with your own network"
+    )
+
+
+def _import(name: str) -> None:
+    try:
+        importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name != name:
+            raise
+        beside = sorted(str(folder) for folder in Path(__file__).parents[2].iterdir() if folder.is_dir())
+        spec = PathFinder.find_spec(name, beside)
+        if spec is None or spec.loader is None:
+            raise
+        module = sys.modules[name] = module_from_spec(spec)
+        try:
+            spec.loader.exec_module(module)
+        except BaseException:
+            del sys.modules[name]
+            raise
