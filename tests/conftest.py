@@ -53,3 +53,9 @@ def gpu(pytestconfig):
     with Kernels() if pytestconfig.getoption("--gpu") else PretendedGpu() as kernels:
         yield kernels
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def no_waiting_for_the_disk(monkeypatch):
+    """Files are written as ever, but for the wait until the disk has them."""
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)

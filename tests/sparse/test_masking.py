@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+
 from helpers.masked_networks import (
     GRADUAL,
     NAMES,
@@ -25,7 +26,6 @@ from helpers.masked_networks import (
     snapshot,
     step,
 )
-
 from sparselearning import Masking, gradual_density
 from sparselearning.process.errors import UsageError
 from sparselearning.sparse.distributions import erk_densities, layer_counts

@@ -4,6 +4,8 @@ import itertools
 
 import pytest
 import torch
+from torch import nn
+
 from helpers.masked_networks import (
     NAMES,
     SIZE,
@@ -19,8 +21,6 @@ from helpers.masked_networks import (
     snapshot,
     through_a_file,
 )
-from torch import nn
-
 from sparselearning import Masking, gradual_density
 from sparselearning.sparse.topology import GROWTH, PRUNE
 

@@ -5,6 +5,8 @@ import math
 
 import pytest
 import torch
+from torch import nn
+
 from helpers.masked_networks import (
     GRADUAL,
     SmallNet,
@@ -19,8 +21,6 @@ from helpers.masked_networks import (
     snapshot,
     step,
 )
-from torch import nn
-
 from sparselearning import Masking
 from sparselearning.process.errors import UsageError
 from sparselearning.sparse.selection import select_largest

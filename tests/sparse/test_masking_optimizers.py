@@ -5,6 +5,8 @@ import math
 
 import pytest
 import torch
+from torch import nn
+
 from helpers.masked_networks import (
     GROW_4,
     OVERFLOW,
@@ -19,8 +21,6 @@ from helpers.masked_networks import (
     sgd,
     step,
 )
-from torch import nn
-
 from sparselearning import Masking
 from sparselearning.process.errors import UsageError
 from sparselearning.sparse.optimizer_state import take_step

@@ -5,8 +5,8 @@ import math
 
 import pytest
 import torch
-from helpers.masked_networks import NAMES, SIZE, SmallNet, backward, same, sgd, snapshot
 
+from helpers.masked_networks import NAMES, SIZE, SmallNet, backward, same, sgd, snapshot
 from sparselearning import Masking, gradual_density
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from helpers.masked_networks import (
     GROW_4,
     OPTIMIZERS,
@@ -19,7 +20,6 @@ from helpers.masked_networks import (
     step,
     through_a_file,
 )
-
 from sparselearning import Masking
 from sparselearning.process.errors import UsageError
 

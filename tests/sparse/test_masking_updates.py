@@ -8,9 +8,9 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from helpers.masked_networks import NAMES, SmallNet, active, counts, eight, random_gradients, same, sgd, snapshot, step
 from torch import nn
 
+from helpers.masked_networks import NAMES, SmallNet, active, counts, eight, random_gradients, same, sgd, snapshot, step
 from sparselearning import Masking
 from sparselearning.process.seeding import derive_seed
 from sparselearning.sparse.topology import GROWTH
