@@ -142,17 +142,3 @@ def through_a_file(state):
     torch.save(state, file)
     file.seek(0)
     return torch.load(file, weights_only=True)
-
-
-def assert_identical(first, second):
-    if isinstance(first, dict):
-        assert first.keys() == second.keys()
-        for key in first:
-            assert_identical(first[key], second[key])
-    elif isinstance(first, list | tuple):
-        for a, b in zip(first, second, strict=True):
-            assert_identical(a, b)
-    elif torch.is_tensor(first):
-        assert torch.equal(first, second)
-    else:
-        assert first == second

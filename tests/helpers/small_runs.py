@@ -144,7 +144,7 @@ def result(trainer, summary):
         "superposition": plain(trainer.superposition),
         "superposition masks": plain(trainer.superposition_masks),
         "metrics": [without_times(row) for row in lines(folder.metrics)],
-        "tickets": [without_times(row) for row in lines(folder.tickets) or []],
+        "tickets": [without_times(row) for row in lines(folder.tickets)],
         "summary": without_times(summary.as_dict()),
         "current": plain(load_torch(folder.current)),
         "previous": plain(load_torch(folder.previous)),

@@ -9,17 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
-from test_distributed import (
-    MULTIPROC,
-    PATIENCE,
-    ROOT,
-    environment,
-    finished,
-    free_port,
-    status_of,
-    wait_until,
-)
 
+from helpers.processes import MULTIPROC, PATIENCE, ROOT, environment, finished, free_port, status_of, wait_until
 from sparselearning.process import launch
 from sparselearning.process.errors import UsageError
 from sparselearning.process.script import run_script

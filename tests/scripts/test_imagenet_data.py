@@ -25,11 +25,11 @@ from imagenet_data import (
     training_view,
 )
 from PIL import Image
-from test_distributed import marked_processes, on_linux, wait_until
 from torch.utils.data import DistributedSampler
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
+from helpers.processes import marked_processes, on_linux, wait_until
 from sparselearning.process.errors import FaultError, UsageError
 
 CLASSES, PER_CLASS = ("ant", "bee", "cat", "dog"), 8

@@ -19,21 +19,11 @@ import pytest
 import torch
 from imagenet_resnet import build_model
 from PIL import Image
-from test_distributed import (
-    ROOT,
-    assert_identical,
-    finished,
-    free_port,
-    marked_processes,
-    on_linux,
-    read_jsonl,
-    results,
-    started,
-    wait_until,
-)
 from torchvision.models import VisionTransformer
 from torchvision.models._api import BUILTIN_MODELS
 
+from helpers.comparing import assert_identical, lines, results
+from helpers.processes import ROOT, finished, free_port, marked_processes, on_linux, started, wait_until
 from sparselearning import export
 from sparselearning.process.files import load_torch
 from sparselearning.process.script import run_script
@@ -134,7 +124,7 @@ def active(masks):
 
 def check_published_run(folder, density):
     """What any run with the published numbers leaves behind; ``density`` is the one that it trains at."""
-    metrics, (ticket,) = read_jsonl(folder.metrics), read_jsonl(folder.tickets)
+    metrics, (ticket,) = lines(folder.metrics), lines(folder.tickets)
     assert [row["phase"] for row in metrics] == ["pretrain", "pretrain", "cycle"]
     assert [row["lr"] for row in metrics[:2]] == pytest.approx([0.05, 0.01])  # warm-up, first milestone
     assert [row["samples"] for row in metrics] == [TRAIN_IMAGES] * EPOCHS
@@ -218,7 +208,7 @@ def test_a_killed_rank_takes_the_job_down(killed):
     assert seconds < 60
     assert "process 1 of main.py failed with exit code -9" in printed
     assert "Traceback" not in printed
-    assert 1 <= len(read_jsonl(folder.metrics)) < EPOCHS
+    assert 1 <= len(lines(folder.metrics)) < EPOCHS
     wait_until(lambda: not marked_processes(log), 30)  # neither ranks nor their workers stay
 
 
@@ -437,7 +427,7 @@ def test_a_damaged_image_is_left_out_and_counted(home, tmp_path, capsys):
     assert f"left out damaged image {path}" in (message := capsys.readouterr().err)
     assert message.count("left out") == 1
     assert "; 1 so far" in message
-    assert read_jsonl(tmp_path / "run" / "metrics.jsonl")[0]["samples"] == TRAIN_IMAGES - 1
+    assert lines(tmp_path / "run" / "metrics.jsonl")[0]["samples"] == TRAIN_IMAGES - 1
 
 
 def test_strict_data_stops_at_a_damaged_image(home, tmp_path, capsys):

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from helpers.comparing import assert_identical
 from helpers.masked_networks import (
     GRADUAL,
     NAMES,
@@ -14,7 +15,6 @@ from helpers.masked_networks import (
     EightWeights,
     SmallNet,
     active,
-    assert_identical,
     assert_zero_off_the_masks,
     backward,
     counts,

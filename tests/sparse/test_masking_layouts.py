@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import nn
 
+from helpers.comparing import assert_identical
 from helpers.masked_networks import (
     NAMES,
     SIZE,
     SmallNet,
-    assert_identical,
     assert_zero_off_the_masks,
     backward,
     counts,

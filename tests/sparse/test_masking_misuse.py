@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import nn
 
+from helpers.comparing import assert_identical
 from helpers.masked_networks import (
     GRADUAL,
     SmallNet,
     active,
-    assert_identical,
     backward,
     counts,
     eight,

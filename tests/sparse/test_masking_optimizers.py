@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch import nn
 
+from helpers.comparing import assert_identical
 from helpers.masked_networks import (
     GROW_4,
     OVERFLOW,
     SmallNet,
     active,
-    assert_identical,
     assert_zero_off_the_masks,
     backward,
     eight,

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from helpers.comparing import assert_identical
 from helpers.masked_networks import (
     GROW_4,
     OPTIMIZERS,
@@ -10,7 +11,6 @@ from helpers.masked_networks import (
     SIZE,
     SmallNet,
     active,
-    assert_identical,
     backward,
     eight,
     grad_scaler,

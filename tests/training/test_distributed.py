@@ -1,41 +1,28 @@
-"""Two gloo processes on the CPU against one process with the same global batch; CIFAR under torchrun.
+"""Two gloo processes on the CPU against one process with the same global batch.
 
 What makes one and two processes comparable: no BatchNorm in training mode (each rank normalises by its own half of the
 batch, as everywhere in data-parallel training), no dropout, and the same global batches. Where masks must agree to
 the bit the networks compute in float64, so that the other order of summation cannot swap two scores that nearly tie.
 """
 
-import contextlib
 import itertools
-import json
-import multiprocessing
-import os
 import random
 import re
-import shlex
 import signal
-import socket
-import subprocess
-import sys
 import time
-from concurrent.futures import ProcessPoolExecutor, wait
-from pathlib import Path
 
-import main_suptickets
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from cifar_data import Augmentation, TensorLoader
 from torch import nn
-from torch.distributed.elastic.multiprocessing.api import ProcessFailure, SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+from helpers.comparing import without_times
+from helpers.ranks import CPU, Ranks, as_numpy, assert_same_arrays
 from sparselearning import Masking, update_bn
-from sparselearning.process import distributed, launch
+from sparselearning.process import distributed
 from sparselearning.process.errors import FaultError, UsageError
-from sparselearning.process.files import load_torch
-from sparselearning.process.script import run_script
 from sparselearning.process.seeding import seed_everything
 from sparselearning.process.signals import Stopped
 from sparselearning.sparse.superpose import AVERAGING
@@ -44,141 +31,10 @@ from sparselearning.training import experiment
 from sparselearning.training.data import Batch
 from sparselearning.training.engine import Sources
 from sparselearning.training.plan import EpochBudget, Plan
-from sparselearning.training.provenance import cpu_name
 from sparselearning.training.run_folder import RunFolder
 from sparselearning.training.runtime import Runtime
 
-ROOT = Path(__file__).resolve().parents[2]
-CPU = torch.device("cpu")
-PATIENCE = 180  # seconds until a test gives up on other processes
-
-# ---------------------------------------------------------------------------------- processes, for both test files
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def wait_until(condition, seconds=PATIENCE):
-    """Poll; return what the condition returned, or fail."""
-    end = time.monotonic() + seconds
-    while not (result := condition()):
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.02)
-    return result
-
-
-def environment():
-    """Of scripts that tests start: one thread, no GPU, this checkout."""
-    return os.environ | {
-        "OMP_NUM_THREADS": "1",
-        "OMP_WAIT_POLICY": "PASSIVE",
-        "CUDA_VISIBLE_DEVICES": "",
-        "PYTHONPATH": str(ROOT),
-        "PYTHON": sys.executable,
-    }
-
-
-@contextlib.contextmanager
-def started(command, log, cwd=None):
-    """Run a command, its output in ``log``; if it has not ended by itself, it is stopped at the end."""
-    options = {"cwd": cwd, "env": environment() | {"MARK": str(log)}, "start_new_session": True}
-    with log.open("w") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, **options)
-    try:
-        yield process
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGTERM)  # a launcher passes it on to its ranks
-        process.wait()
-
-
-on_linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds processes in /proc")
-
-
-def marked_processes(mark):
-    """Process ids of all whose environment has this MARK: a command (``started``: its log) and all it started."""
-    found = []
-    for environ in Path("/proc").glob("[0-9]*/environ"):
-        with contextlib.suppress(OSError):  # it has just ended
-            if f"MARK={mark}".encode() in environ.read_bytes().split(b"\0"):
-                found.append(int(environ.parent.name))
-    return found
-
-
-def finished(command, log, cwd=None, seconds=PATIENCE):
-    """Run a command to its end; return its exit status."""
-    with started(command, log, cwd) as process:
-        try:
-            return process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            pytest.fail(f"still not done after {seconds} s:\n{log.read_text()}")
-
-
-def read_jsonl(path):
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
-def without_times(rows):
-    return [{key: row[key] for key in row.keys() - {"seconds", "images_per_second"}} for row in rows]
-
-
-def results(folder):
-    """All that a run computed: networks, masks, momentum, metrics; nothing that tells the time."""
-    folder = RunFolder(folder)
-    found = {"metrics": without_times(read_jsonl(folder.metrics)), "tickets": without_times(read_jsonl(folder.tickets))}
-    for path in (folder.current, folder.previous):
-        saved = load_torch(path)
-        for kind in ("state_dict", "masks"):
-            found |= {f"{path.name} {kind} {name}": tensor for name, tensor in saved[kind].items()}
-    for number, state in load_torch(folder.checkpoint)["optimizer"]["state"].items():
-        found |= {f"optimizer {number} {name}": value for name, value in (state or {}).items()}
-    return found
-
-
-def assert_identical(found, expected):
-    assert found.keys() == expected.keys()
-    for name, value in expected.items():
-        same = torch.equal(found[name], value) if isinstance(value, torch.Tensor) else found[name] == value
-        assert same, name
-
-
 # -------------------------------------------------------------------------------- two ranks that run what tests ask
-
-
-class Ranks:
-    """Two processes in one gloo group. A call runs a function in both and returns both results, rank 0's first."""
-
-    def __init__(self):
-        port, context = free_port(), multiprocessing.get_context("spawn")
-        self._pools = [ProcessPoolExecutor(1, context, join_group, (rank, port)) for rank in (0, 1)]
-        self._processes = [future.result(PATIENCE) for future in [pool.submit(os.getpid) for pool in self._pools]]
-
-    def __call__(self, function, *args):
-        futures = [pool.submit(function, *args) for pool in self._pools]
-        if wait(futures, timeout=60).not_done:
-            self.kill()
-            pytest.fail(f"the ranks wait for each other in {function.__name__}")
-        return [future.result() for future in futures]
-
-    def kill(self):
-        for process in self._processes:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(process, signal.SIGKILL)
-
-    def close(self):
-        self.kill()
-        for pool in self._pools:
-            pool.shutdown()
-
-
-def join_group(rank, port):
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    torch.set_num_threads(1)
-    assert distributed.start(use_cuda=False) == CPU
 
 
 @pytest.fixture(scope="module")
@@ -188,17 +44,8 @@ def ranks():
     ranks.close()
 
 
-def as_numpy(tensors):
-    return {name: tensor.detach().numpy().copy() for name, tensor in tensors.items()}
-
-
-def assert_same_arrays(ours, theirs):
-    assert ours.keys() == theirs.keys()
-    for name in ours:
-        np.testing.assert_array_equal(ours[name], theirs[name], err_msg=name)
-
-
 # ------------------------------------------------------------------------------------------------- masks and weights
+
 
 STEPS, GLOBAL_BATCH = 20, 8
 
@@ -432,6 +279,7 @@ def test_one_process_goes_first_where_files_are_downloaded(ranks, tmp_path):
 
 # --------------------------------------------------------------------------------------------------- the engine
 
+
 NUMBERS = np.random.default_rng(5)
 IMAGES = NUMBERS.integers(0, 256, (25, 6, 6, 1), dtype=np.uint8)
 LABELS = NUMBERS.integers(0, 4, 25)
@@ -526,7 +374,7 @@ def run_toy(folder, stop_after=None, stopper=1):
     outcome |= {f"superposed {name}": array for name, array in as_numpy(trainer.superposition).items()}
     outcome |= {f"mask {name}": array for name, array in as_numpy(trainer.masking.masks).items()}
     rows = ([row.as_dict() for row in rows] for rows in (trainer.metrics, trainer.tickets))
-    return position, outcome, *map(without_times, rows)
+    return position, outcome, *([*map(without_times, part)] for part in rows)
 
 
 @pytest.fixture(scope="module")
@@ -576,289 +424,3 @@ def test_what_the_main_rank_refuses_ends_all(ranks, tmp_path):
     assert "is in use by another run" in ours
     assert theirs == FaultError.exit_code
     assert ranks(refused_on_main, tmp_path / "other") == [None, None]
-
-
-# -------------------------------------------------------------------------------------------------- the launcher
-
-
-@pytest.fixture
-def launched(monkeypatch):
-    """What torchrun would be given, instead of starting it."""
-    calls = []
-    monkeypatch.setattr(launch.torchrun, "run", calls.append)
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    return calls
-
-
-@pytest.mark.parametrize("default", [None, 29500])  # torchrun's own, after and before torch 2.12
-def test_the_port_among_the_scripts_arguments_counts(launched, monkeypatch, default):
-    build = launch.torchrun.get_args_parser
-
-    def parser():
-        built = build()
-        built.set_defaults(master_port=default)
-        return built
-
-    monkeypatch.setattr(launch.torchrun, "get_args_parser", parser)
-    launch.launch(["--nproc_per_node", "2", "main.py", "--sparse", "--master_port", "7768", "-j20", "-p", "500", "DIR"])
-    launch.launch(["--nproc_per_node=2", "--master_port=1234", "main.py", "--master_port=7768"])
-    assert [args.master_port for args in launched] == [7768, 1234]
-    assert launched[0].training_script_args == ["--sparse", "--master_port", "7768", "-j20", "-p", "500", "DIR"]
-
-
-def test_without_a_port_torchrun_chooses(launched):
-    launch.launch(["--nproc_per_node", "2", "main.py", "-p", "500"])
-    assert launched[0].master_port == launch.torchrun.get_args_parser().parse_args(["main.py"]).master_port
-
-
-def test_the_published_launchers_flags_are_torchruns(launched):
-    flags = "--nnodes 3 --node_rank 2 --nproc_per_node 8 --master_addr first.host --master_port 29500"
-    launch.launch([*flags.split(), "main.py"])
-    (args,) = launched
-    assert (args.nnodes, args.node_rank, args.nproc_per_node) == ("3", 2, "8")
-    assert (args.master_addr, args.master_port) == ("first.host", 29500)
-
-
-def test_more_processes_than_gpus_are_refused(launched, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    with pytest.raises(UsageError, match=r"2 processes .* 1 GPU"):
-        launch.launch(["--nproc_per_node", "2", "main.py"])
-    with pytest.raises(UsageError, match=r"2 processes .* 1 GPU"):
-        distributed.check_gpus(2)
-    assert launched == []
-    launch.launch(["--nproc_per_node", "2", "main.py", "--no-cuda"])
-    assert len(launched) == 1
-
-
-@pytest.mark.parametrize(
-    "flags",
-    [
-        *(f"--nproc_per_node {count}" for count in ("0", "00", "-1", "x", "gpu")),
-        "--nnodes 0",
-        "--nproc_per_node 1 --master_port 99999",
-    ],
-)
-def test_what_torchrun_refuses_is_told_in_a_sentence(monkeypatch, flags):
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(UsageError, match=r"torchrun refuses to start main\.py: ."):
-        launch.launch([*flags.split(), "main.py"])
-
-
-def test_an_environment_that_no_launcher_made_is_refused(monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.delenv("RANK", raising=False)
-    with pytest.raises(UsageError, match="which of 2 processes this one is"):
-        distributed.start(use_cuda=False)
-
-
-def status_of(main):
-    with pytest.raises(SystemExit) as end:
-        run_script(main)
-    return end.value.code
-
-
-@pytest.mark.parametrize("exit_code", [1, 2])
-def test_the_launcher_ends_with_the_status_of_the_rank_that_failed(launched, monkeypatch, capsys, exit_code):
-    def fail(args):
-        raise ChildFailedError("main.py", {1: ProcessFailure(1, 4242, exit_code, "no file")})
-
-    monkeypatch.setattr(launch.torchrun, "run", fail)
-    assert status_of(lambda: launch.launch(["main.py"])) == exit_code
-    assert "process 1 of main.py" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_launcher_that_is_stopped_says_by_what(launched, monkeypatch, number):
-    def stop(args):
-        raise SignalException("stopped", number)
-
-    monkeypatch.setattr(launch.torchrun, "run", stop)
-    assert status_of(lambda: launch.launch(["main.py"])) == 128 + number
-
-
-def test_a_fault_that_only_one_rank_meets_is_shown(monkeypatch, capsys):
-    def meet():
-        raise FaultError("damaged image ant/3.JPEG")
-
-    monkeypatch.setattr(distributed, "rank", lambda: 1)
-    assert status_of(meet) == 1
-    assert "damaged image ant/3.JPEG" in capsys.readouterr().err
-
-
-def test_a_port_in_use_is_named(monkeypatch, capsys):
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    with socket.create_server(("", 0)) as other:
-        port = other.getsockname()[1]
-        assert status_of(lambda: launch.launch(["--nproc_per_node", "2", "main.py", "--master_port", str(port)])) == 1
-    assert str(port) in capsys.readouterr().err
-
-
-def test_ranks_that_do_not_find_each_other_say_so(capsys):
-    def fail():
-        raise RuntimeError("Gloo connectFullMesh failed with timed out connecting: Connection refused")
-
-    assert status_of(fail) == 1
-    assert "Traceback" not in capsys.readouterr().err
-
-
-MULTIPROC = [sys.executable, ROOT / "ImageNet" / "multiproc.py"]
-
-REPORTER = """
-import json, os, sys
-names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-print(json.dumps([[os.environ[name] for name in names], sys.argv[1:]]))
-"""
-
-
-def test_two_launchers_are_two_machines(tmp_path):
-    child, port = tmp_path / "child.py", str(free_port())
-    child.write_text(REPORTER)
-    logs = [tmp_path / f"node{node}" for node in (0, 1)]
-    launcher = [*MULTIPROC, "--nnodes", "2", "--nproc_per_node", "1", "--master_addr", "127.0.0.1", "--node_rank"]
-    with contextlib.ExitStack() as stack:
-        nodes = [
-            stack.enter_context(started([*launcher, str(node), child, "-p", "500", "--master_port", port], log))
-            for node, log in enumerate(logs)
-        ]
-        assert [node.wait(PATIENCE) for node in nodes] == [0, 0]
-    for rank, log in enumerate(logs):
-        (line,) = (json.loads(line) for line in log.read_text().splitlines() if line.startswith("[["))
-        assert line == [[str(rank), "2", "0", "127.0.0.1", port], ["-p", "500", "--master_port", port]]
-
-
-MORTAL = """
-import os, pathlib, signal, sys, time, torch
-from sparselearning.process import distributed
-
-first_attempt = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
-if not first_attempt and os.environ["RANK"] == "0":
-    time.sleep(2)  # the other rank, which is there first, must not take the dead rank's address for this one's
-distributed.start(use_cuda=False)
-distributed.sum_over_ranks(torch.ones(1))
-if first_attempt and distributed.is_main():
-    os.kill(os.getpid(), signal.SIGKILL)
-try:
-    ranks = int(distributed.sum_over_ranks(torch.ones(1)))
-except RuntimeError:
-    sys.exit("the other rank has gone away")
-pathlib.Path(sys.argv[1], f"rank{distributed.rank()}").write_text(str(ranks))
-distributed.stop()
-"""
-
-
-def test_ranks_find_each_other_again_after_an_elastic_restart(tmp_path):
-    (tmp_path / "child.py").write_text(MORTAL)
-    command = [*MULTIPROC, "--nproc_per_node", "2", "--max_restarts", "1", tmp_path / "child.py", tmp_path]
-    assert finished([*command, "--master_port", str(free_port())], tmp_path / "log", seconds=60) == 0
-    assert [(tmp_path / f"rank{rank}").read_text() for rank in (0, 1)] == ["2", "2"]
-
-
-# ----------------------------------------------------------------------------------------- CIFAR under torchrun
-
-# Batches of 65 cannot be halved: each step has shares of 32 and 33 images. LeNet has neither BatchNorm nor dropout.
-DIGITS = shlex.split(
-    "--no-cuda --data digits --model lenet-300-100 --sparse --pre_train --cyclic_train --re_explore --cyc_lr "
-    "--lr_1 0.01 --lr_2 0.02 --method GraNet --growth gradient --init-density 0.5 --final-density 0.1 "
-    "--final-prune-epoch 2 --seed 5 --update-frequency 7 --epochs 6 --cycle 2 --cycle_rate 0.7 --batch-size 65 "
-    "--test-batch-size 101 --lr 0.02 --large-death-rate 0.3"
-)
-CIFAR = [ROOT / "CIFAR" / "main_suptickets.py", *DIGITS]
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-
-
-@pytest.fixture(scope="module")
-def undisturbed_cifar(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("cifar") / "undisturbed"
-    assert finished([*TORCHRUN, *CIFAR, "--save", folder], folder.with_suffix(".log")) == 0
-    return folder
-
-
-def is_close(value, other):
-    return value == (pytest.approx(other, rel=1e-5) if isinstance(other, float) else other)
-
-
-def test_cifar_in_two_processes_equals_one(undisturbed_cifar, tmp_path):
-    main_suptickets.main([*DIGITS, "--save", str(tmp_path)])
-    alone, together = results(tmp_path), results(undisturbed_cifar)
-    assert alone.keys() == together.keys()
-    for name, value in alone.items():
-        if name in ("metrics", "tickets"):
-            for row, other in zip(value, together[name], strict=True):
-                assert row.keys() == other.keys()
-                assert all(is_close(row[key], other[key]) for key in row), (row, other)
-        elif " masks " in name:
-            assert torch.equal(together[name], value), name
-        else:
-            assert (together[name] - value).abs().max() < 1e-5, name
-    assert json.loads((undisturbed_cifar / "config.json").read_text())["world_size"] == 2
-
-
-def test_cifar_stops_on_sigterm_to_the_launcher_and_resumes_exactly(undisturbed_cifar, tmp_path):
-    folder, log = tmp_path / "run", tmp_path / "log"
-    with started([*MULTIPROC, "--nproc_per_node", "2", *CIFAR, "--save", folder], log) as launcher:
-        wait_until(lambda: len(read_jsonl(folder / "metrics.jsonl")) == 4 or launcher.poll() is not None)
-        launcher.terminate()
-        assert launcher.wait(60) == 143
-    assert f"stopped by SIGTERM: go on with --resume {folder}\n" in log.read_text()
-    assert "Traceback" not in log.read_text()
-    assert list(folder.rglob("*.partial")) == []
-    stopped = load_torch(folder / "checkpoint.pth")
-    assert stopped["epoch"] == 4
-    assert 0 < stopped["batch"] < 18  # in the middle of the second cycle's first epoch
-    assert finished([*TORCHRUN, *CIFAR, "--save", folder, "--resume", folder], log) == 0
-    assert_identical(results(folder), results(undisturbed_cifar))
-
-
-@on_linux
-def test_a_launcher_that_is_killed_leaves_no_ranks_and_a_checkpoint(tmp_path):
-    folder, log = tmp_path / "run", tmp_path / "log"
-    with started([*MULTIPROC, "--nproc_per_node", "2", *CIFAR, "--save", folder, "--epochs", "400"], log) as launcher:
-        wait_until(lambda: read_jsonl(folder / "metrics.jsonl") or launcher.poll() is not None)
-        launcher.kill()
-        launcher.wait()
-        wait_until(lambda: not marked_processes(log), 30)
-    assert f"stopped by SIGTERM: go on with --resume {folder}\n" in log.read_text()
-    assert load_torch(folder / "checkpoint.pth")["epoch"] >= 1
-    assert not RunFolder(folder).lock.exists()
-
-
-def test_cifar_with_another_number_of_processes_is_refused(undisturbed_cifar, tmp_path, capsys):
-    folder = undisturbed_cifar
-    before = {path: path.read_bytes() for path in folder.iterdir()}
-    resume = [*DIGITS, "--save", str(tmp_path / "run"), "--resume", str(folder)]
-    assert status_of(lambda: main_suptickets.main(resume)) == 2
-    assert re.search(r"written by 2 processes: go on with as many, not 1\n$", capsys.readouterr().err)
-    assert not (tmp_path / "run").exists()
-    assert {path: path.read_bytes() for path in folder.iterdir()} == before
-
-
-def test_cifar_on_all_gpus_needs_one(monkeypatch, capsys):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.delenv("LOCAL_RANK", raising=False)
-    assert status_of(lambda: main_suptickets.main([*DIGITS, "--mgpu"])) == 2
-    assert "--mgpu uses all GPUs" in capsys.readouterr().err
-
-
-def test_a_run_says_where_it_computes_and_is_deterministic_before_it_joins_the_others(monkeypatch):
-    # NCCL's choice of algorithms is made when the process group is.
-    found = []
-
-    def start(use_cuda):
-        found.append(torch.are_deterministic_algorithms_enabled())
-        return CPU
-
-    monkeypatch.setattr(distributed, "start", start)
-    device, runtime = Runtime(use_cuda=False, deterministic=True, channels_last=False).start()
-    torch.use_deterministic_algorithms(False)
-    assert found == [True]
-    assert runtime.description(device) == f"computing on cpu: {cpu_name()}: float32, 1 thread"
-
-
-@pytest.mark.parametrize(("has_units", "amp"), [(True, "bf16"), (False, "off")])
-def test_bf16_is_not_chosen_where_it_is_emulated(gpu, monkeypatch, has_units, amp):
-    monkeypatch.setattr(
-        torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or has_units
-    )
-    assert Runtime().resolved(torch.device("cuda", 0)).amp == amp

@@ -13,6 +13,8 @@ import torch
 from cifar_models import MODELS
 from torch import nn
 
+from sparselearning.process import distributed
+from sparselearning.training.provenance import cpu_name
 from sparselearning.training.runtime import Runtime
 
 LAST, FIRST = torch.channels_last, torch.contiguous_format
@@ -96,3 +98,26 @@ def test_a_narrow_network_trains(tmp_path, width, size, processor):
     )
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "run" / "summary.json").is_file()
+
+
+def test_a_run_says_where_it_computes_and_is_deterministic_before_it_joins_the_others(monkeypatch):
+    # NCCL's choice of algorithms is made when the process group is.
+    found = []
+
+    def start(use_cuda):
+        found.append(torch.are_deterministic_algorithms_enabled())
+        return torch.device("cpu")
+
+    monkeypatch.setattr(distributed, "start", start)
+    device, runtime = Runtime(use_cuda=False, deterministic=True, channels_last=False).start()
+    torch.use_deterministic_algorithms(False)
+    assert found == [True]
+    assert runtime.description(device) == f"computing on cpu: {cpu_name()}: float32, 1 thread"
+
+
+@pytest.mark.parametrize(("has_units", "amp"), [(True, "bf16"), (False, "off")])
+def test_bf16_is_not_chosen_where_it_is_emulated(gpu, monkeypatch, has_units, amp):
+    monkeypatch.setattr(
+        torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or has_units
+    )
+    assert Runtime().resolved(torch.device("cuda", 0)).amp == amp

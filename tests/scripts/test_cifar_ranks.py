@@ -1,0 +1,98 @@
+"""The CIFAR script under torchrun: two processes end where one does, and stop and go on together."""
+
+import json
+import re
+import shlex
+import sys
+
+import main_suptickets
+import pytest
+import torch
+
+from helpers.comparing import assert_identical, lines, results
+from helpers.processes import MULTIPROC, ROOT, finished, marked_processes, on_linux, started, status_of, wait_until
+from sparselearning.process.files import load_torch
+from sparselearning.training.run_folder import RunFolder
+
+# Batches of 65 cannot be halved: each step has shares of 32 and 33 images. LeNet has neither BatchNorm nor dropout.
+DIGITS = shlex.split(
+    "--no-cuda --data digits --model lenet-300-100 --sparse --pre_train --cyclic_train --re_explore --cyc_lr "
+    "--lr_1 0.01 --lr_2 0.02 --method GraNet --growth gradient --init-density 0.5 --final-density 0.1 "
+    "--final-prune-epoch 2 --seed 5 --update-frequency 7 --epochs 6 --cycle 2 --cycle_rate 0.7 --batch-size 65 "
+    "--test-batch-size 101 --lr 0.02 --large-death-rate 0.3"
+)
+CIFAR = [ROOT / "CIFAR" / "main_suptickets.py", *DIGITS]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+
+
+@pytest.fixture(scope="module")
+def undisturbed_cifar(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cifar") / "undisturbed"
+    assert finished([*TORCHRUN, *CIFAR, "--save", folder], folder.with_suffix(".log")) == 0
+    return folder
+
+
+def is_close(value, other):
+    return value == (pytest.approx(other, rel=1e-5) if isinstance(other, float) else other)
+
+
+def test_cifar_in_two_processes_equals_one(undisturbed_cifar, tmp_path):
+    main_suptickets.main([*DIGITS, "--save", str(tmp_path)])
+    alone, together = results(tmp_path), results(undisturbed_cifar)
+    assert alone.keys() == together.keys()
+    for name, value in alone.items():
+        if name in ("metrics", "tickets"):
+            for row, other in zip(value, together[name], strict=True):
+                assert row.keys() == other.keys()
+                assert all(is_close(row[key], other[key]) for key in row), (row, other)
+        elif " masks " in name:
+            assert torch.equal(together[name], value), name
+        else:
+            assert (together[name] - value).abs().max() < 1e-5, name
+    assert json.loads((undisturbed_cifar / "config.json").read_text())["world_size"] == 2
+
+
+def test_cifar_stops_on_sigterm_to_the_launcher_and_resumes_exactly(undisturbed_cifar, tmp_path):
+    folder, log = tmp_path / "run", tmp_path / "log"
+    with started([*MULTIPROC, "--nproc_per_node", "2", *CIFAR, "--save", folder], log) as launcher:
+        wait_until(lambda: len(lines(folder / "metrics.jsonl")) == 4 or launcher.poll() is not None)
+        launcher.terminate()
+        assert launcher.wait(60) == 143
+    assert f"stopped by SIGTERM: go on with --resume {folder}\n" in log.read_text()
+    assert "Traceback" not in log.read_text()
+    assert list(folder.rglob("*.partial")) == []
+    stopped = load_torch(folder / "checkpoint.pth")
+    assert stopped["epoch"] == 4
+    assert 0 < stopped["batch"] < 18  # in the middle of the second cycle's first epoch
+    assert finished([*TORCHRUN, *CIFAR, "--save", folder, "--resume", folder], log) == 0
+    assert_identical(results(folder), results(undisturbed_cifar))
+
+
+@on_linux
+def test_a_launcher_that_is_killed_leaves_no_ranks_and_a_checkpoint(tmp_path):
+    folder, log = tmp_path / "run", tmp_path / "log"
+    with started([*MULTIPROC, "--nproc_per_node", "2", *CIFAR, "--save", folder, "--epochs", "400"], log) as launcher:
+        wait_until(lambda: lines(folder / "metrics.jsonl") or launcher.poll() is not None)
+        launcher.kill()
+        launcher.wait()
+        wait_until(lambda: not marked_processes(log), 30)
+    assert f"stopped by SIGTERM: go on with --resume {folder}\n" in log.read_text()
+    assert load_torch(folder / "checkpoint.pth")["epoch"] >= 1
+    assert not RunFolder(folder).lock.exists()
+
+
+def test_cifar_with_another_number_of_processes_is_refused(undisturbed_cifar, tmp_path, capsys):
+    folder = undisturbed_cifar
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    resume = [*DIGITS, "--save", str(tmp_path / "run"), "--resume", str(folder)]
+    assert status_of(lambda: main_suptickets.main(resume)) == 2
+    assert re.search(r"written by 2 processes: go on with as many, not 1\n$", capsys.readouterr().err)
+    assert not (tmp_path / "run").exists()
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_cifar_on_all_gpus_needs_one(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    assert status_of(lambda: main_suptickets.main([*DIGITS, "--mgpu"])) == 2
+    assert "--mgpu uses all GPUs" in capsys.readouterr().err
