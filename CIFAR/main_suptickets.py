@@ -163,6 +163,8 @@ def run(args: argparse.Namespace, argv: Sequence[str] | None) -> None:
         sample_shape=(data.channels, data.image_size, data.image_size),
         class_balanced_batch=lambda: data.train.class_balanced_batch(args.batch_size, args.seed),
     )
+    folder = RunFolder(flags.run_path(args, args.model, data.name, budget))
+    config = {"command": flags.command(argv), **values, **provenance.environment(device), "network": network}
     start = experiment.show_layers if args.show_layers else experiment.run
     start(
         recipe,
@@ -170,13 +172,13 @@ def run(args: argparse.Namespace, argv: Sequence[str] | None) -> None:
         flags.sparse_training(args, len(data.train), budget.total_epochs),
         runtime,
         experiment.Output(
-            folder=RunFolder(flags.run_path(args, args.model, data.name, budget)),
-            config={"command": flags.command(argv), **values, **provenance.environment(device), "network": network},
+            folder=folder,
+            config=config,
             identity=flags.identity(values),
             resume=args.resume,
             log_interval=args.log_interval,
             keep_tickets=args.keep_tickets,
-            tensorboard=args.tensorboard,
+            trackers=flags.trackers(args, folder, config),
         ),
     )
 

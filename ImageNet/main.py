@@ -102,14 +102,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     plan = flags.plan(args, budget, pretrain_lr(args))
     sparse = flags.sparse_training(args, len(data.train), budget.total_epochs)
+    folder = RunFolder(flags.run_path(args, args.arch, Path(os.path.abspath(args.data)).name, budget))
+    config = {"command": flags.command(argv), **values, **provenance.environment(device), "network": network}
     output = experiment.Output(
-        folder=RunFolder(flags.run_path(args, args.arch, Path(os.path.abspath(args.data)).name, budget)),
-        config={"command": flags.command(argv), **values, **provenance.environment(device), "network": network},
+        folder=folder,
+        config=config,
         identity=flags.identity(values),
         resume=args.resume,
         log_interval=args.print_freq,
         keep_tickets=args.keep_tickets,
-        tensorboard=args.tensorboard,
+        trackers=flags.trackers(args, folder, config),
         keep_checkpoints=args.gather_checkpoints,
     )
     if args.evaluate:

@@ -71,13 +71,31 @@ def check_output(path: Path, mark: str) -> None:
                 is_free = mark.encode() in file.read(MARK_WITHIN)
         else:
             is_free = not os.path.lexists(path)
-        above = next(folder for folder in path.absolute().parents if os.path.lexists(folder))
+        above = _nearest(path.absolute().parent)
     except OSError as error:
         raise UsageError(f"{path} cannot be written: {error.strerror}") from error
     if not is_free:
         raise UsageError(f"{path} exists, and is no earlier output of this command: name another file")
     if not above.is_dir():
         raise UsageError(f"{path} cannot be written: {above} is no folder")
+
+
+def check_folder(path: Path) -> None:
+    """Refuse a folder to write into, there already or not, if nothing can be written there; nothing is made yet.
+
+    Raises:
+        FaultError: saying why.
+    """
+    above = _nearest(path.absolute())
+    if not above.is_dir():
+        raise FaultError(f"cannot write into {path}: {above} is no folder")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise FaultError(f"cannot write into {path}: {above} is read-only")
+
+
+def _nearest(path: Path) -> Path:
+    """What stands at an absolute path, or else at the nearest one above it."""
+    return next(place for place in (path, *path.parents) if os.path.lexists(place))
 
 
 def save_torch(path: Path, content: Mapping[str, Any]) -> None:

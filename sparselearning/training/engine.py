@@ -140,12 +140,12 @@ class Trainer:
         """
         batches = len(self.sources.train)
         done = (self.epoch - self.plan.first_epoch) * batches + self.batch
-        self.progress.start(done, (self.plan.end_epoch - self.plan.first_epoch) * batches)
         self._resumed_at = time.perf_counter()
         self._costs.train_with(self._masks())
         if self.continues:
             self._restore_files()
         try:
+            self.progress.start(done, (self.plan.end_epoch - self.plan.first_epoch) * batches)
             if self.superposition is None and self.epoch == self.plan.budget.pretrain_epochs:  # cycles alone
                 self._adopt_pretrained(self.evaluate()[1], epochs=self.epoch)
                 self._open_cycle()
@@ -161,6 +161,7 @@ class Trainer:
                 ema_acc, ema_test_acc = self._measure_average(self.average.state())
                 summary = replace(summary, ema_acc=ema_acc, ema_test_acc=ema_test_acc)
             summary = replace(summary, total_seconds=self._total_seconds())
+            self.progress.finished(summary)
         except _StopRequested as request:
             self._check_finite(stopping=True)
             self.save_checkpoint()

@@ -35,6 +35,7 @@ from sparselearning.training.provenance import ENVIRONMENT
 from sparselearning.training.records import Summary
 from sparselearning.training.run_folder import RunFolder, find_checkpoint
 from sparselearning.training.runtime import Runtime
+from sparselearning.training.trackers import Tracker
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ class Output:
         log_interval: batches between looks at the running loss.
         keep_tickets: write every ticket to a file of its own.
         keep_checkpoints: keep the checkpoint of every epoch.
-        tensorboard: where to write TensorBoard's event files; None: nowhere.
+        trackers: where figures go as well.
     """
 
     folder: RunFolder
@@ -93,7 +94,7 @@ class Output:
     log_interval: int = 100
     keep_tickets: bool = False
     keep_checkpoints: bool = False
-    tensorboard: Path | None = None
+    trackers: Sequence[Tracker] = ()
 
 
 def check_images(model: nn.Module, shapes: Iterable[Sequence[int]]) -> None:
@@ -177,7 +178,7 @@ def prepare(
         recipe.sources,
         plan,
         output.folder,
-        Progress(output.tensorboard),
+        Progress(output.trackers),
         layer_flops=flops,
         log_interval=output.log_interval,
         keep_tickets=output.keep_tickets,
@@ -235,7 +236,7 @@ def show_layers(recipe: Recipe, plan: Plan, sparse: SparseTraining | None, runti
         UsageError: if what ``resume`` names does not fit.
         FaultError: if it cannot be read.
     """
-    masking = prepare(recipe, plan, sparse, runtime, replace(output, tensorboard=None)).masking
+    masking = prepare(recipe, plan, sparse, runtime, output).masking
     if not distributed.is_main():
         return
     shapes = {name: tuple(weight.shape) for name, weight in maskable_parameters(recipe.model).items()}

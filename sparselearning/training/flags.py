@@ -21,14 +21,16 @@ from sparselearning.sparse.topology import GROWTH, METHODS, PRUNE, REDISTRIBUTIO
 from sparselearning.training.experiment import SparseTraining
 from sparselearning.training.plan import EpochBudget, Plan
 from sparselearning.training.records import flags_of
+from sparselearning.training.run_folder import RunFolder
 from sparselearning.training.runtime import AMP, Runtime
+from sparselearning.training.trackers import TensorBoard, Tracker, WeightsAndBiases
 
 # Flags that change where a run's files lie, what it shows, or how much it evaluates at a time, not what it computes
 # (but for rounding): a resumed run may differ in them. What `resume` names counts where it is a start.
 WITHOUT_EFFECT_ON_RESULTS = {
     "benchmark_inference", "benchmark_training", "config", "data_dir", "demo", "evaluate", "gather_checkpoints",
     "indicate_method", "iters", "keep_tickets", "local_rank", "log_interval", "master_port", "mgpu", "print_freq",
-    "prof", "resume", "save", "show_layers", "tensorboard", "test_batch_size", "workers",
+    "prof", "resume", "save", "show_layers", "tensorboard", "test_batch_size", "wandb", "workers",
 }  # fmt: skip
 
 
@@ -166,6 +168,11 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     group.add_argument("--keep-tickets", action="store_true", help="save every ticket, in tickets/ of the run's folder")
     group.add_argument("--tensorboard", type=path, metavar="DIR", help="write TensorBoard scalars there as well")
+    group.add_argument(
+        "--wandb", metavar="PROJECT",
+        help="send curves, tickets, flags and summary to this project of Weights & Biases as well; with "
+        "WANDB_MODE=offline in the environment they stay in a file",
+    )  # fmt: skip
     group.add_argument(
         "--multiplier",
         type=positive,
@@ -520,6 +527,21 @@ def runtime(args: argparse.Namespace) -> Runtime:
         deterministic=args.deterministic,
         static_loss_scale=getattr(args, "static_loss_scale", None),
     )
+
+
+def trackers(args: argparse.Namespace, folder: RunFolder, config: Mapping[str, Any]) -> list[Tracker]:
+    """Where the figures of a run go besides its own files, checked but not begun.
+
+    Raises:
+        UsageError: if a package for it is missing.
+        FaultError: if it cannot be written into.
+    """
+    found: list[Tracker] = []
+    if args.tensorboard is not None:
+        found.append(TensorBoard(args.tensorboard))
+    if args.wandb is not None:
+        found.append(WeightsAndBiases(args.wandb, folder.wandb_id, config))
+    return found
 
 
 def run_path(args: argparse.Namespace, model: str, data: str, budget: EpochBudget) -> Path:

@@ -4,16 +4,16 @@ import math
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from sparselearning.process import distributed
-from sparselearning.process.errors import FaultError, UsageError
+from sparselearning.process.errors import first_line
 from sparselearning.sparse.costs import inference_flops
 from sparselearning.training.records import EpochRow, Summary, TicketRow
+from sparselearning.training.trackers import Tracker
 
 SECONDS_BETWEEN_LINES = 60
 
@@ -31,22 +31,19 @@ class Progress:
     Off a terminal there is no bar; epochs longer than a minute then print a line every minute.
 
     Args:
-        tensorboard: where epochs and tickets go as TensorBoard scalars as well; None: nowhere.
-
-    Raises:
-        UsageError: if TensorBoard is asked for and not installed.
+        trackers: which get the figures as well.
     """
 
-    def __init__(self, tensorboard: Path | None = None) -> None:
-        self._open_events = _event_writer(tensorboard) if tensorboard and distributed.is_main() else None
-        self._events: Any = None
+    def __init__(self, trackers: Sequence[Tracker] = ()) -> None:
         self._speaks = distributed.is_main()
+        self._trackers = list(trackers) if self._speaks else []
         self._bar = tqdm(disable=True)
         self._last_line = time.monotonic()
 
     def start(self, done_batches: int, total_batches: int) -> None:
         """Show the bar of a run of ``total_batches`` that starts or goes on."""
-        self._events = self._open_events() if self._open_events else None
+        for tracker in self._trackers:
+            tracker.start()
         self._bar = tqdm(
             initial=done_batches,
             total=total_batches,
@@ -72,7 +69,7 @@ class Progress:
 
     def epoch(self, row: EpochRow) -> None:
         """Print a finished epoch."""
-        self._log(row.epoch, row)
+        self._track(lambda tracker: tracker.epoch(row))
         ticket = f" ticket {row.ticket}" if row.ticket else ""
         self.line(
             f"{row.phase:<8} epoch {row.epoch:>4}{ticket}  lr {row.lr:<8.4g} "
@@ -82,7 +79,7 @@ class Progress:
 
     def ticket(self, row: TicketRow) -> None:
         """Print a ticket and the superposition that it went into."""
-        self._log(row.ticket, row, prefix="ticket/")
+        self._track(lambda tracker: tracker.ticket(row))
         self.line(
             f"ticket {row.ticket}: {row.ticket_acc:.2%}; superposed with factor {row.factor:.3g}: "
             f"{row.superposed_acc:.2%} (density {row.union_density:.4f} before pruning back, {row.density:.4f} after)"
@@ -96,31 +93,27 @@ class Progress:
             self._bar.refresh()
         self._last_line = time.monotonic()
 
+    def finished(self, summary: Summary) -> None:
+        """Hand the trackers how the run ended."""
+        self._track(lambda tracker: tracker.finished(summary))
+
     def close(self) -> None:
         """Take the bar off the screen."""
         self._bar.close()
-        if self._events:
-            self._events.close()
+        self._track(lambda tracker: tracker.close())
 
-    def _log(self, step: int, row: EpochRow | TicketRow, prefix: str = "") -> None:
-        if self._events is None:
-            return
-        for key, value in row.as_dict().items():
-            if isinstance(value, int | float):
-                self._events.add_scalar(prefix + key, value, step)
+    def _track(self, record: Callable[[Tracker], None]) -> None:
+        """Hand every tracker something; one that fails is left out from now on, for curves are not worth a run."""
+        self._trackers = [tracker for tracker in self._trackers if _works(record, tracker)]
 
 
-def _event_writer(folder: Path) -> Callable[[], Any]:
-    """What opens TensorBoard's file in a folder."""
+def _works(record: Callable[[Tracker], None], tracker: Tracker) -> bool:
     try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise UsageError("--tensorboard needs another package: pip install tensorboard") from None
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise FaultError(f"--tensorboard cannot write into {folder}: {error.strerror}") from error
-    return partial(SummaryWriter, str(folder))
+        record(tracker)
+    except Exception as error:  # services and packages of others fail in many ways
+        print_notes(f"{type(tracker).__name__} has failed ({first_line(error)}): the run goes on without it")
+        return False
+    return True
 
 
 def run_table(summary: Summary, folder: Path) -> str:

@@ -35,6 +35,7 @@ class RunFolder:
         self.current = path / "model_current.pth"
         self.previous = path / "model_previous.pth"
         self.analysis = path / "analysis" / "analysis.json"
+        self.wandb_id = path / "wandb_id.txt"
         self.lock = path / ".lock"
 
     @classmethod

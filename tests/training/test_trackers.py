@@ -1,0 +1,258 @@
+"""What goes to TensorBoard and to Weights & Biases: curves, tickets, flags, the summary."""
+
+import json
+import os
+import signal
+import sys
+import types
+from pathlib import Path
+
+import main_suptickets
+import pytest
+
+from sparselearning.process.errors import FaultError, UsageError
+from sparselearning.process.script import run_script
+from sparselearning.training.engine import Trainer
+from sparselearning.training.progress import Progress
+from sparselearning.training.records import EpochRow, Summary, TicketRow
+from sparselearning.training.trackers import TensorBoard, WeightsAndBiases
+
+CONFIG = {"command": "python /home/x/main.py", "indicate_method": "rigl", "seed": 3, "data": "/home/x/c.npz", "lr": 0.1}
+EPOCH = EpochRow(
+    phase="cycle", epoch=7, ticket=2, lr=0.1, train_loss=1.5, train_acc=0.25, eval_loss=1.25, eval_acc=0.5,
+    density=0.1, images_per_second=1000.0,
+)  # fmt: skip
+TICKET = TicketRow(ticket=2, ticket_acc=0.5, superposed_acc=0.75, factor=0.5, union_density=0.15, density=0.1)
+SUMMARY = Summary(
+    pretrain_acc=0.5, ticket_acc=[0.5], superposed_acc=[0.75], final_acc=0.75, density=0.1, gain=25.0,
+    gain_over_ticket=25.0, total_seconds=60.0,
+)  # fmt: skip
+RUN = (
+    "--data digits --model lenet-300-100 --batch-size 1200 --seed 3 --pre_train --cyclic_train --epochs 3 --cycle 1 "
+    "--cycle_rate 0.34 --sparse --method DST --init-density 0.05 --no-cuda --execution masked --save run"
+)
+
+
+@pytest.fixture(autouse=True)
+def _workplace(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def script(*words):
+    try:
+        run_script(lambda: main_suptickets.main([*RUN.split(), *words]))
+    except SystemExit as leaving:
+        return leaving.code
+    return 0
+
+
+def told(capsys):
+    (sentence,) = (line for line in capsys.readouterr().err.splitlines() if not line.startswith("note: "))
+    return sentence
+
+
+class Service:
+    """Stands in for the package ``wandb``: remembers what it is given."""
+
+    class Error(Exception):
+        pass
+
+    def __init__(self):
+        self.runs = []
+        self.lost = False
+
+    def module(self):
+        module = types.ModuleType("wandb")
+        module.Error, module.Settings, module.init = self.Error, self.settings, self.init
+        return module
+
+    def settings(self, **options):
+        if "/" in options.get("project", ""):
+            raise self.Error("Invalid project name\nmore of it")
+        return options
+
+    def init(self, **options):
+        if self.lost:
+            raise self.Error("No API key configured.")
+        run = types.SimpleNamespace(
+            options=options, logged=[], summary={}, url="https://there", offline=False, exit_codes=[],
+            define_metric=lambda name, step_metric: None,
+        )  # fmt: skip
+        run.log = run.logged.append
+        run.finish = lambda exit_code: run.exit_codes.append(exit_code)
+        self.runs.append(run)
+        return run
+
+
+@pytest.fixture
+def service(monkeypatch):
+    found = Service()
+    monkeypatch.setitem(sys.modules, "wandb", found.module())
+    return found
+
+
+# ------------------------------------------------------------------------------------------------- Weights & Biases
+
+
+def test_what_weights_and_biases_gets(service):
+    tracker = WeightsAndBiases("sparse nets", Path("run/id"), CONFIG)
+    assert os.listdir() == []
+    tracker.start()
+    tracker.epoch(EPOCH)
+    tracker.ticket(TICKET)
+    tracker.finished(SUMMARY)
+    tracker.close()
+    (run,) = service.runs
+    assert run.options["project"] == "sparse nets"
+    assert (run.options["name"], run.options["group"]) == ("rigl-seed3", "rigl")
+    assert run.options["config"] == {"indicate_method": "rigl", "seed": 3, "data": "c.npz", "lr": 0.1}
+    assert [set(figures) for figures in run.logged] == [
+        {
+            "epoch", "ticket", "lr", "train_loss", "train_acc", "eval_loss", "eval_acc", "density",
+            "images_per_second",
+        },
+        {
+            "ticket/ticket", "ticket/ticket_acc", "ticket/superposed_acc", "ticket/factor", "ticket/union_density",
+            "ticket/density",
+        },
+    ]  # fmt: skip
+    assert (run.logged[0]["eval_acc"], run.logged[1]["ticket/superposed_acc"]) == (0.5, 0.75)
+    assert run.summary == SUMMARY.as_dict()
+    assert run.exit_codes == [0]
+
+
+def test_a_resumed_run_goes_on_in_the_same_run_there_and_a_new_one_does_not(service):
+    for folder in ("run", "run", "other"):
+        tracker = WeightsAndBiases("p", Path(folder, "id"), CONFIG)
+        tracker.start()
+        tracker.close()
+    first, again, other = (run.options["id"] for run in service.runs)
+    assert first == again != other
+    assert all(run.options["resume"] == "allow" for run in service.runs)
+    assert service.runs[0].exit_codes == [1]  # it had not ended
+
+
+@pytest.mark.parametrize(("project", "message"), [("a/b", "Invalid project name"), ("", "name of a project")])
+def test_a_project_that_cannot_be_called_so(service, project, message):
+    with pytest.raises(UsageError, match=message):
+        WeightsAndBiases(project, Path("id"), CONFIG)
+
+
+def test_no_account(service):
+    service.lost = True
+    with pytest.raises(FaultError, match=r"No API key configured.*WANDB_MODE=offline"):
+        WeightsAndBiases("p", Path("id"), CONFIG).start()
+
+
+@pytest.mark.parametrize(
+    ("module", "what"),
+    [
+        ("torch.utils.tensorboard", "tensorboard"),
+        ("wandb", "wandb"),
+        ("wandb", "folder"),  # of that name, left by an earlier run, which Python takes for a package
+    ],
+)
+def test_a_missing_package_is_told_before_anything_is_trained(monkeypatch, capsys, module, what):
+    monkeypatch.setitem(sys.modules, module, types.ModuleType(module) if what == "folder" else None)
+    flag = "wandb" if what == "folder" else what
+    assert script(f"--{flag}", "there") == 2
+    assert f"--{flag} needs another package: pip install {flag}" in told(capsys)
+    assert os.listdir() == []
+
+
+def test_only_the_first_process_tells(service, monkeypatch):
+    monkeypatch.setattr("sparselearning.process.distributed.is_main", lambda: False)
+    progress = Progress([WeightsAndBiases("p", Path("id"), CONFIG)])
+    progress.start(0, 1)
+    progress.epoch(EPOCH)
+    progress.close()
+    assert not service.runs
+
+
+def test_a_run_outlives_its_tracker(service, capsys):
+    def lost(figures):
+        raise ConnectionResetError("Connection lost")
+
+    progress = Progress([WeightsAndBiases("p", Path("id"), CONFIG), TensorBoard(Path("events"))])
+    progress.start(0, 1)
+    service.runs[0].log = lost
+    for _ in range(2):
+        progress.epoch(EPOCH)
+    progress.finished(SUMMARY)
+    progress.close()
+    assert capsys.readouterr().err.splitlines() == [
+        "note: WeightsAndBiases has failed (Connection lost): the run goes on without it"
+    ]
+    assert len(scalars("events")["eval_acc"]) == 2
+
+
+def test_a_run_offline(monkeypatch):
+    """With the package itself, without account and network: bit for bit the run that it would be alone."""
+    pytest.importorskip("wandb")
+    for name, value in {"WANDB_MODE": "offline", "HOME": os.getcwd(), "WANDB_DIR": os.getcwd()}.items():
+        monkeypatch.setenv(name, value)
+    assert script() == 0
+    Path("run").rename("alone")
+    with monkeypatch.context() as context:
+        stop_after(context, steps=2)
+        assert script("--wandb", "tickets") == 143
+    assert script("--wandb", "tickets", "--resume", "run") == 0
+    assert Path("run/model_previous.pth").read_bytes() == Path("alone/model_previous.pth").read_bytes()
+    name = Path("run/wandb_id.txt").read_text()
+    records = [path.read_bytes() for path in sorted(Path("wandb").glob(f"offline-run-*/run-{name}.wandb"))]
+    assert len(records) == 2
+    assert all(word in record for word in (b"lenet-300-100", b"Results-seed3", b"eval_acc") for record in records)
+    for word in (b"ticket/superposed_acc", b"final_acc"):
+        assert [word in record for record in records] == [False, True]
+
+
+def stop_after(monkeypatch, steps):
+    """Let a SIGTERM come in a step of the run, counted from 1."""
+    train_batch, done = Trainer.train_batch, []
+
+    def train_and_count(self, batch):
+        train_batch(self, batch)
+        done.append(batch)
+        if len(done) == steps:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Trainer, "train_batch", train_and_count)
+
+
+# ------------------------------------------------------------------------------------------------------ TensorBoard
+
+
+def scalars(folder):
+    """Tag → steps and values."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    read = EventAccumulator(str(folder)).Reload()
+    return {tag: [(event.step, event.value) for event in read.Scalars(tag)] for tag in read.Tags()["scalars"]}
+
+
+def test_what_tensorboard_gets():
+    pytest.importorskip("tensorboard")
+    tracker = TensorBoard(Path("events"))
+    assert os.listdir() == []
+    tracker.start()
+    tracker.epoch(EPOCH)
+    tracker.ticket(TICKET)
+    tracker.finished(SUMMARY)
+    tracker.close()
+    found = scalars("events")
+    assert found["eval_acc"] == [(7, 0.5)]
+    assert found["ticket/superposed_acc"] == [(2, 0.75)]
+    assert found["summary/final_acc"] == [(0, 0.75)]
+
+
+def test_both_at_once_from_the_command_line(service):
+    pytest.importorskip("tensorboard")
+    assert script("--wandb", "p", "--tensorboard", "events") == 0
+    (run,) = service.runs
+    rows = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
+    accuracies = [figures["eval_acc"] for figures in run.logged if "eval_acc" in figures]
+    assert accuracies == [row["eval_acc"] for row in rows]
+    assert [step for step, _ in scalars("events")["eval_acc"]] == [0, 1, 2]
+    assert run.summary == json.loads(Path("run/summary.json").read_text())
+    assert run.options["config"]["model"] == "lenet-300-100"
+    assert not any(str(Path.cwd()) in str(value) for value in run.options["config"].values())
