@@ -137,11 +137,11 @@ TICKETS = (
 SHORT = "--update-frequency 100 --final-density 0.1 --batch-size 32 --lr 0.05 --test-batch-size 100"
 TEN_THOUSAND = Subset("cifar100-10k", classes=100, images_per_class=100)
 FITTED = (
-    f"{TICKETS} --model cifar_resnet_20_32 --epochs 250 --cycle 8 --cycle_rate 0.1 --decay-schedule constant "
-    "--sparse-init ERK --update-frequency 26 --batch-size 100 --prune-rate 0.5 --prune magnitude --final-density 0.05 "
+    f"{TICKETS} --model cifar_resnet_20_48 --epochs 250 --cycle 8 --cycle_rate 0.1 --decay-schedule constant "
+    "--sparse-init ERK --update-frequency 26 --batch-size 60 --prune-rate 0.5 --prune magnitude --final-density 0.05 "
     "--valid_split 0.2 --ema 0.999 --keep-tickets"
 )
-"""The published flags, with batches and updates scaled to 1,000 images, which the network fits (RESULTS.md)."""
+"""The published flags, with batches and updates scaled to 600 images, which the network fits (RESULTS.md)."""
 
 STUDIES = {
     "cifar100-10k": Study(
@@ -184,7 +184,7 @@ STUDIES = {
             "one-cycle": cycles_again("--cycle 24"),
             "one-cycle-no-exploration-rate-0.05": cycles_again("--cycle 24 --lr_2 0.05", without=["--re_explore"]),
         },
-        subset=Subset("cifar100-claim", classes=10, images_per_class=125, pixels=16, rest=slice(200)),
+        subset=Subset("cifar100-claim", classes=10, images_per_class=75, pixels=16, rest=slice(200)),
     ),
     "number-formats": Study(
         flags=f"{TICKETS} {SHORT} --model cifar_resnet_8 --epochs 4 --cycle 1 --cycle_rate 0.5 --final-prune-epoch 1",
