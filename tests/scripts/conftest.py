@@ -1,0 +1,71 @@
+"""Fixtures of the tests of the scripts."""
+
+import signal
+
+import main_suptickets
+import pytest
+
+from helpers.cifar import MODEL, SPARSE, WHOLE_METHOD, stop_in, write_npz
+from sparselearning.process.script import run_script
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "tiny.npz"
+    write_npz(path)
+    return path
+
+
+@pytest.fixture
+def workplace(tmp_path, monkeypatch, no_waiting_for_the_disk):
+    """A folder of its own to run in, and a disk that does not keep one waiting."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def script(data, workplace):
+    """Run the script in this process; returns its exit code."""
+
+    def run(*words):
+        argv = " ".join(map(str, words)).split()
+        before = ["--data", str(data), "--model", MODEL, "--batch-size", "16", "--lr", "0.05"]
+        try:
+            run_script(lambda: main_suptickets.main([*before, *argv]))
+        except SystemExit as leaving:
+            return leaving.code
+        return 0
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def base(data, tmp_path_factory):
+    """A trained sparse network to start from."""
+    folder = tmp_path_factory.mktemp("base") / "run"
+    call = f"--data {data} --model {MODEL} --batch-size 16 --lr 0.05 --pre_train --epochs 2 {SPARSE} --growth random"
+    main_suptickets.main([*call.split(), "--update-frequency", "4", "--save", str(folder)])
+    return folder
+
+
+@pytest.fixture(scope="session")
+def undisturbed(data, tmp_path_factory):
+    """Optimizer to the folder of a run that nothing stopped."""
+    folders = {}
+    for optimizer in ("sgd", "adam"):
+        folders[optimizer] = tmp_path_factory.mktemp("undisturbed") / optimizer
+        call = f"--data {data} --model {MODEL} --batch-size 16 --lr 0.05 {WHOLE_METHOD} --optimizer {optimizer}"
+        main_suptickets.main([*call.split(), "--save", str(folders[optimizer])])
+    return folders
+
+
+@pytest.fixture(scope="session")
+def stopped(data, tmp_path_factory):
+    """The checkpoint of a run with all of the method, after its third epoch."""
+    folder = tmp_path_factory.mktemp("stopped") / "run"
+    call = f"--data {data} --model {MODEL} --batch-size 16 --lr 0.05 {WHOLE_METHOD} --save {folder}"
+    with pytest.MonkeyPatch.context() as context:
+        stop_in(context, 8, signal.SIGTERM)
+        with pytest.raises(Exception, match="SIGTERM"):
+            main_suptickets.main(call.split())
+    return folder
