@@ -6,6 +6,7 @@ import main_suptickets
 import pytest
 
 from helpers.cifar import MODEL, SPARSE, WHOLE_METHOD, stop_in, write_npz
+from helpers.images import write_images
 from sparselearning.process.script import run_script
 
 
@@ -69,3 +70,12 @@ def stopped(data, tmp_path_factory):
         with pytest.raises(Exception, match="SIGTERM"):
             main_suptickets.main(call.split())
     return folder
+
+
+@pytest.fixture(scope="session")
+def image_folder(tmp_path_factory):
+    """32 images to train on and 20 to evaluate on, in four classes."""
+    root = tmp_path_factory.mktemp("imagenet")
+    write_images(root / "train")
+    write_images(root / "val", per_class=5)
+    return root

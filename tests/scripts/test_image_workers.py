@@ -1,0 +1,153 @@
+"""Processes that decode images: they outlive signals, end with the pass, and their faults are told."""
+
+import contextlib
+import multiprocessing
+import os
+import resource
+import select
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from imagenet_data import (
+    FolderLoader,
+    ImageFiles,
+)
+
+from helpers.images import SIZE, assert_same, load
+from helpers.processes import marked_processes, on_linux, wait_until
+from sparselearning.process.errors import FaultError
+
+
+def test_workers_end_with_the_pass_also_when_it_is_abandoned(image_folder):
+    batches = load(image_folder, workers=2).train.epoch(0)
+    next(batches)
+    assert len(multiprocessing.active_children()) == 2
+    batches.close()
+    assert multiprocessing.active_children() == []
+
+
+@pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="this system cannot tell who sent a signal")
+def test_workers_leave_signals_to_the_main_process(image_folder, tmp_path):
+    def answer(signal_number, frame):  # the main process's; a worker must not run it
+        (tmp_path / str(os.getpid())).touch()
+
+    previous = signal.signal(signal.SIGTERM, answer)
+    try:
+        loader = load(image_folder, batch_size=1, workers=2).train
+        batches = loader.epoch(0)
+        seen = [next(batches), next(batches)]  # one from each worker: both are up
+        workers = multiprocessing.active_children()
+        for name in ("INT", "TERM"):  # from a process that is not their parent
+            subprocess.run(["sh", "-c", f"kill -{name} {workers[0].pid} {workers[1].pid}"], check=True)
+        seen += batches
+        assert_same(seen, load(image_folder, batch_size=1).train.epoch(0))
+
+        batches = loader.epoch(0)
+        next(batches), next(batches)
+        workers = multiprocessing.active_children()
+        for worker in workers:
+            worker.terminate()
+            worker.join(10)
+        assert [worker.exitcode for worker in workers] == [0, 0]
+        assert list(tmp_path.iterdir()) == []
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def test_workers_are_not_forked_from_a_process_that_may_have_threads(image_folder, monkeypatch):
+    """They would inherit the locks that gloo's or CUDA's threads hold at that moment, and wait for them forever."""
+    monkeypatch.setattr(os, "fork", lambda: pytest.fail("forked"))
+    assert_same(load(image_folder, workers=2).train.epoch(0), load(image_folder).train.epoch(0))
+
+
+PASS = """
+import signal, sys
+from helpers.images import load
+received = []
+for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    signal.signal(number, lambda number, _: received.append(number))
+batches = load(sys.argv[1], batch_size=1, workers=2).train.epoch(0)
+next(batches)
+print("under way", flush=True)
+sys.stdin.readline()
+print(1 + len(list(batches)), len(received))
+"""
+
+
+@contextlib.contextmanager
+def pass_under_way(root):
+    """A process in a session of its own that has taken one of 32 batches, and takes the others when told."""
+    command, pipe = [sys.executable, "-c", PASS, str(root)], subprocess.PIPE
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "MARK": str(root)}
+    with subprocess.Popen(command, env=environment, stdin=pipe, stdout=pipe, start_new_session=True) as process:
+        try:
+            assert select.select([process.stdout], [], [], 60)[0], "not under way after a minute"
+            assert process.stdout.readline() == b"under way\n"
+            yield process
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+def test_a_pass_outlives_signals_to_all_of_its_processes(image_folder):
+    with pass_under_way(image_folder) as process:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            os.killpg(process.pid, number)
+        assert process.communicate(b"\n", timeout=60)[0] == b"32 3\n"
+        assert process.returncode == 0
+
+
+@on_linux
+def test_workers_end_when_the_main_process_is_killed(image_folder):
+    with pass_under_way(image_folder) as process:
+        assert len(marked_processes(image_folder)) > 2
+        process.kill()
+        process.wait()
+        wait_until(lambda: not marked_processes(image_folder), 30)
+
+
+def die(image):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def fill_shared_memory(image):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))  # that of this worker is full
+    return torch.zeros(3, SIZE, SIZE, dtype=torch.uint8)
+
+
+def raise_anything(image):
+    raise RuntimeError("a mistake of one's own")
+
+
+def loader_of(image_folder, view, device="cpu"):
+    return FolderLoader(
+        ImageFiles(image_folder / "train"),
+        view,
+        batch_size=4,
+        workers=1,
+        seed=0,
+        device=torch.device(device),
+        shuffle=True,
+        padded=True,
+    )
+
+
+@pytest.mark.parametrize("view", [die, fill_shared_memory])
+def test_a_worker_that_dies_or_has_no_room_is_a_fault(image_folder, view):
+    with pytest.raises(FaultError, match="a process that decodes images died or cannot send them, as a rule because"):
+        list(loader_of(image_folder, view).epoch(0))
+
+
+def test_pinning_that_ends_early_is_a_fault(gpu, image_folder, monkeypatch):
+    # What a worker that dies while it hands a batch over does to the thread that pins batches for a GPU.
+    monkeypatch.setattr("torch.utils.data._utils.pin_memory._pin_memory_loop", lambda *arguments: None)
+    with pytest.raises(FaultError, match=r"a process that decodes images died.*\(Pin memory thread exited"):
+        list(loader_of(image_folder, raise_anything, "cuda").epoch(0))
+
+
+def test_other_errors_of_a_worker_come_as_they_are(image_folder):
+    with pytest.raises(RuntimeError, match="a mistake of one's own"):
+        list(loader_of(image_folder, raise_anything).epoch(0))
