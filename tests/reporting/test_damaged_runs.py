@@ -7,25 +7,24 @@ import json
 import main_suptickets
 import pytest
 import sweep
-from test_report import save_networks, write_analysis, write_run
+import torch
 
+from helpers.damage import damages, names
+from helpers.written_runs import save_networks, write_analysis, write_run
 from sparselearning.process.errors import FaultError, UsageError
 from sparselearning.process.files import write_json
 from sparselearning.report import main
-from sparselearning.reporting.runs import group_runs, read_run
-from sparselearning.reporting.tables import csv_of_runs, csv_table, latex_table, markdown_report
+from sparselearning.reporting.runs import group_runs, masked_weights, read_run
+from sparselearning.reporting.tables import (
+    csv_of_runs,
+    csv_table,
+    latex_table,
+    markdown_report,
+)
 from sparselearning.training import experiment, flags
 from sparselearning.training.progress import run_table
 from sparselearning.training.run_folder import RunFolder
 
-DAMAGE = {
-    "removed": None, "null": "null", "true": "true", "text": '"text"', "empty text": '""',
-    "lone surrogate": '"\\ud800"', "minus": "-1", "fraction": "0.5", "large": "1e300", "float32": "3.3e38",
-    "tiny": "5e-324", "huge": "9" * 400, "thousands of digits": "9" * 5000, "beyond floats": "1e999",
-    "minus infinity": "-Infinity", "nan": "NaN", "list": "[]", "object": "{}", "list of text": '["a"]',
-    "nested": "[" * 50 + "]" * 50, "nested too deep": "[" * 99_999 + "]" * 99_999,
-}  # fmt: skip
-"""Name to the JSON that an entry is replaced by."""
 EXTREME = {"minus", "float32", "tiny"}
 """What a picture may have no room for."""
 UNREADABLE = {"thousands of digits", "nested too deep"}
@@ -44,53 +43,6 @@ def write_whole_run(folder):
     return [folder / name for name in ("config.json", "metrics.jsonl", "tickets.jsonl", "summary.json")] + [
         folder / "analysis" / "analysis.json"
     ]
-
-
-def entries(value, place=()):
-    """Places of all entries, outer ones first; of a list, the last alone."""
-    if place:
-        yield place
-    items = list(value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ())
-    for key, inner in items[-1:] if isinstance(value, list) else items:
-        yield from entries(inner, (*place, key))
-
-
-def spoilt(content, place, damage):
-    """The JSON text of ``content`` with one entry damaged."""
-    content = json.loads(json.dumps(content))
-    holder = content
-    for key in place[:-1]:
-        holder = holder[key]
-    if DAMAGE[damage] is None:
-        del holder[place[-1]]
-    else:
-        holder[place[-1]] = "@@"
-    return json.dumps(content).replace('"@@"', DAMAGE[damage] or "")
-
-
-def damages(text, lines):
-    """(place, damage, damaged text) for each way to damage a file."""
-    content = [json.loads(line) for line in text.splitlines()] if lines else json.loads(text)
-    for place in entries(content):
-        for damage in DAMAGE:
-            if lines:
-                rows = [json.dumps(row) for row in content]
-                first, *inner = place
-                if inner:
-                    rows[first] = spoilt(content[first], inner, damage)
-                elif DAMAGE[damage] is None:
-                    del rows[first]
-                else:
-                    rows[first] = DAMAGE[damage]
-                yield place, damage, "\n".join(rows) + "\n"
-            else:
-                yield place, damage, spoilt(content, place, damage)
-
-
-def names(sentence, place):
-    """Whether a sentence names an entry, or one that it is in or that belongs to it."""
-    keys = [key for key in place if isinstance(key, str)]
-    return not keys or any(key in sentence for key in keys)
 
 
 def refusal(look, *arguments):
@@ -170,3 +122,42 @@ def test_damaged_configurations_stop_a_sweep_and_a_resumed_run_or_do_no_harm(tmp
                 again = refusal(sweep.planned, "rigl", 7, words, tmp_path, False)
                 assert (again is None) == (sentence is None), (place, damage, again)
     assert refused > 200
+
+
+def ticket_line(number):
+    return json.dumps({"ticket": number, "ticket_acc": 0.85, "superposed_acc": 0.88}) + "\n"
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "sentence"),
+    [
+        ("config.json", "{", "config.json is damaged: "),
+        ("config.json", "{}", "config.json is damaged or no run's: seed is missing"),
+        ("metrics.jsonl", "", "metrics.jsonl holds no finished epoch"),
+        ("metrics.jsonl", "[1]\n", "metrics.jsonl, line 1, is damaged: it holds no named values"),
+        ("metrics.jsonl", '{"epoch": "one"}\n', "line 1, is damaged or no run's: epoch is 'one'"),
+        (
+            "tickets.jsonl",
+            '{"ticket": 9, "ticket_acc": 1, "superposed_acc": 1}\n',
+            "line 1, is damaged: ticket is 9, not 1",
+        ),
+        (
+            "tickets.jsonl",
+            "".join(map(ticket_line, (1, 2, 3))),
+            "metrics.jsonl is damaged: it has no epoch of ticket 3",
+        ),
+        ("summary.json", '{"pretrain_acc": 0.5}', "summary.json is damaged or no run's: ticket_acc is missing"),
+    ],
+)
+def test_damaged_files_are_named(tmp_path, file, text, sentence):
+    folder = write_run(tmp_path / "run")
+    (folder / file).write_text(text)
+    with pytest.raises(FaultError) as caught:
+        read_run(folder)
+    assert sentence in str(caught.value)
+
+
+def test_damaged_networks_are_named(tmp_path):
+    torch.save({"state_dict": {}}, tmp_path / "model.pth")
+    with pytest.raises(FaultError, match=r"model\.pth is damaged: masks is missing"):
+        masked_weights(tmp_path / "model.pth")

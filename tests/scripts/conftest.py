@@ -3,9 +3,12 @@
 import signal
 
 import main_suptickets
+import numpy as np
 import pytest
+from PIL import Image
 
 from helpers.cifar import MODEL, SPARSE, WHOLE_METHOD, stop_in, write_npz
+from helpers.imagenet import CLASSES, SCRIPTS, TRAIN_IMAGES, VAL_IMAGES
 from helpers.images import write_images
 from sparselearning.process.script import run_script
 
@@ -79,3 +82,22 @@ def image_folder(tmp_path_factory):
     write_images(root / "train")
     write_images(root / "val", per_class=5)
     return root
+
+
+@pytest.fixture(scope="session")
+def home(tmp_path_factory):
+    """A folder with imagenet2012/ and a clone's ImageNet/, where the published lines expect them."""
+    home = tmp_path_factory.mktemp("home")
+    numbers = np.random.default_rng(0)
+    for split, count in (("train", TRAIN_IMAGES), ("val", VAL_IMAGES)):
+        for label in range(CLASSES):
+            folder = home / "imagenet2012" / split / f"n{label}"
+            folder.mkdir(parents=True)
+            for number in range(count // CLASSES):
+                pixels = numbers.integers(0, 120, (36, 48, 3), dtype=np.uint8) + np.uint8(30 * label)
+                Image.fromarray(pixels).save(folder / f"{number}.JPEG")
+    scripts = home / "clone" / "ImageNet"
+    scripts.mkdir(parents=True)
+    for name in ("multiproc.py", "main.py"):
+        (scripts / name).symlink_to(SCRIPTS / name)
+    return home

@@ -12,8 +12,8 @@ import main_suptickets
 import pytest
 import torch
 from analyze_tickets import Network, barrier, compare_layer, disagreement, jaccard, kl_divergence, superpose_again
-from test_damaged_runs import damages, names
 
+from helpers.damage import damages, names
 from sparselearning.process.errors import FaultError, UsageError
 from sparselearning.process.files import save_torch
 from sparselearning.process.schema import read

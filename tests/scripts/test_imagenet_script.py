@@ -1,242 +1,25 @@
-"""The ImageNet script: the published lines in two processes, and everything else in one, on generated JPEGs.
-
-Launched runs see images of 224 pixels, as users' do; runs within this process see smaller ones, to save time.
-"""
+"""The ImageNet script in one process, on generated JPEGs; images have 64 pixels, to save time."""
 
 import json
-import os
 import runpy
 import shlex
 import shutil
-import signal
-import sys
-import time
-from pathlib import Path
 
 import main
-import numpy as np
 import pytest
 import torch
 from imagenet_resnet import build_model
-from PIL import Image
 from torchvision.models import VisionTransformer
 from torchvision.models._api import BUILTIN_MODELS
 
 from helpers.comparing import assert_identical, lines, results
-from helpers.processes import ROOT, finished, free_port, marked_processes, on_linux, started, wait_until
+from helpers.imagenet import CLASSES, SCRIPTS, TRAIN_IMAGES, active
 from sparselearning import export
 from sparselearning.process.files import load_torch
 from sparselearning.process.script import run_script
 from sparselearning.sparse.costs import layer_flops
 from sparselearning.training import profiling
 from sparselearning.training.run_folder import RunFolder
-
-SCRIPTS = ROOT / "ImageNet"
-CLASSES, TRAIN_IMAGES, VAL_IMAGES = 4, 8, 4
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    """A folder with imagenet2012/ and a clone's ImageNet/, where the published lines expect them."""
-    home = tmp_path_factory.mktemp("home")
-    numbers = np.random.default_rng(0)
-    for split, count in (("train", TRAIN_IMAGES), ("val", VAL_IMAGES)):
-        for label in range(CLASSES):
-            folder = home / "imagenet2012" / split / f"n{label}"
-            folder.mkdir(parents=True)
-            for number in range(count // CLASSES):
-                pixels = numbers.integers(0, 120, (36, 48, 3), dtype=np.uint8) + np.uint8(30 * label)
-                Image.fromarray(pixels).save(folder / f"{number}.JPEG")
-    scripts = home / "clone" / "ImageNet"
-    scripts.mkdir(parents=True)
-    for name in ("multiproc.py", "main.py"):
-        (scripts / name).symlink_to(SCRIPTS / name)
-    return home
-
-
-# --------------------------------------------------------------------------------------- the two published lines
-
-PUBLISHED = {
-    "Rigl": "python $1multiproc.py --nproc_per_node 2 $1main.py --sparse --sparse-init ERK --first_m 30 --second_m 60 "
-    "--third_m 85 --method DST --init-prune-epoch 0 --final-prune-epoch 30 --init-density 0.5 --final-density 0.1 "
-    "--multiplier 1 --growth gradient --seed 17 --master_port 7768 -j20 -p 500 --arch resnet50 -c fanin "
-    "--update-frequency 4000 --label-smoothing 0.1 -b 64 --lr 0.1 --warmup 5 --density 0.1 $2 ../../imagenet2012/ "
-    "--epochs 100 --indicate_method Rigl --cyclic_epochs 8 --pretrain_epoch 92 --pre_train --cyclic_train --bn_update "
-    "--lr_2 0.0005 --lr_1 0.0001 --cycle 2 --large-death-rate 0.5 --cyc_lr",
-}
-PUBLISHED["Granet"] = (
-    PUBLISHED["Rigl"]
-    .replace("--method DST", "--method GraNet")
-    .replace("--init-density 0.5", "--init-density 0.1")
-    .replace("--indicate_method Rigl", "--indicate_method Granet")
-)
-EPOCHS = 3  # 2 of pre-training, then one cycle of 1
-
-
-def shrunk(name):
-    """A published line with its numbers cut down to a minute's work, consistently, and a port that is free."""
-    cut = {
-        "--arch resnet50": "--arch resnet18",
-        "-b 64": "-b 2",
-        "--epochs 100": f"--epochs {EPOCHS}",
-        "--pretrain_epoch 92": "--pretrain_epoch 2",
-        "--cyclic_epochs 8": "--cyclic_epochs 1",
-        "--cycle 2": "--cycle 1",
-        "--warmup 5": "--warmup 1",
-        "--first_m 30": "--first_m 1",
-        "--second_m 60": "--second_m 2",
-        "--third_m 85": "--third_m 3",
-        "--final-prune-epoch 30": "--final-prune-epoch 1",
-        "--update-frequency 4000": "--update-frequency 2",
-        "--master_port 7768": f"--master_port {free_port()}",
-    }
-    line = PUBLISHED[name]
-    for published, small in cut.items():
-        assert line.count(f"{published} ") == 1
-        line = line.replace(f"{published} ", f"{small} ")
-    return line
-
-
-def as_command(line, *more):
-    """The same line as a list of words, so that signals reach the launcher and no shell."""
-    _, *words = shlex.split(line.replace("$1", "").replace("$2", ""))
-    return [sys.executable, *words, *more]
-
-
-def paste(home, name):
-    """Paste a line into a shell that has neither $1 nor $2; return the run's folder and what was printed."""
-    log = home / f"{name}.log"
-    shell = ["sh", "-c", 'python() { "$PYTHON" "$@"; }; ' + shrunk(name)]
-    assert finished(shell, log, home / "clone" / "ImageNet") == 0, log.read_text()
-    folder = "cycle_num_1/pretrain_epoch_2/cyclic_epochs_1/density_0.1/M=1/ex_rate=0.5/seed17"
-    saved_models = home / "clone" / "ImageNet" / "saved_models"
-    return RunFolder(saved_models / name / "resnet18" / "imagenet2012" / folder), log.read_text()
-
-
-@pytest.fixture(scope="module")
-def rigl(home):
-    return paste(home, "Rigl")
-
-
-def active(masks):
-    return sum(int(mask.sum()) for mask in masks.values())
-
-
-def check_published_run(folder, density):
-    """What any run with the published numbers leaves behind; ``density`` is the one that it trains at."""
-    metrics, (ticket,) = lines(folder.metrics), lines(folder.tickets)
-    assert [row["phase"] for row in metrics] == ["pretrain", "pretrain", "cycle"]
-    assert [row["lr"] for row in metrics[:2]] == pytest.approx([0.05, 0.01])  # warm-up, first milestone
-    assert [row["samples"] for row in metrics] == [TRAIN_IMAGES] * EPOCHS
-    summary = json.loads(folder.summary.read_text())
-    assert summary["superposed_acc"] == [summary["final_acc"]] == [ticket["superposed_acc"]]
-    assert all(accuracy * VAL_IMAGES % 1 == 0 for accuracy in (summary["pretrain_acc"], summary["final_acc"]))
-    assert json.loads(folder.config.read_text())["world_size"] == 2
-
-    current, previous = load_torch(folder.current), load_torch(folder.previous)
-    size = sum(mask.numel() for mask in current["masks"].values())
-    assert active(current["masks"]) == round(size * density)
-    assert active(previous["masks"]) == round(size * 0.1)
-    # Weights that an update grew in the very last step are still zero: only then can a union fall short of it.
-    available = round(size * ticket["union_density"])
-    non_zeros = sum(int(previous["state_dict"][name].count_nonzero()) for name in previous["masks"])
-    assert non_zeros == min(round(size * 0.1), available)
-    assert summary["density"] == non_zeros / size
-    for saved in (current, previous):
-        assert all(not saved["state_dict"][name][~mask].any() for name, mask in saved["masks"].items())
-    buffers = [
-        value for state in load_torch(folder.checkpoint)["optimizer"]["state"].values() for value in state.values()
-    ]
-    assert sum(int(buffer.count_nonzero()) for buffer in buffers if buffer.dim() in (2, 4)) <= round(size * density)
-    assert list(folder.path.rglob("*.partial")) == []
-
-
-def test_the_published_rigl_line(rigl):
-    folder, printed = rigl
-    assert "note: DST keeps --init-density 0.5; only the superposition is cut to --final-density 0.1" in printed
-    assert "Traceback" not in printed
-    check_published_run(folder, density=0.5)
-
-
-def test_the_published_granet_line(home):
-    folder, printed = paste(home, "Granet")
-    assert "note: GraNet has nothing to prune at --init-density = --final-density = 0.1" in printed
-    assert "Traceback" not in printed
-    check_published_run(folder, density=0.1)
-
-
-# ------------------------------------------------------------------------------------------------- killed ranks
-
-
-def rank_processes(launcher):
-    """Process ids of a launcher's ranks, by rank."""
-    found = {}
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-            variables = (folder / "environ").read_bytes().split(b"\0") if parent == launcher.pid else []
-        except OSError:  # it has just ended
-            continue
-        found |= {int(entry[5:]): int(folder.name) for entry in variables if entry.startswith(b"RANK=")}
-    return found
-
-
-def kill_when(launcher, rank, condition):
-    """SIGKILL one rank as soon as something holds, while all still run."""
-    wait_until(lambda: condition() or launcher.poll() is not None)
-    ranks = wait_until(lambda: len(found := rank_processes(launcher)) == 2 and found)
-    os.kill(ranks[rank], signal.SIGKILL)
-
-
-@pytest.fixture(scope="module")
-def killed(home, rigl):
-    """The published run again, whose rank 1 is killed in its second epoch: folder, exit status, seconds, output."""
-    folder, log = RunFolder(home / "killed"), home / "killed.log"
-    with started(as_command(shrunk("Rigl"), "--save", folder.path), log, home / "clone" / "ImageNet") as launcher:
-        kill_when(launcher, 1, folder.checkpoint.exists)
-        assert len(marked_processes(log)) > 3  # the launcher, two ranks, and what they started
-        began = time.monotonic()
-        status = launcher.wait(120)
-    return folder, status, time.monotonic() - began, log
-
-
-@on_linux
-def test_a_killed_rank_takes_the_job_down(killed):
-    folder, status, seconds, log = killed
-    printed = log.read_text()
-    assert status != 0
-    assert seconds < 60
-    assert "process 1 of main.py failed with exit code -9" in printed
-    assert "Traceback" not in printed
-    assert 1 <= len(lines(folder.metrics)) < EPOCHS
-    wait_until(lambda: not marked_processes(log), 30)  # neither ranks nor their workers stay
-
-
-@on_linux
-def test_a_killed_rank_leaves_whole_files(killed):
-    files = [
-        path
-        for path in killed[0].path.rglob("*")
-        if path.is_file() and path.suffix != ".partial" and path != killed[0].lock
-    ]
-    assert {path.name for path in files} >= {"config.json", "metrics.jsonl", "checkpoint.pth"}
-    for path in files:
-        if path.suffix == ".pth":
-            load_torch(path)
-        else:
-            for text in path.read_text().splitlines() if path.suffix == ".jsonl" else [path.read_text()]:
-                json.loads(text)
-
-
-@on_linux
-def test_a_killed_run_resumes_exactly(home, rigl, killed):
-    folder, log = killed[0], home / "resumed.log"
-    resume = as_command(shrunk("Rigl"), "--save", folder.path, "--resume", folder.path)
-    assert finished(resume, log, home / "clone" / "ImageNet") == 0, log.read_text()
-    assert_identical(results(folder.path), results(rigl[0].path))
-
-
-# ----------------------------------------------------------------------------------------------- in one process
 
 SMALL = shlex.split(
     "--no-cuda --arch resnet18 -b 4 -j 0 --lr 0.01 --sparse --method DST --init-density 0.2 --final-density 0.1 "

@@ -6,8 +6,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from test_topology import VALUES, generator, positions
 
+from helpers.tensors import VALUES, generator, positions
 from sparselearning.sparse import selection
 from sparselearning.sparse.selection import SAMPLE_SIZE, select_largest
 

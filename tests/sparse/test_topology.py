@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from helpers.tensors import VALUES, generator, positions
 from sparselearning.sparse.topology import (
     GROWTH,
     PRUNE,
@@ -50,14 +51,6 @@ def large(**kwargs):
     return layer(LARGE_WEIGHTS, LARGE_ACTIVE, gradient=GRADIENT, momentum=MOMENTUM, **kwargs)
 
 
-def generator(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
-def positions(chosen):
-    return [flat.nonzero().squeeze(1).tolist() for flat in chosen]
-
-
 def active(layers):
     return positions(layer.mask for layer in layers)
 
@@ -82,6 +75,8 @@ def sizes_of(masks):
 
 
 # ------------------------------------------------------------------------------------------------- pruning
+
+
 # Rate 0.6 of 6 active weights: ceil(3.6) = 4. Of 11: ceil(6.6) = 7.
 
 PRUNED = [
@@ -142,6 +137,8 @@ def test_threshold_is_steered_towards_the_wanted_share():
 
 
 # ------------------------------------------------------------------------------------------------- growing
+
+
 # Just removed: 0, 2 and 4, so that 1, 3, 5 are active; three are to grow among 0, 2, 4, 6, 7.
 
 GROWN = [
@@ -204,6 +201,8 @@ def test_growth_reads_its_own_score_and_no_other(mode, reads):
 
 
 # ------------------------------------------------------------------------------------------ redistribution
+
+
 # Global magnitude at rate 0.5 of 6 + 2 active weights removes 1 2 3 4, all from the first layer.
 
 SHARED_OUT = [
@@ -263,7 +262,6 @@ def test_the_ends_of_the_prune_rate(rate):
 
 
 RATES = st.integers(0, 1000).map(lambda thousandths: thousandths / 1000)
-VALUES = torch.tensor([0.0, 0.0, 1.0, -1.0, 2.0, -2.0, 0.5, -0.5, -7.25, 1e-38, 1e30])
 
 
 @st.composite

@@ -1,0 +1,10 @@
+"""The ImageNet script on a few generated JPEGs."""
+
+from helpers.processes import ROOT
+
+SCRIPTS = ROOT / "ImageNet"
+CLASSES, TRAIN_IMAGES, VAL_IMAGES = 4, 8, 4
+
+
+def active(masks):
+    return sum(int(mask.sum()) for mask in masks.values())

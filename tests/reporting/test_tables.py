@@ -1,0 +1,158 @@
+"""Tables of runs: means, deviations, gains and differences, by hand."""
+
+import csv
+import io
+
+import pytest
+
+from helpers.written_runs import groups_of, rows_of, write_analysis, write_run
+from sparselearning.reporting.runs import find_runs
+from sparselearning.reporting.tables import (
+    averages_table,
+    csv_of_runs,
+    csv_table,
+    differences_table,
+    latex_table,
+    markdown_report,
+    markdown_table,
+)
+
+
+def test_means_deviations_and_gains_by_hand(study):
+    groups, left_out = groups_of(*find_runs([study]))
+    assert left_out == []
+    assert markdown_table(groups) == (
+        "| method        |   n | density | pre-trained [%] | last ticket [%] |    final [%] "
+        "| gain over pre-training [points] | over last ticket [points] | over plain training [points] | time [min] |\n"
+        "| ------------- | --: | ------: | --------------: | --------------: | -----------: "
+        "| ------------------------------: | ------------------------: | ---------------------------: | ---------: |\n"
+        "| GraNet        |   2 |  0.1000 |    80.00 ± 0.00 |    85.00 ± 0.00 | 93.00 ± 1.41 "
+        "|                   +13.00 ± 1.41 |              +8.00 ± 1.41 |                 +2.00 ± 1.41 |  1.5 ± 0.0 |\n"
+        "| GraNet, plain |   2 |  0.1000 |               - |               - | 91.00 ± 0.00 "
+        "|                               - |                         - |                            - |  1.5 ± 0.0 |\n"
+        "| RigL          |   1 |  0.1000 |           80.00 |           85.00 |        90.00 "
+        "|                          +10.00 |                     +5.00 |                            - |        1.5 |\n"
+    )
+
+
+@pytest.fixture
+def analysed(study):
+    """The groups of ``study``, the tickets of GraNet analysed: those of seed 2 are 2 points better."""
+    write_analysis(study / "a_tickets/seed1", 0.0)
+    write_analysis(study / "a_tickets/seed2", 0.02)
+    return groups_of(*find_runs([study]))[0]
+
+
+def test_other_averages_of_the_same_tickets_by_hand(analysed):
+    assert averages_table(analysed) == (
+        "| accuracy on the test set [%]        |       GraNet |\n"
+        "| ----------------------------------- | -----------: |\n"
+        "| pre-trained                         | 81.00 ± 1.41 |\n"
+        "| tickets, their mean                 | 85.50 ± 1.41 |\n"
+        "| last ticket                         | 85.00 ± 1.41 |\n"
+        "| best ticket, chosen on these images | 86.00 ± 1.41 |\n"
+        "| ensemble of all (mean of logits)    | 91.00 ± 1.41 |\n"
+        "| CAA, BatchNorm re-estimated         | 89.00 ± 1.41 |\n"
+        "| CAA, BatchNorm averaged             | 78.00 ± 0.00 |\n"
+        "| CIMA 0.25, BatchNorm re-estimated   | 88.00 ± 1.41 |\n"
+        "| CIMA 0.25, BatchNorm averaged       | 77.00 ± 0.00 |\n"
+    )
+    assert averages_table(analysed) in markdown_report(analysed)
+
+
+def test_how_far_tickets_are_apart_by_hand(analysed):
+    assert differences_table(analysed) == (
+        "| between tickets, the first network included                    |        GraNet |\n"
+        "| -------------------------------------------------------------- | ------------: |\n"
+        "| images predicted unlike, mean over pairs [%]                   |  21.00 ± 1.41 |\n"
+        "| overlap of masks (Jaccard), mean over pairs                    | 0.500 ± 0.000 |\n"
+        "| middle between successive ones, over the better, mean [points] |  -0.50 ± 0.71 |\n"
+        "| accuracy barrier between successive ones, largest [points]     |   1.50 ± 1.41 |\n"
+    )
+    assert differences_table(analysed) in markdown_report(analysed)
+
+
+def test_lines_without_a_point_in_the_middle_have_no_middle(study):
+    for seed in (1, 2):
+        write_analysis(study / f"a_tickets/seed{seed}", 0.0, share=0.4)
+    table = differences_table(groups_of(*find_runs([study]))[0])
+    assert "middle" not in table
+    assert "barrier" in table
+
+
+def test_reports_name_every_machine_and_commit(tmp_path):
+    first = {"device": "cpu: Fast", "threads": 2, "commit": "abc1234", "versions": {"torch": "2.11"}}
+    write_run(tmp_path / "seed1", **first, resumed=[first | {"commit": "def5678"}])
+    write_run(tmp_path / "seed2", seed=2, device="H200", threads=8, commit=None)
+    write_run(tmp_path / "seed3", seed=3, device=None, versions={})
+    groups, _ = groups_of(*find_runs([tmp_path]))
+    assert len(groups) == 1
+    assert markdown_report(groups).splitlines()[-1] == (
+        "- ran on (commits): H200, PyTorch 2.11; an unknown device, PyTorch of unknown version; "
+        "cpu: Fast, threads: 2, PyTorch 2.11 (abc1234, def5678)"
+    )
+
+
+@pytest.mark.parametrize("other", [None, {"tickets": (0, 1)}, {"share": 0.4}])
+def test_averages_need_every_run_analysed_alike(study, other):
+    write_analysis(study / "a_tickets/seed1", 0.0)
+    if other:
+        write_analysis(study / "a_tickets/seed2", 0.0, **other)
+    assert averages_table(groups_of(*find_runs([study]))[0]) == ""
+
+
+def test_csv_keeps_mean_and_deviation_apart_and_leaves_unknown_cells_empty(study):
+    groups, _ = groups_of(*find_runs([study]))
+    rows = rows_of(csv_table(groups))
+    assert (rows["GraNet"]["n"], rows["GraNet"]["final_acc_percent_mean"]) == ("2", "93")
+    assert rows["GraNet"]["final_acc_percent_std"] == "1.41421"
+    assert rows["RigL"]["final_acc_percent_std"] == ""
+    assert rows["GraNet, plain"]["gain_points_mean"] == ""
+
+
+def test_every_run_has_a_row_with_its_own_figures(study):
+    groups, _ = groups_of(*find_runs([study]))
+    rows = list(csv.DictReader(io.StringIO(csv_of_runs(groups))))
+    assert [(row["seed"], row["final_acc_percent"], row["gain_over_plain_points"]) for row in rows[:2]] == [
+        ("1", "92", "1"),
+        ("2", "94", "3"),
+    ]
+    assert rows[4]["folder"] == str(study / "c_rigl/seed1")
+
+
+def test_latex_escapes_labels_and_sets_figures_as_mathematics(tmp_path):
+    folders = [
+        write_run(tmp_path / f"{seed}", f, seed=seed, indicate_method="a_b&c") for seed, f in ((1, 0.9), (2, 0.8))
+    ]
+    lines = latex_table(groups_of(*folders)[0]).splitlines()
+    assert lines[1:3] == [r"\begin{tabular}{lrrrrrrrr}", r"\toprule"]
+    assert r" & final [\%] & " in lines[3]
+    assert lines[5].startswith(r"a\_b\&c & $2$ & $0.1000$ & ")
+    assert r" & $85.00 \pm 7.07$ & " in lines[5]
+    assert lines[-2:] == [r"\bottomrule", r"\end{tabular}"]
+
+
+def test_other_seeds_are_compared_by_their_means_without_a_deviation(tmp_path):
+    folders = [write_run(tmp_path / f"{seed}", 0.9 + seed / 100, seed=seed) for seed in (1, 3)]
+    folders.append(write_run(tmp_path / "plain", 0.91, tickets=0, seed=7))
+    row = rows_of(csv_table(groups_of(*folders)[0]))["GraNet"]
+    assert (row["gain_over_plain_points_mean"], row["gain_over_plain_points_std"]) == ("1", "")
+
+
+def test_a_held_back_test_set_decides_over_plain_training(tmp_path):
+    folders = [
+        write_run(tmp_path / "tickets", 0.9, summary={"test_acc": 0.7}),
+        write_run(tmp_path / "plain", 0.9, tickets=0, summary={"test_acc": 0.65}),
+    ]
+    row = rows_of(csv_table(groups_of(*folders)[0]))["GraNet"]
+    assert (row["test_acc_percent_mean"], row["gain_over_plain_points_mean"]) == ("70", "5")
+
+
+def test_costs_are_shown_if_every_run_of_a_group_has_them(tmp_path):
+    costs = {"inference_flops_of_dense": 0.25}
+    folders = [write_run(tmp_path / "1", seed=1, summary=costs), write_run(tmp_path / "2", seed=2, summary=costs)]
+    folders += [write_run(tmp_path / f"{seed}", seed=seed, lr=0.2) for seed in (3, 4)]
+    rows = rows_of(csv_table(groups_of(*folders)[0]))
+    assert rows["GraNet, lr 0.1"]["inference_flops_of_dense_mean"] == "0.25"
+    assert rows["GraNet, lr 0.2"]["inference_flops_of_dense_mean"] == ""
+    assert "training_flops_of_dense_mean" not in rows["GraNet, lr 0.1"]
