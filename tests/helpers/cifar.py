@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 import torch
 from cifar_models import build_model
 
+from helpers.commands import exit_code
 from helpers.comparing import lines, plain, without_times
 from sparselearning.process.files import load_torch
 from sparselearning.training.engine import Trainer
@@ -44,12 +46,16 @@ def write_npz(path, **changes):
     np.savez(path, **{name: array for name, array in arrays.items() if array is not None})
 
 
-def one_sentence(err):
-    """What went to stderr but for notes: one line, and nothing that looks like a crash."""
-    told = [line for line in err.splitlines() if not line.startswith("note: ")]
-    assert len(told) == 1, err
-    assert "Traceback" not in err
-    return told[0]
+RUN = "--sparse --pre_train --cyclic_train "
+
+
+def parse(text):
+    return main_suptickets.parse(shlex.split(text))
+
+
+def run_cifar(text):
+    """Run the script in this process; return its exit code."""
+    return exit_code(lambda: main_suptickets.main(shlex.split(text)))
 
 
 def outcome(folder):

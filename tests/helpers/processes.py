@@ -11,8 +11,6 @@ from pathlib import Path
 
 import pytest
 
-from sparselearning.process.script import run_script
-
 ROOT = Path(__file__).resolve().parents[2]
 PATIENCE = 180  # seconds until a test gives up on other processes
 
@@ -77,12 +75,6 @@ def finished(command, log, cwd=None, seconds=PATIENCE):
             return process.wait(seconds)
         except subprocess.TimeoutExpired:
             pytest.fail(f"still not done after {seconds} s:\n{log.read_text()}")
-
-
-def status_of(main):
-    with pytest.raises(SystemExit) as end:
-        run_script(main)
-    return end.value.code
 
 
 MULTIPROC = [sys.executable, ROOT / "ImageNet" / "multiproc.py"]

@@ -10,7 +10,8 @@ import torch
 from torch.distributed.elastic.multiprocessing.api import ProcessFailure, SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-from helpers.processes import MULTIPROC, PATIENCE, finished, free_port, started, status_of
+from helpers.commands import exit_code
+from helpers.processes import MULTIPROC, PATIENCE, finished, free_port, started
 from sparselearning.process import distributed, launch
 from sparselearning.process.errors import FaultError, UsageError
 
@@ -87,13 +88,13 @@ def test_an_environment_that_no_launcher_made_is_refused(monkeypatch):
         distributed.start(use_cuda=False)
 
 
-@pytest.mark.parametrize("exit_code", [1, 2])
-def test_the_launcher_ends_with_the_status_of_the_rank_that_failed(launched, monkeypatch, capsys, exit_code):
+@pytest.mark.parametrize("code", [1, 2])
+def test_the_launcher_ends_with_the_status_of_the_rank_that_failed(launched, monkeypatch, capsys, code):
     def fail(args):
-        raise ChildFailedError("main.py", {1: ProcessFailure(1, 4242, exit_code, "no file")})
+        raise ChildFailedError("main.py", {1: ProcessFailure(1, 4242, code, "no file")})
 
     monkeypatch.setattr(launch.torchrun, "run", fail)
-    assert status_of(lambda: launch.launch(["main.py"])) == exit_code
+    assert exit_code(lambda: launch.launch(["main.py"])) == code
     assert "process 1 of main.py" in capsys.readouterr().err
 
 
@@ -103,7 +104,7 @@ def test_a_launcher_that_is_stopped_says_by_what(launched, monkeypatch, number):
         raise SignalException("stopped", number)
 
     monkeypatch.setattr(launch.torchrun, "run", stop)
-    assert status_of(lambda: launch.launch(["main.py"])) == 128 + number
+    assert exit_code(lambda: launch.launch(["main.py"])) == 128 + number
 
 
 def test_a_fault_that_only_one_rank_meets_is_shown(monkeypatch, capsys):
@@ -111,7 +112,7 @@ def test_a_fault_that_only_one_rank_meets_is_shown(monkeypatch, capsys):
         raise FaultError("damaged image ant/3.JPEG")
 
     monkeypatch.setattr(distributed, "rank", lambda: 1)
-    assert status_of(meet) == 1
+    assert exit_code(meet) == 1
     assert "damaged image ant/3.JPEG" in capsys.readouterr().err
 
 
@@ -119,7 +120,7 @@ def test_a_port_in_use_is_named(monkeypatch, capsys):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     with socket.create_server(("", 0)) as other:
         port = other.getsockname()[1]
-        assert status_of(lambda: launch.launch(["--nproc_per_node", "2", "main.py", "--master_port", str(port)])) == 1
+        assert exit_code(lambda: launch.launch(["--nproc_per_node", "2", "main.py", "--master_port", str(port)])) == 1
     assert str(port) in capsys.readouterr().err
 
 
@@ -127,7 +128,7 @@ def test_ranks_that_do_not_find_each_other_say_so(capsys):
     def fail():
         raise RuntimeError("Gloo connectFullMesh failed with timed out connecting: Connection refused")
 
-    assert status_of(fail) == 1
+    assert exit_code(fail) == 1
     assert "Traceback" not in capsys.readouterr().err
 
 

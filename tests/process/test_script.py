@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from helpers.processes import MULTIPROC, PATIENCE, ROOT, environment, finished, free_port, status_of, wait_until
+from helpers.commands import exit_code, one_sentence
+from helpers.processes import MULTIPROC, PATIENCE, ROOT, environment, finished, free_port, wait_until
 from sparselearning.process import launch
 from sparselearning.process.errors import UsageError
 from sparselearning.process.script import run_script
@@ -27,11 +28,6 @@ def raising(error):
     return main
 
 
-def one_sentence(capsys):
-    (line,) = capsys.readouterr().err.splitlines()
-    return line
-
-
 # ------------------------------------------------------------------------------------------------- what the system says
 
 
@@ -45,13 +41,13 @@ def one_sentence(capsys):
     ],
 )
 def test_what_the_system_refuses_is_one_sentence(capsys, error, told):
-    assert status_of(raising(error)) == 1
-    assert one_sentence(capsys).endswith(told)
+    assert exit_code(raising(error)) == 1
+    assert one_sentence(capsys.readouterr().err).endswith(told)
 
 
 def test_a_name_that_is_too_long_is_one_sentence(capsys):
-    assert status_of(lambda: os.stat("a" * 300)) == 1
-    assert one_sentence(capsys).endswith("aaa: File name too long")
+    assert exit_code(lambda: os.stat("a" * 300)) == 1
+    assert one_sentence(capsys.readouterr().err).endswith("aaa: File name too long")
 
 
 def test_an_error_that_nobody_foresaw_keeps_its_traceback():
@@ -61,8 +57,8 @@ def test_an_error_that_nobody_foresaw_keeps_its_traceback():
 
 def test_a_lost_rank_is_told_with_its_cause(capsys):
     error = dist.DistBackendError("NCCL error in: a.cpp:3, unhandled system error\nncclSystemError: it failed")
-    assert status_of(raising(error)) == 1
-    assert "(NCCL error in: a.cpp:3, unhandled system error)" in one_sentence(capsys)
+    assert exit_code(raising(error)) == 1
+    assert "(NCCL error in: a.cpp:3, unhandled system error)" in one_sentence(capsys.readouterr().err)
 
 
 # ------------------------------------------------------------------------------------------------------------- streams
@@ -73,8 +69,8 @@ def test_a_lost_rank_is_told_with_its_cause(capsys):
 def test_a_full_disk_under_stdout_is_one_sentence(capsys, monkeypatch, flush):
     with open("/dev/full", "w") as full:
         monkeypatch.setattr(sys, "stdout", full)
-        assert status_of(lambda: print("result", flush=flush)) == 1
-        assert one_sentence(capsys).endswith("error: stdout: No space left on device")
+        assert exit_code(lambda: print("result", flush=flush)) == 1
+        assert one_sentence(capsys.readouterr().err).endswith("error: stdout: No space left on device")
         full.flush()  # as Python does at its end: what cannot be written is gone
 
 
@@ -86,8 +82,8 @@ def test_help_on_a_full_disk_is_one_sentence(capsys, monkeypatch):
 
     with open("/dev/full", "w") as full:
         monkeypatch.setattr(sys, "stdout", full)
-        assert status_of(main) == 1
-    assert "No space left on device" in one_sentence(capsys)
+        assert exit_code(main) == 1
+    assert "No space left on device" in one_sentence(capsys.readouterr().err)
 
 
 def test_closed_streams_are_no_fault(monkeypatch, tmp_path):
@@ -99,7 +95,7 @@ def test_closed_streams_are_no_fault(monkeypatch, tmp_path):
         (tmp_path / "tty").write_text(str(sys.stderr.isatty()))
         raise UsageError("wrong")
 
-    assert status_of(main) == 2
+    assert exit_code(main) == 2
     assert (tmp_path / "tty").read_text() == "False"
 
 

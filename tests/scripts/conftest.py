@@ -7,10 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from helpers.cifar import MODEL, SPARSE, WHOLE_METHOD, stop_in, write_npz
+from helpers.cifar import MODEL, SPARSE, WHOLE_METHOD, run_cifar, stop_in, write_npz
 from helpers.imagenet import CLASSES, SCRIPTS, TRAIN_IMAGES, VAL_IMAGES
 from helpers.images import write_images
-from sparselearning.process.script import run_script
 
 
 @pytest.fixture(scope="session")
@@ -32,13 +31,7 @@ def script(data, workplace):
     """Run the script in this process; returns its exit code."""
 
     def run(*words):
-        argv = " ".join(map(str, words)).split()
-        before = ["--data", str(data), "--model", MODEL, "--batch-size", "16", "--lr", "0.05"]
-        try:
-            run_script(lambda: main_suptickets.main([*before, *argv]))
-        except SystemExit as leaving:
-            return leaving.code
-        return 0
+        return run_cifar(f"--data {data} --model {MODEL} --batch-size 16 --lr 0.05 {' '.join(map(str, words))}")
 
     return run
 

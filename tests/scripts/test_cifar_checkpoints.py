@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from helpers.cifar import BOTH, WHOLE_METHOD, assert_same_outcome, one_sentence, stop_in
+from helpers.cifar import BOTH, WHOLE_METHOD, assert_same_outcome, stop_in
+from helpers.commands import one_sentence
 from helpers.comparing import tree
 from sparselearning.process.files import load_torch
 from sparselearning.training.engine import Trainer

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from helpers.cifar import BOTH, SPARSE, WHOLE_METHOD, X, Y, assert_same_outcome, one_sentence, spawn, write_npz
+from helpers.cifar import BOTH, SPARSE, WHOLE_METHOD, X, Y, assert_same_outcome, spawn, write_npz
+from helpers.commands import one_sentence
 from helpers.comparing import lines
 from sparselearning.process.files import load_torch
 

@@ -15,10 +15,10 @@ from helpers.cifar import (
     active,
     maskable,
     non_zeros,
-    one_sentence,
     outcome,
     previous,
 )
+from helpers.commands import one_sentence
 from helpers.comparing import lines, plain, tree, without_times
 from sparselearning.process.files import load_torch
 

@@ -9,8 +9,9 @@ import main_suptickets
 import pytest
 import torch
 
+from helpers.commands import exit_code
 from helpers.comparing import assert_identical, lines, results
-from helpers.processes import MULTIPROC, ROOT, finished, marked_processes, on_linux, started, status_of, wait_until
+from helpers.processes import MULTIPROC, ROOT, finished, marked_processes, on_linux, started, wait_until
 from sparselearning.process.files import load_torch
 from sparselearning.training.run_folder import RunFolder
 
@@ -85,7 +86,7 @@ def test_cifar_with_another_number_of_processes_is_refused(undisturbed_cifar, tm
     folder = undisturbed_cifar
     before = {path: path.read_bytes() for path in folder.iterdir()}
     resume = [*DIGITS, "--save", str(tmp_path / "run"), "--resume", str(folder)]
-    assert status_of(lambda: main_suptickets.main(resume)) == 2
+    assert exit_code(lambda: main_suptickets.main(resume)) == 2
     assert re.search(r"written by 2 processes: go on with as many, not 1\n$", capsys.readouterr().err)
     assert not (tmp_path / "run").exists()
     assert {path: path.read_bytes() for path in folder.iterdir()} == before
@@ -94,5 +95,5 @@ def test_cifar_with_another_number_of_processes_is_refused(undisturbed_cifar, tm
 def test_cifar_on_all_gpus_needs_one(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.delenv("LOCAL_RANK", raising=False)
-    assert status_of(lambda: main_suptickets.main([*DIGITS, "--mgpu"])) == 2
+    assert exit_code(lambda: main_suptickets.main([*DIGITS, "--mgpu"])) == 2
     assert "--mgpu uses all GPUs" in capsys.readouterr().err

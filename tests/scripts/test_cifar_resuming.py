@@ -9,7 +9,8 @@ from pathlib import Path
 import main_suptickets
 import pytest
 
-from helpers.cifar import WHOLE_METHOD, assert_same_outcome, one_sentence, outcome, spawn, stop_in
+from helpers.cifar import WHOLE_METHOD, assert_same_outcome, outcome, spawn, stop_in
+from helpers.commands import one_sentence
 from helpers.comparing import lines, tree
 from sparselearning.process.files import load_torch
 from sparselearning.training.engine import Trainer

@@ -19,10 +19,10 @@ from helpers.cifar import (
     assert_same_outcome,
     maskable,
     non_zeros,
-    one_sentence,
     outcome,
     previous,
 )
+from helpers.commands import one_sentence
 from helpers.comparing import lines, plain, tree, without_times
 from sparselearning import report
 from sparselearning.process import files

@@ -12,11 +12,11 @@ from imagenet_resnet import build_model
 from torchvision.models import VisionTransformer
 from torchvision.models._api import BUILTIN_MODELS
 
+from helpers.commands import exit_code
 from helpers.comparing import assert_identical, lines, results
 from helpers.imagenet import CLASSES, SCRIPTS, TRAIN_IMAGES, active
 from sparselearning import export
 from sparselearning.process.files import load_torch
-from sparselearning.process.script import run_script
 from sparselearning.sparse.costs import layer_flops
 from sparselearning.training import profiling
 from sparselearning.training.run_folder import RunFolder
@@ -30,13 +30,9 @@ DENSE = shlex.split("--no-cuda --arch resnet18 -b 4 -j 0 --pre_train --pretrain_
 
 
 def run(*words):
-    """Run the script, on images of 64 pixels unless it is told otherwise; return its exit status."""
+    """Run the script, on images of 64 pixels unless it is told otherwise; return its exit code."""
     sizes = shlex.split("--train-crop-size 64 --val-resize-size 72 --val-crop-size 64")
-    try:
-        run_script(lambda: main.main([*sizes, *(str(word) for word in words)]))
-    except SystemExit as end:
-        return end.code
-    return 0
+    return exit_code(lambda: main.main([*sizes, *map(str, words)]))
 
 
 @pytest.fixture(scope="module")

@@ -75,8 +75,6 @@ def sizes_of(masks):
 
 
 # ------------------------------------------------------------------------------------------------- pruning
-
-
 # Rate 0.6 of 6 active weights: ceil(3.6) = 4. Of 11: ceil(6.6) = 7.
 
 PRUNED = [
@@ -137,8 +135,6 @@ def test_threshold_is_steered_towards_the_wanted_share():
 
 
 # ------------------------------------------------------------------------------------------------- growing
-
-
 # Just removed: 0, 2 and 4, so that 1, 3, 5 are active; three are to grow among 0, 2, 4, 6, 7.
 
 GROWN = [
@@ -201,8 +197,6 @@ def test_growth_reads_its_own_score_and_no_other(mode, reads):
 
 
 # ------------------------------------------------------------------------------------------ redistribution
-
-
 # Global magnitude at rate 0.5 of 6 + 2 active weights removes 1 2 3 4, all from the first layer.
 
 SHARED_OUT = [

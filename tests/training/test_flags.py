@@ -1,20 +1,18 @@
-"""The command line: defaults, help, wrong calls, warnings, paths. Nothing is trained here."""
+"""The command line: defaults, help, what flags mean and do, the folder of a run. Nothing is trained here."""
 
 import argparse
 import json
-import os
 import re
 import shlex
 from pathlib import Path
 
 import main_suptickets
-import numpy as np
 import pytest
 from cifar_data import DATASETS
 from cifar_models import model_names
 
-from sparselearning.process.errors import FaultError, UsageError
-from sparselearning.process.script import run_script
+from helpers.cifar import RUN, parse, run_cifar
+from helpers.commands import one_sentence
 from sparselearning.sparse.schedules import DECAYS
 from sparselearning.sparse.sparse_init import SPARSE_INITS
 from sparselearning.sparse.superpose import AVERAGING
@@ -34,10 +32,6 @@ PUBLISHED = {
     "rigl": COMMON + "--indicate_method rigl --method DST --growth gradient --init-density 0.05",
     "set": COMMON + "--indicate_method set --method DST --growth random --init-density 0.05",
 }
-
-
-def parse(text):
-    return main_suptickets.parse(shlex.split(text))
 
 
 # ----------------------------------------------------------------------------------------------------- defaults
@@ -162,265 +156,13 @@ def test_a_path_starts_at_home_where_a_tilde_says_so(monkeypatch, capsys):
     with pytest.raises(SystemExit) as leaving:
         parse("--save ''")
     assert leaving.value.code == 2
-    assert "--save" in one_sentence(capsys)
+    assert "--save" in one_sentence(capsys.readouterr().err)
 
 
 def test_no_abbreviations(capsys):
     with pytest.raises(SystemExit) as leaving:
         parse("--epoch 3")
     assert leaving.value.code == 2
-
-
-# --------------------------------------------------------------------------------------------------- wrong calls
-
-
-def script(argv):
-    """Exit code of the script, run in this process."""
-    try:
-        run_script(lambda: main_suptickets.main([str(word) for word in argv]))
-    except SystemExit as leaving:
-        return leaving.code
-    return 0
-
-
-@pytest.mark.parametrize(
-    ("wrong", "told"),
-    [
-        ("--sparse --cycle-rate 0.1", "unrecognized arguments: --cycle-rate 0.1; did you mean --cycle_rate?"),
-        ("--final-densty=0.1", "did you mean --final-density?"),
-        ("--xyzzy", "unrecognized arguments: --xyzzy ("),
-        ("--pre_train 3", "unrecognized arguments: 3 ("),
-    ],
-)
-def test_a_wrong_flag_suggests_the_nearest(capsys, wrong, told):
-    with pytest.raises(SystemExit) as end:
-        parse(wrong)
-    assert end.value.code == 2
-    assert told in one_sentence(capsys)
-
-
-def one_sentence(capsys):
-    """What went to stderr but for notes: one line, and nothing that looks like a crash."""
-    err = capsys.readouterr().err
-    told = [line for line in err.splitlines() if not line.startswith("note: ")]
-    assert len(told) == 1, err
-    assert "Traceback" not in err
-    return told[0]
-
-
-RUN = "--sparse --pre_train --cyclic_train "
-WRONG_CALLS = {
-    # unknown names
-    "--no-such-flag": "--no-such-flag",
-    RUN + "--method RigL": "'RigL'",
-    RUN + "--growth best": "'best'",
-    RUN + "--prune all": "'all'",
-    RUN + "--redistribution fair": "'fair'",
-    RUN + "--sparse-init erk": "'erk'",
-    RUN + "--decay-schedule step": "'step'",
-    RUN + "--superposing_method EMA": "'EMA'",
-    RUN + "--superposing_method greedy": "--valid_split",
-    RUN + "--ema 1": "(0, 1)",
-    RUN + "--ema 0": "(0, 1)",
-    RUN + "--optimizer lamb": "'lamb'",
-    RUN + "--amp fp8": "'fp8'",
-    # numbers out of range, or none
-    RUN + "--init-density 0": "(0, 1]",
-    RUN + "--init-density 1.01": "(0, 1]",
-    RUN + "--init-density nan": "(0, 1]",
-    RUN + "--final-density -0.1": "(0, 1]",
-    RUN + "--final-density half": "half",
-    RUN + "--prune-rate 1.5": "[0, 1]",
-    RUN + "--prune-rate -0.5": "[0, 1]",
-    RUN + "--pruning-rate 2": "[0, 1]",
-    RUN + "--large-death-rate 1.1": "[0, 1]",
-    RUN + "--cycle_rate 1.2": "[0, 1]",
-    RUN + "--cycle_rate -0.1": "[0, 1]",
-    RUN + "--CIMA_factor 1.5": "[0, 1]",
-    RUN + "--valid_split 1": "[0, 1)",
-    RUN + "--momentum 1": "[0, 1)",
-    RUN + "--lr nan": "nan",
-    RUN + "--lr inf": "inf",
-    RUN + "--lr -1": "-1",
-    RUN + "--lr_1 -1": "-1",
-    RUN + "--l2 -1": "-1",
-    RUN + "--cycle 0": "--cycle",
-    RUN + "--cycle 2.5": "--cycle",
-    RUN + "--epochs 0": "--epochs",
-    RUN + "--iters 0": "--iters",
-    RUN + "--multiplier 0": "--multiplier",
-    RUN + "--batch-size 0": "--batch-size",
-    RUN + "--test-batch-size -1": "--test-batch-size",
-    RUN + "--update-frequency 0": "--update-frequency",
-    RUN + "--log-interval 0": "--log-interval",
-    RUN + "--init-prune-epoch -1": "--init-prune-epoch",
-    RUN + "--seed -1": "--seed",
-    RUN + "--seed 17.5": "--seed",
-    RUN + "--seed 99999999999999999999": "seed",
-    # contradictions
-    "--sparse": "nothing to do",
-    "": "nothing to do",
-    "--sparse --cyclic_train": "--resume",
-    "--pre_train --cyclic_train --re_explore": "--sparse",
-    "--pre_train --cyclic_train --no_maskupdates": "--sparse",
-    RUN + "--init-density 0.1 --final-density 0.2": "--final-density",
-    RUN + "--method GMP --init-density 0.1 --final-density 0.2": "--final-density",
-    RUN + "--method GraNet_uniform --init-density 0.1 --final-density 0.2": "--final-density",
-    RUN + "--init-prune-epoch 20 --final-prune-epoch 10": "epoch 10",
-    RUN + "--growth momentum --momentum 0": "--momentum",
-    RUN + "--growth momentum_neuron --momentum 0": "--momentum",
-    RUN + "--redistribution momentum --momentum 0": "--momentum",
-    RUN + "--fix --re_explore": "--fix",
-    RUN + "--sparse-init prune_uniform": "--resume",
-    RUN + "--sparse-init prune_and_grow_structured": "--resume",
-    RUN + "--sparse-init resume": "--resume",
-    RUN + "--fp16 --amp bf16": "--fp16",
-    RUN + "--iters 2 --resume nowhere": "--iters",
-    "--pre_train --sparse-init resume --iters 2 --resume nowhere": "--iters",  # dense: no mask takes the weights over
-    # what is not there
-    RUN + "--resume nowhere": "nowhere",
-    RUN + "--data nothing": "nothing",
-    RUN + "--data nothing.npz": "nothing.npz",
-    RUN + "--data .": "'.'",
-    RUN + "--model ResNet51": "ResNet51",
-    RUN + "--model cifar_resnet_9": "cifar_resnet_9",
-    RUN + "--model lenet5 --data tiny.npz": "lenet5",
-}
-
-
-@pytest.fixture
-def workplace(tmp_path, monkeypatch):
-    """A folder of one's own with a tiny data set in it, which is also the default."""
-    monkeypatch.chdir(tmp_path)
-    rng = np.random.default_rng(0)
-    images = rng.integers(0, 256, (24, 8, 8, 3), dtype=np.uint8)
-    np.savez("tiny.npz", x_train=images, y_train=np.arange(24) % 3, x_test=images[:9], y_test=np.arange(9) % 3)
-    parser_class = flags.Parser
-
-    class WithTinyDefaults(parser_class):
-        def parse_args(self, argv=None, namespace=None):
-            self.set_defaults(data="tiny.npz", model="lenet-300-100")
-            return super().parse_args(argv, namespace)
-
-    monkeypatch.setattr(flags, "Parser", WithTinyDefaults)
-    return tmp_path
-
-
-@pytest.mark.parametrize("call", WRONG_CALLS)
-def test_a_wrong_call_is_one_sentence_and_exit_2_before_anything_is_written(call, workplace, capsys):
-    assert script(shlex.split(call)) == 2
-    assert WRONG_CALLS[call] in one_sentence(capsys)
-    assert os.listdir(workplace) == ["tiny.npz"]
-
-
-@pytest.mark.parametrize(
-    ("flags", "code"),
-    [
-        ("--model vgg-like --batch-size 1", 2),
-        ("--model vgg-like --batch-size 2", 0),
-        ("--model wrn-10-1 --batch-size 1", 0),
-    ],
-)
-def test_single_images_are_refused_where_batchnorm_would_see_single_values(flags, code, workplace, monkeypatch, capsys):
-    """vgg-like's BatchNorm1d always does; the last BatchNorm of wrn-10-1 sees 2 x 2 pixels of these images."""
-    started = []
-    monkeypatch.setattr("sparselearning.training.experiment.run", lambda *args: started.append(args))
-    assert script(shlex.split(f"--pre_train {flags}")) == code
-    assert len(started) == (code == 0)
-    if code:
-        assert "at least 2 per step" in one_sentence(capsys)
-
-
-def test_a_wrong_call_stops_all_of_iters(workplace, capsys):
-    assert script(shlex.split(RUN + "--iters 3 --model lenet5")) == 2
-    one_sentence(capsys)
-    assert os.listdir(workplace) == ["tiny.npz"]
-
-
-@pytest.mark.parametrize("flags", ["--growth momentum --momentum 0", "--model ResNet51", "--model wrn-15-2"])
-def test_wrong_calls_do_not_wait_for_the_data(flags, workplace, monkeypatch):
-    monkeypatch.setattr(main_suptickets, "load_data", lambda *args, **options: pytest.fail("data was loaded"))
-    assert script(shlex.split(RUN + flags)) == 2
-
-
-def test_momentum_growth_with_adam_needs_no_momentum_flag():
-    args = parse(RUN + "--growth momentum --momentum 0 --optimizer adam")
-    assert not main_suptickets.check(args)
-
-
-def test_a_denser_end_is_allowed_where_no_schedule_goes_there():
-    main_suptickets.check(parse(RUN + "--method DST --init-density 0.1 --final-density 0.2"))
-
-
-# ------------------------------------------------------------------------------------------------------ warnings
-
-
-@pytest.mark.parametrize(
-    ("call", "fragment"),
-    [
-        (RUN + "--method DST --init-density 0.5 --final-density 0.1", "DST"),
-        (RUN + "--method GraNet --init-density 0.1 --final-density 0.1", "nothing to prune"),
-        (RUN + "--sparse-init GMP --method GMP", "--init-density"),
-        (RUN + "--fix", "--fix"),
-    ],
-)
-def test_doubtful_flags_are_warned_about(call, fragment):
-    warnings = main_suptickets.check(parse(call))
-    assert any(fragment in warning for warning in warnings)
-
-
-@pytest.mark.parametrize(
-    "call",
-    [
-        RUN,
-        RUN + "--method DST --init-density 0.05",
-        "--pre_train",
-        RUN + "--method DST --init-density 0.5 --sparse-init resume --resume there",
-        "--sparse --cyclic_train --resume there --method DST --init-density 0.5 --final-density 0.1",
-    ],
-)
-def test_sound_flags_are_not(call):
-    assert main_suptickets.check(parse(call)) == []
-
-
-def test_dense_training_names_the_given_flags_that_are_about_masks(workplace, monkeypatch, capsys):
-    monkeypatch.setattr("sparselearning.training.experiment.run", lambda *args: None)
-
-    def notes(call):
-        assert script(shlex.split(call)) == 0
-        return [line for line in capsys.readouterr().err.splitlines() if "--sparse" in line]
-
-    call = "--pre_train --method GraNet --lr 0.1 --init-density 0.5 --sparse-init ERK --large-death-rate 0.8 --fix"
-    (note,) = notes(call)
-    assert note.endswith("of --fix, --sparse-init, --method, --init-density, --large-death-rate")
-    assert notes("--pre_train --lr 0.1") == []
-    assert notes(call.replace("--fix", "--sparse")) == []
-    assert notes("--demo --method DST --init-density 0.05") == []
-
-
-@pytest.mark.parametrize(
-    ("epochs", "rates"),
-    [(1, [0.1]), (2, [0.1, 0.001]), (3, [0.1, 0.01, 0.001]), (4, [0.1, 0.1, 0.01, 0.001])],
-)
-def test_a_milestone_at_epoch_0_does_not_count(epochs, rates):
-    rate = main_suptickets.pretrain_lr(parse(""), EpochBudget(epochs, 8, 0))
-    assert [rate(epoch) for epoch in range(epochs)] == pytest.approx(rates)
-
-
-def test_a_pruning_window_past_pretraining_is_warned_about():
-    args = parse(RUN + "--final-prune-epoch 6 --multiplier 2")
-    assert flags.pruning_window_warning(args, 12) == []
-    assert "epoch 12, after pre-training, which ends at epoch 11" in flags.pruning_window_warning(args, 11)[0]
-    assert flags.pruning_window_warning(parse(RUN + "--method DST"), 11) == []
-
-
-def test_too_few_epochs_for_a_cycle_are_told():
-    args = parse(RUN + "--epochs 30")
-    assert EpochBudget.of_share(30, 0.2, 8) == EpochBudget(30, 8, 0)
-    assert "8 epochs" in flags.check_budget(args, EpochBudget(30, 8, 0))[0]
-    assert "(1 epoch)" in flags.check_budget(args, EpochBudget(30, 1, 0))[0]
-    assert flags.check_budget(args, EpochBudget(22, 8, 1)) == []
-    assert flags.check_budget(parse("--sparse --pre_train"), EpochBudget(30, 8, 0)) == []
 
 
 # --------------------------------------------------------------------------------------- what flags mean and do
@@ -467,27 +209,6 @@ def test_flags_come_from_a_config_and_the_command_line_counts_more(tmp_path):
     assert vars(again) == expected
 
 
-@pytest.mark.parametrize(
-    ("content", "error", "message"),
-    [
-        ({"lr": 0.1, "learning_rate": 0.1}, UsageError, "no flags 'learning_rate'"),
-        ({"lr": "fast"}, FaultError, "lr"),
-        (None, UsageError, "no such file"),
-    ],
-)
-def test_a_config_that_does_not_fit_is_refused(tmp_path, content, error, message):
-    if content is not None:
-        (tmp_path / "config.json").write_text(json.dumps(content))
-    with pytest.raises(error, match=message):
-        parse(f"--config {tmp_path / 'config.json'} {RUN}")
-
-
-@pytest.mark.parametrize(("text", "said"), [("--method GMP", "GMP only prunes"), ("--fix", "--fix freezes")])
-def test_a_last_update_is_nothing_to_what_never_grows(text, said):
-    warnings = main_suptickets.check(parse(RUN + f"--final-update-epoch 3 {text}"))
-    assert [said in warning for warning in warnings if "--final-update-epoch" in warning] == [True]
-
-
 def test_dense_training_has_neither_masks_nor_a_budget():
     args = parse("--pre_train --cyclic_train")
     assert flags.sparse_training(args, 10, 30) is None
@@ -523,7 +244,7 @@ def test_a_resumed_run_may_move_but_not_change():
         assert first != identity(change), change
 
 
-def test_every_flag_is_looked_at(workplace, monkeypatch):
+def test_every_flag_is_looked_at(tiny_defaults, monkeypatch):
     """A flag changes what happens, or it does not exist."""
     seen = set()
 
@@ -535,7 +256,7 @@ def test_every_flag_is_looked_at(workplace, monkeypatch):
     parse_before = main_suptickets.parse
     monkeypatch.setattr(main_suptickets, "parse", lambda argv: Noticing(**vars(parse_before(argv))))
     call = RUN + "--re_explore --cyc_lr --epochs 2 --cycle 1 --cycle_rate 0.5 --final-prune-epoch 1"
-    assert script(shlex.split(call)) == 0
+    assert run_cifar(call) == 0
     known = vars(parse_before([])).keys()
     assert known - seen <= {"config", "demo", "workers"}  # two take effect while parsing, one is said to have none
 
@@ -557,23 +278,6 @@ def test_every_choice_is_taken_from_its_table():
     assert set(PRUNE) == {"magnitude", "SET", "threshold", "global_magnitude"}
     assert set(GROWTH) == {"random", "gradient", "momentum", "momentum_neuron"}
     assert set(REDISTRIBUTION) == {"none", "nonzeros", "magnitude", "momentum"}
-
-
-def test_number_formats_that_need_a_gpu_say_so(workplace, capsys, monkeypatch):
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    assert script(shlex.split(RUN + "--fp16")) == 2
-    assert "GPU" in one_sentence(capsys)
-    assert script(shlex.split(RUN + "--mgpu")) == 2
-    assert "--mgpu" in one_sentence(capsys)
-    assert os.listdir(workplace) == ["tiny.npz"]
-
-
-def test_more_processes_than_gpus_say_so(monkeypatch):
-    from sparselearning.process import distributed
-
-    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
-    with pytest.raises(UsageError, match=r"2 processes .* 1 GPU"):
-        distributed.check_gpus(2)
 
 
 def test_the_data_flags_arrive(monkeypatch):
