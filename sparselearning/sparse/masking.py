@@ -14,9 +14,9 @@ from torch.nn.utils import get_total_norm
 
 from sparselearning.process import distributed
 from sparselearning.process.errors import FaultError, UsageError
-from sparselearning.process.schema import Amount, Count, Mismatch
+from sparselearning.process.schema import Count, Mismatch
 from sparselearning.process.seeding import derive_seed
-from sparselearning.process.tensor_schema import Check, all_of, conform, inside, like, record
+from sparselearning.process.tensor_schema import Check, all_of, conform, inside, like, optional, record
 from sparselearning.sparse.distributions import active_count, nonzero_counts
 from sparselearning.sparse.layers import EMBEDDINGS, fixed_densities, maskable_parameters
 from sparselearning.sparse.optimizer_state import KEEPS_ZEROS, DenseMomentum, has_momentum, per_weight_state, take_step
@@ -28,12 +28,10 @@ from sparselearning.sparse.topology import (
     PRUNE,
     REDISTRIBUTION,
     Layer,
-    active_counts,
+    Stateful,
     chosen_modes,
     classifier,
-    magnitude_quantile,
     prune_and_grow,
-    steer_threshold,
 )
 
 HOOKS: weakref.WeakKeyDictionary[torch.optim.Optimizer, weakref.finalize] = weakref.WeakKeyDictionary()
@@ -161,7 +159,7 @@ class Masking:
         self._gradients_masked = False  # before the optimizer step that is going on
         self._overdue = False  # an update that met overflowed gradients waits for the next step
         self._method = METHODS[method]
-        self._threshold: float | None = None
+        self._prune = PRUNE[prune].begin()
         self._reads_gradient = any(mode.reads_gradient for mode in modes)
         self._reads_momentum = reads_momentum
         self._tracks_momentum = GROWTH[growth].reads_momentum
@@ -458,13 +456,13 @@ class Masking:
                 zero_inactive([weight.grad], self.masks[name])
 
     def state_dict(self) -> dict[str, Any]:
-        """A copy of everything that changes during training: masks, counters, threshold, exploration record."""
+        """A copy of everything that changes during training: masks, counters, record of exploration, modes."""
         return {
             "masks": {name: mask.clone() for name, mask in self.masks.items()},
             "steps": self.steps,
             "explorations": self._explorations,
             "overdue": self._overdue,
-            "threshold": self._threshold,
+            "prune_state": self._prune.state_dict() if isinstance(self._prune, Stateful) else None,
             "ever_active": {name: seen.clone() for name, seen in self._ever_active.items()},
             "off_mask_momentum": self._dense_momentum.state_dict(),
             "seed": self.seed,
@@ -484,12 +482,14 @@ class Masking:
             "steps": Count,
             "explorations": Count,
             "overdue": bool,
-            "threshold": Amount | None,
+            # None: the state at the start, or that of another run, whose mode keeps none.
+            "prune_state": optional(self._prune.schema()) if isinstance(self._prune, Stateful) else Any,
             "ever_active": masks,
             "off_mask_momentum": DenseMomentum.schema(self._parameters),
             "seed": int,
         }
-        return all_of(record(fields), check_ever_active)
+        whole = all_of(record(fields), check_ever_active)
+        return lambda state, where: whole(_of_this_version(state), where)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a :meth:`state_dict`; call it after :meth:`add_module`.
@@ -504,13 +504,16 @@ class Masking:
             conform(state, self.schema())
         except Mismatch as mismatch:
             raise UsageError(f"this state is damaged, or of another model: {mismatch}") from mismatch
+        state = _of_this_version(state)
         for name, mask in self.masks.items():
             mask.copy_(state["masks"][name])
             self._ever_active[name].copy_(state["ever_active"][name])
         self.steps = state["steps"]
         self._explorations = state["explorations"]
         self._overdue = state["overdue"]
-        self._threshold = state["threshold"]
+        self._prune = PRUNE[self.prune].begin()
+        if isinstance(self._prune, Stateful) and state["prune_state"] is not None:
+            self._prune.load_state_dict(state["prune_state"])
         self.seed = state["seed"]
         if self._tracks_momentum:
             self._dense_momentum.load_state_dict(state["off_mask_momentum"], self._parameters)
@@ -528,23 +531,18 @@ class Masking:
         self._settle(layers)
 
     def _explore(self, layers: list[Layer], prune_rate: float | None = None) -> None:
-        """Prune and grow ``layers``; a ``prune_rate`` of its own leaves the steered threshold alone."""
-        rate = self.current_prune_rate() if prune_rate is None else prune_rate
-        threshold, steers = 0.0, self.prune == "threshold" and prune_rate is None
-        if self.prune == "threshold":
-            known = self._threshold if steers else None
-            threshold = magnitude_quantile(layers, rate) if known is None else known
-        before = sum(active_counts(layers)) if steers else 0
+        """Prune and grow ``layers``; with a ``prune_rate`` of its own, apart from the state of periodic updates."""
+        if prune_rate is None:
+            prune, rate = self._prune, self.current_prune_rate()
+        else:
+            prune, rate = PRUNE[self.prune].begin(), prune_rate
         generator = torch.Generator(layers[0].mask.device)
         generator.manual_seed(derive_seed(self.seed, "growth", self._explorations))
-        removed = prune_and_grow(layers, self.prune, self.growth, self.redistribution, rate, threshold, generator)
+        prune_and_grow(layers, prune, self.growth, self.redistribution, rate, generator)
         if GROWTH[self.growth].draws:
             for layer in layers:  # GPUs of different kinds draw differently from one seed
                 distributed.broadcast(layer.mask)
         self._explorations += 1
-        if steers and before:
-            # A threshold of zero could not be steered: look for one anew next time.
-            self._threshold = steer_threshold(threshold, removed / before, rate) or None
 
     def _settle(self, layers: list[Layer]) -> None:
         """Apply masks that just changed, record them, and check that all ranks made the same change."""
@@ -691,6 +689,13 @@ def _fingerprint(mask: Tensor) -> Tensor:
         mixed = mixed * factor
         mixed = mixed.bitwise_xor(mixed >> 29)
     return mixed.sum()
+
+
+def _of_this_version(state: Any) -> Any:
+    """A :meth:`Masking.state_dict`, also of versions up to 0.2.0, where every mode had a threshold."""
+    if isinstance(state, Mapping) and "threshold" in state and "prune_state" not in state:
+        return {**state, "prune_state": {"threshold": state["threshold"]}}
+    return state
 
 
 def _check_choice(name: str, value: str, table: Mapping[str, Any]) -> None:

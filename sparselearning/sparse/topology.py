@@ -1,4 +1,4 @@
-"""Which weights to remove and which to grow: pure tensor code without state.
+"""Which weights to remove and which to grow: pure tensor code, without state but for a mode that keeps its own.
 
 Everything is one question, asked with different scores: *where are the k largest?* Pruning asks it of the active
 weights, growing of the inactive ones, and RigL differs from SET in the score alone. ``select_largest`` answers it.
@@ -10,11 +10,13 @@ can choose from stands in four tables: :data:`PRUNE`, :data:`GROWTH`, :data:`RED
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
+from sparselearning.process.schema import Amount
+from sparselearning.process.tensor_schema import Check, record
 from sparselearning.sparse.distributions import active_count, apportion, nonzero_counts
 from sparselearning.sparse.selection import checked_together, select_largest
 
@@ -40,6 +42,8 @@ class Mode:
     """One entry of a table: a function, and what it reads of a :class:`Layer` besides weight and mask.
 
     Attributes:
+        function: or, for a pruning mode that keeps a state from update to update, a class of :class:`Stateful` objects
+            that are called like such a function.
         draws: at random, so that in a data-parallel run rank 0's masks count.
     """
 
@@ -51,6 +55,24 @@ class Mode:
     def __call__(self, *args: Any) -> Any:
         """Call the function."""
         return self.function(*args)
+
+    def begin(self) -> Callable[..., Any]:
+        """What one run calls: the function, or an object of the class with a state that no other run shares."""
+        return self.function() if isinstance(self.function, type) else self.function
+
+
+@runtime_checkable
+class Stateful(Protocol):
+    """What changes from update to update."""
+
+    def schema(self) -> Check:
+        """What a :meth:`state_dict` has to hold."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """A copy of what changes."""
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a :meth:`state_dict`."""
 
 
 def classifier(weights: Mapping[str, Tensor]) -> str | None:
@@ -80,11 +102,10 @@ def active_counts(layers: Sequence[Layer]) -> list[int]:
 
 
 # ------------------------------------------------------------------------------------------------ pruning
-# Each mode: (layers, prune_rate, threshold) -> per layer a flat mask of the removed weights; only the mode `threshold`
-# reads the number of that name.
+# Each mode: (layers, prune_rate) -> per layer a flat mask of the removed weights.
 
 
-def prune_magnitude(layers: Sequence[Layer], prune_rate: float, threshold: float) -> list[Tensor]:
+def prune_magnitude(layers: Sequence[Layer], prune_rate: float) -> list[Tensor]:
     """Remove from every layer the ``ceil(prune_rate · n)`` of its ``n`` active weights with the smallest |w|."""
     return [
         smallest_active([layer], removal_count(prune_rate, n))[0]
@@ -92,7 +113,7 @@ def prune_magnitude(layers: Sequence[Layer], prune_rate: float, threshold: float
     ]
 
 
-def prune_set(layers: Sequence[Layer], prune_rate: float, threshold: float) -> list[Tensor]:
+def prune_set(layers: Sequence[Layer], prune_rate: float) -> list[Tensor]:
     """Remove half from the smallest positive weights, half from the largest negative ones (SET, alg. 2).
 
     Of an odd count the positive side gives one more; a side that has too few leaves the rest to the other. Weights
@@ -110,27 +131,46 @@ def prune_set(layers: Sequence[Layer], prune_rate: float, threshold: float) -> l
     return removed
 
 
-def prune_threshold(layers: Sequence[Layer], prune_rate: float, threshold: float) -> list[Tensor]:
-    """Remove every active weight with |w| at or below ``threshold``, which :func:`steer_threshold` adapts."""
-    return [layer.weight.abs().le(threshold).logical_and_(layer.mask) for layer in layers]
-
-
-def prune_global_magnitude(layers: Sequence[Layer], prune_rate: float, threshold: float) -> list[Tensor]:
+def prune_global_magnitude(layers: Sequence[Layer], prune_rate: float) -> list[Tensor]:
     """Remove the ``ceil(prune_rate · n)`` smallest of all ``n`` active weights, wherever they are."""
     return smallest_active(layers, removal_count(prune_rate, sum(active_counts(layers))))
 
 
-PRUNE = {
-    "magnitude": Mode(prune_magnitude),
-    "SET": Mode(prune_set),
-    "threshold": Mode(prune_threshold),
-    "global_magnitude": Mode(prune_global_magnitude),
-}
+class ThresholdPruning:
+    """Remove every active weight with |w| at or below a threshold, steered so that their share tracks ``prune_rate``.
+
+    Attributes:
+        threshold: of the next update; None: to be looked for among the weights.
+    """
+
+    def __init__(self) -> None:
+        self.threshold: float | None = None
+
+    def __call__(self, layers: Sequence[Layer], prune_rate: float) -> list[Tensor]:
+        """Choose the weights, and steer."""
+        threshold = magnitude_quantile(layers, prune_rate) if self.threshold is None else self.threshold
+        removed = [layer.weight.abs().le(threshold).logical_and_(layer.mask) for layer in layers]
+        if active := sum(active_counts(layers)):
+            # A threshold of zero could not be steered: look for one anew next time.
+            self.threshold = steer_threshold(threshold, sum(nonzero_counts(removed)) / active, prune_rate) or None
+        return removed
+
+    def schema(self) -> Check:
+        """What a :meth:`state_dict` has to hold."""
+        return record({"threshold": Amount | None})
+
+    def state_dict(self) -> dict[str, Any]:
+        """The threshold."""
+        return {"threshold": self.threshold}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a :meth:`state_dict`."""
+        self.threshold = state["threshold"]
 
 
 def magnitude_quantile(layers: Sequence[Layer], prune_rate: float) -> float:
     """Magnitude below or at which ``ceil(prune_rate · n)`` of all ``n`` active weights lie; 0 for none."""
-    removed = prune_global_magnitude(layers, prune_rate, 0.0)
+    removed = prune_global_magnitude(layers, prune_rate)
     largest = [
         layer.weight.abs().masked_fill_(~chosen, 0).amax() for layer, chosen in zip(layers, removed, strict=True)
     ]
@@ -138,10 +178,18 @@ def magnitude_quantile(layers: Sequence[Layer], prune_rate: float) -> float:
 
 
 def steer_threshold(threshold: float, removed_share: float, prune_rate: float) -> float:
-    """Next threshold of ``threshold`` pruning: raised or lowered, at most twofold, by how far the share was off."""
+    """Next threshold of :class:`ThresholdPruning`: raised or lowered, at most twofold, by how far the share was off."""
     if removed_share == 0:
         return 2 * threshold
     return threshold * min(2.0, max(0.5, prune_rate / removed_share))
+
+
+PRUNE = {
+    "magnitude": Mode(prune_magnitude),
+    "SET": Mode(prune_set),
+    "threshold": Mode(ThresholdPruning),
+    "global_magnitude": Mode(prune_global_magnitude),
+}
 
 
 # ------------------------------------------------------------------------------------------------- growing
@@ -226,43 +274,36 @@ def chosen_modes(prune: str, growth: str, redistribution: str) -> list[Mode]:
 
 def prune_and_grow(
     layers: Sequence[Layer],
-    prune: str,
+    prune: Callable[[Sequence[Layer], float], list[Tensor]],
     growth: str,
     redistribution: str,
     prune_rate: float,
-    threshold: float,
     generator: torch.Generator,
-) -> int:
+) -> None:
     """Remove active weights and grow as many inactive ones; changes the masks in place, never a weight.
 
     Args:
         layers: all masked layers.
-        prune: name in :data:`PRUNE`. Of ``n`` active weights, ``ceil(prune_rate · n)`` go (``threshold``: those
-            with |w| ≤ ``threshold``).
+        prune: a mode of :data:`PRUNE`, begun. Of ``n`` active weights, ``ceil(prune_rate · n)`` go (``threshold``:
+            about as many).
         growth: name in :data:`GROWTH`; weights just removed may grow back.
         redistribution: name in :data:`REDISTRIBUTION`. ``none``: a layer regrows what it lost.
         prune_rate: share of the active weights, in [0, 1].
-        threshold: magnitude that ``threshold`` pruning cuts at.
         generator: source of random growth, on the layers' device.
-
-    Returns:
-        How many weights were removed, and as many grown.
     """
     claim = REDISTRIBUTION[redistribution]
     claims = [claim(layer) for layer in layers] if claim else []
     with checked_together():
-        removed = PRUNE[prune](layers, prune_rate, threshold)
+        removed = prune(layers, prune_rate)
     _remove(layers, removed)
     counts = nonzero_counts(removed)
-    removed_total = sum(counts)
     if claim:
         room = [layer.mask.numel() - n for layer, n in zip(layers, active_counts(layers), strict=True)]
-        counts = apportion(removed_total, claims, room)
+        counts = apportion(sum(counts), claims, room)
     with checked_together():
         for layer, k in zip(layers, counts, strict=True):
             if k:
                 layer.mask.logical_or_(GROWTH[growth](layer, k, generator))
-    return removed_total
 
 
 # ----------------------------------------------------------------------------------------- gradual pruning

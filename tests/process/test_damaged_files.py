@@ -165,8 +165,10 @@ def harmless(path, name):
             return True  # for other precisions, devices, or settings than this run's
         case ("optimizer", "state", _):
             return name == "none"  # of a parameter that has had no gradient yet
-        case ("masking", "threshold") | (*_, "python", 2):
+        case ("masking", "prune_state", "threshold") | (*_, "python", 2):
             return name in ("none", "number")  # which both may be
+        case ("masking", "prune_state"):
+            return name == "none"  # as before the first update
         case ("gradients", _):
             return name in ("none", "NaN")  # explored after another look at gradients
         case ("metrics", 0, "train_loss" | "eval_loss"):

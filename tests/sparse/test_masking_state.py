@@ -104,6 +104,36 @@ def test_a_resumed_run_is_bit_identical(optimizer, options):
     assert masking.explored() == resumed.explored()
 
 
+@pytest.mark.parametrize("prune", ["threshold", "magnitude"])
+def test_states_of_earlier_versions_go_on(prune):
+    """They had a threshold, whatever the mode, where a mode's own state is now."""
+    _, masking = eight([1.0, 2, 3, 4, 0, 0, 0, 0], prune=prune)
+    state = masking.state_dict()
+    del state["prune_state"]
+    masking.load_state_dict({**state, "threshold": 0.75 if prune == "threshold" else None})
+    assert masking.state_dict()["prune_state"] == ({"threshold": 0.75} if prune == "threshold" else None)
+
+
+@pytest.mark.parametrize(("from_prune", "to_prune"), [("magnitude", "threshold"), ("threshold", "magnitude")])
+def test_a_mode_starts_anew_in_the_state_of_a_run_with_another(from_prune, to_prune):
+    _, one = eight([1.0, 2, 3, 4, 0, 0, 0, 0], prune=from_prune)
+    _, other = eight([1.0, 2, 3, 4, 0, 0, 0, 0], prune=to_prune)
+    before = other.state_dict()["prune_state"]
+    other.load_state_dict(one.state_dict())
+    assert other.state_dict()["prune_state"] == before
+
+
+def test_exploring_by_call_leaves_the_threshold_alone():
+    model, masking = eight([1.0, 2, 3, 4, 0, 0, 0, 0], prune="threshold", growth="gradient")
+    step(model, masking, GROW_4)
+    state = masking.state_dict()["prune_state"]
+    assert state["threshold"] > 0
+    masking.truncate_weights(0.75)
+    assert masking.state_dict()["prune_state"] == state
+    masking.truncate_weights()
+    assert masking.state_dict()["prune_state"] != state
+
+
 def test_the_state_of_another_model_is_refused():
     _, masking = eight([1.0, 2, 3, 4, 0, 0, 0, 0])
     other = SmallNet()

@@ -15,6 +15,8 @@ from sparselearning.sparse.topology import (
     PRUNE,
     REDISTRIBUTION,
     Layer,
+    Stateful,
+    ThresholdPruning,
     magnitude_quantile,
     prune_and_grow,
     removal_count,
@@ -55,15 +57,22 @@ def active(layers):
     return positions(layer.mask for layer in layers)
 
 
+def begun(prune, threshold=None):
+    """A pruning mode, about to be called; ``threshold`` pruning where it has got to that threshold."""
+    mode = PRUNE[prune].begin()
+    if isinstance(mode, ThresholdPruning):
+        mode.load_state_dict({"threshold": threshold})
+    return mode
+
+
 def update(layers, prune="magnitude", growth="gradient", redistribution="none", rate=0.5, threshold=0.0):
     """Run one prune-and-grow; return the masks before it, between its halves, and after it."""
     before = [x.mask.clone() for x in layers]
-    removed = PRUNE[prune](layers, rate, threshold)
+    removed = begun(prune, threshold)(layers, rate)
     assert all((mask | gone == mask).all() for mask, gone in zip(before, removed, strict=True)), "only active ones go"
     assert all(torch.equal(x.mask, mask) for x, mask in zip(layers, before, strict=True)), "choosing changes nothing"
     weights = [x.weight.clone() for x in layers]
-    total = prune_and_grow(layers, prune, growth, redistribution, rate, threshold, generator())
-    assert total == sum(int(gone.sum()) for gone in removed)
+    prune_and_grow(layers, begun(prune, threshold), growth, redistribution, rate, generator())
     assert all(torch.equal(x.weight, w) for x, w in zip(layers, weights, strict=True)), "masks change, weights do not"
     between = [mask & ~gone for mask, gone in zip(before, removed, strict=True)]
     assert all((mask & ~x.mask).sum() == 0 for x, mask in zip(layers, between, strict=True)), "growing removes nothing"
@@ -88,7 +97,7 @@ PRUNED = [
 
 @pytest.mark.parametrize(("mode", "rate", "removed"), PRUNED)
 def test_pruning_by_hand(mode, rate, removed):
-    found = positions(PRUNE[mode]([small(), large()], rate, 3.0))
+    found = positions(begun(mode, 3.0)([small(), large()], rate))
     assert found[0] == removed[0]
     assert removed[1] is None or found[1] == removed[1]
 
@@ -117,7 +126,7 @@ def test_counts_are_not_off_by_binary_rounding(rate, n, removed):
     ],
 )
 def test_set_pruning_takes_half_from_each_side(weights, rate, removed):
-    found = PRUNE["SET"]([layer(weights, [1] * 8)], rate, 0.0)[0]
+    found = PRUNE["SET"]([layer(weights, [1] * 8)], rate)[0]
     assert sorted(torch.tensor(weights)[found].tolist()) == sorted(removed)
 
 
@@ -132,6 +141,34 @@ def test_threshold_is_steered_towards_the_wanted_share():
     assert steer_threshold(1.0, 0.6, 0.5) < 1.0
     assert steer_threshold(1.0, 0.4, 0.5) > 1.0
     assert steer_threshold(1.0, 0.0, 0.5) > 1.0
+
+
+def test_threshold_pruning_by_hand():
+    # |w| in order: 1 2 2.5 3 4 5 6 10 20 30 40; ceil(11 · 0.2) = 3 of them lie at or below 2.5
+    mode = begun("threshold")
+    assert positions(mode([small(), large()], 0.2)) == [[0, 2], [4]]
+    assert mode.state_dict()["threshold"] == pytest.approx(2.5 * 0.2 / (3 / 11))  # 1.83: more than 0.2 had gone
+    assert positions(mode([small(), large()], 0.2)) == [[0], []]
+    assert mode.state_dict()["threshold"] == pytest.approx(2 * 2.5 * 0.2 / (3 / 11))  # 1 of 11: raised, but twofold
+
+
+def test_threshold_pruning_is_not_steered_from_zero():
+    mode = begun("threshold")
+    mode([layer([0.0] * 8, [1] * 8)], 0.5)
+    assert mode.state_dict() == {"threshold": None}
+
+
+def test_threshold_pruning_waits_for_active_weights():
+    mode = begun("threshold", 0.5)
+    mode([layer([1.0] * 8, [0] * 8)], 0.5)
+    assert mode.state_dict() == {"threshold": 0.5}
+
+
+@pytest.mark.parametrize("name", PRUNE)
+def test_runs_share_no_state(name):
+    first, second = PRUNE[name].begin(), PRUNE[name].begin()
+    first([small(), large()], 0.5)
+    assert not isinstance(first, Stateful) or second.state_dict() == PRUNE[name].begin().state_dict()
 
 
 # ------------------------------------------------------------------------------------------------- growing
@@ -300,7 +337,7 @@ def test_an_update_keeps_every_count(prune, growth, redistribution, layers, rate
 def test_counts_are_kept_where_sums_overflow(growth, redistribution):
     huge = [3e38] * 8
     layers = [layer(huge, SMALL_ACTIVE, gradient=huge, momentum=huge) for _ in range(2)]
-    prune_and_grow(layers, "magnitude", growth, redistribution, 0.5, 0.0, generator())
+    prune_and_grow(layers, PRUNE["magnitude"], growth, redistribution, 0.5, generator())
     assert sum(int(x.mask.sum()) for x in layers) == 12
 
 
