@@ -20,7 +20,7 @@ from sparselearning.process.tensor_schema import Check, all_of, conform, inside,
 from sparselearning.sparse.distributions import active_count, nonzero_counts
 from sparselearning.sparse.layers import EMBEDDINGS, fixed_densities, maskable_parameters
 from sparselearning.sparse.optimizer_state import KEEPS_ZEROS, DenseMomentum, has_momentum, per_weight_state, take_step
-from sparselearning.sparse.schedules import DECAYS, gradual_density
+from sparselearning.sparse.schedules import DECAYS, UpdateSchedule, gradual_density
 from sparselearning.sparse.sparse_init import SPARSE_INITS, InitSettings
 from sparselearning.sparse.topology import (
     GROWTH,
@@ -333,24 +333,24 @@ class Masking:
     @property
     def update_due(self) -> bool:
         """Whether the next :meth:`step` ends with a topology update."""
-        coming = self.steps + 1
-        due = self._overdue or coming % self.update_frequency == 0
-        return self.updates_enabled and due and (self._shrinks_at(coming) or self._grows_at(coming))
+        return self.updates_enabled and self.schedule.is_due(self.steps + 1, self._overdue)
 
-    def _shrinks_at(self, step: int) -> bool:
-        """Whether an update at this step prunes gradually."""
-        return self._method.shrink is not None and step >= self.prune_start_step
-
-    def _grows_at(self, step: int) -> bool:
-        """Whether an update at this step prunes and grows."""
-        waits = self._method.shrink is not None and step < self.prune_start_step
-        ended = self.final_update_step is not None and step > self.final_update_step
-        return self._method.grows and not waits and not ended
+    @property
+    def schedule(self) -> UpdateSchedule:
+        """Which steps end with a topology update as long as updates are enabled."""
+        return UpdateSchedule(
+            self.update_frequency,
+            shrinks=self._method.shrink is not None,
+            grows=self._method.grows,
+            start=self.prune_start_step,
+            last_growth=self.final_update_step,
+        )
 
     @property
     def needs_dense_gradients(self) -> bool:
         """Whether the next :meth:`step` reads gradients of inactive weights, which the backward pass then computes."""
-        return self._tracks_momentum or (self._reads_gradient and self.update_due and self._grows_at(self.steps + 1))
+        explores = self.update_due and self.schedule.grows_at(self.steps + 1)
+        return self._tracks_momentum or (self._reads_gradient and explores)
 
     @property
     def parameters(self) -> Mapping[str, nn.Parameter]:
@@ -426,7 +426,7 @@ class Masking:
         """
         if self._tracks_momentum:
             return 0
-        updates = self.updates_enabled and self._grows_at(self.steps + 1)
+        updates = self.updates_enabled and self.schedule.grows_at(self.steps + 1)
         return self.update_frequency if updates and GROWTH[self.growth].reads_gradient else None
 
     def scheduled_density(self) -> float:
@@ -526,7 +526,7 @@ class Masking:
         layers = self._layers()
         if self._method.shrink:
             self._method.shrink(layers, self.scheduled_density())
-        if self._grows_at(self.steps):
+        if self.schedule.grows_at(self.steps):
             self._explore(layers)
         self._settle(layers)
 

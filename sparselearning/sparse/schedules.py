@@ -5,8 +5,47 @@ Nothing here has state, so a resumed run needs no replay and a test is one line.
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 MIN_COSINE_PRUNE_RATE = 0.005
+
+
+@dataclass(frozen=True)
+class UpdateSchedule:
+    """Which optimizer steps, counted from 1, end with a topology update, and what it does.
+
+    Attributes:
+        every: steps from one update to the next.
+        shrinks: updates prune gradually.
+        grows: updates prune and grow.
+        start: step before which a method that prunes gradually changes nothing.
+        last_growth: last step that may prune and grow; None: there is none. Gradual pruning goes on after it.
+    """
+
+    every: int
+    shrinks: bool = False
+    grows: bool = True
+    start: int = 0
+    last_growth: int | None = None
+
+    def is_due(self, step: int, overdue: bool = False) -> bool:
+        """Whether this step ends with an update; one that is overdue does not wait for its turn."""
+        return (overdue or step % self.every == 0) and (self.shrinks_at(step) or self.grows_at(step))
+
+    def shrinks_at(self, step: int) -> bool:
+        """Whether an update at this step prunes gradually."""
+        return self.shrinks and step >= self.start
+
+    def grows_at(self, step: int) -> bool:
+        """Whether an update at this step prunes and grows."""
+        waits = self.shrinks and step < self.start
+        ended = self.last_growth is not None and step > self.last_growth
+        return self.grows and not (waits or ended)
+
+    def last_shrink(self, steps: int) -> int:
+        """Last of the first ``steps`` steps that ends with gradual pruning; 0: none does."""
+        last = steps - steps % self.every
+        return last if self.shrinks_at(last) else 0
 
 
 def gradual_density(step: int, start: int, end: int, initial: float, final: float) -> float:

@@ -174,7 +174,7 @@ class Trainer:
         batches = len(self.sources.train)
         plan = self.plan
         self.passes.network.train()
-        if self.masking and plan.is_cycle(self.epoch) and not plan.updates_in_cycles:
+        if self.masking and self.epoch >= plan.updates_end_epoch:
             self.masking.updates_enabled = False
         began = time.perf_counter()
         images = 0  # since this call began: a resumed epoch's rate is its own

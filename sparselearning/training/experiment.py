@@ -326,8 +326,8 @@ def _note_unfinished_pruning(masking: Masking, plan: Plan, batches: int) -> None
     """Tell the user if the last topology update comes before gradual pruning is at its end."""
     if not (METHODS[masking.method].shrink and masking.updates_enabled) or masking.prune_end_step is None:
         return
-    end = (plan.end_epoch if plan.updates_in_cycles else plan.budget.pretrain_epochs) * batches
-    last = end - end % masking.update_frequency
+    end = plan.updates_end_epoch * batches
+    last = masking.schedule.last_shrink(end)
     gets_there = last > masking.steps and last >= masking.prune_end_step
     if gets_there or not _is_denser(masking, masking.final_density):
         return

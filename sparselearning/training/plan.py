@@ -79,6 +79,11 @@ class Plan:
         """Epoch after the run's last one."""
         return self.budget.total_epochs if self.cyclic_train else self.budget.pretrain_epochs
 
+    @property
+    def updates_end_epoch(self) -> int:
+        """Epoch after the last one with periodic topology updates."""
+        return self.end_epoch if self.updates_in_cycles else self.budget.pretrain_epochs
+
     def is_cycle(self, epoch: int) -> bool:
         """Whether an epoch belongs to a cycle."""
         return epoch >= self.budget.pretrain_epochs

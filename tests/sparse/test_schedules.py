@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sparselearning import cyclic_lr, gradual_density
-from sparselearning.sparse.schedules import DECAYS, milestone_lr
+from sparselearning.sparse.schedules import DECAYS, UpdateSchedule, milestone_lr
 from sparselearning.training.plan import EpochBudget
 
 # d_final + (d_init - d_final) · (1 - done)³ from 0.5 to 0.1 over steps 10 to 30: 0.1 + 0.4 · (1, 27/64, 1/8, 1/64, 0)
@@ -26,6 +26,37 @@ def test_gradual_density_is_exactly_final_from_the_end_on(end, final):
 @pytest.mark.parametrize(("step", "density"), [(4, 0.5), (5, 0.1), (6, 0.1)])
 def test_gradual_density_of_an_empty_window_jumps(step, density):
     assert gradual_density(step, 5, 5, 0.5, 0.1) == density
+
+
+# Every fourth step up to 20: (what the method does and when, steps that prune gradually, steps that prune and grow)
+UPDATES = {
+    "DST": ({}, [], [4, 8, 12, 16, 20]),
+    "DST to step 12": ({"last_growth": 12}, [], [4, 8, 12]),
+    "DST to step 11": ({"last_growth": 11}, [], [4, 8]),
+    "DST knows no window": ({"start": 9}, [], [4, 8, 12, 16, 20]),
+    "GraNet from step 8": ({"shrinks": True, "start": 8}, [8, 12, 16, 20], [8, 12, 16, 20]),
+    "GraNet from 9 to 15": ({"shrinks": True, "start": 9, "last_growth": 15}, [12, 16, 20], [12]),
+    "GMP": ({"shrinks": True, "grows": False, "start": 5, "last_growth": 0}, [8, 12, 16, 20], []),
+    "nothing": ({"grows": False}, [], []),
+}
+
+
+@pytest.mark.parametrize(("settings", "shrinking", "growing"), UPDATES.values(), ids=UPDATES)
+def test_updates_by_hand(settings, shrinking, growing):
+    schedule = UpdateSchedule(4, **settings)
+    steps = range(1, 21)
+    due = [step for step in steps if schedule.is_due(step)]
+    assert [step for step in due if schedule.shrinks_at(step)] == shrinking
+    assert [step for step in due if schedule.grows_at(step)] == growing
+    assert due == sorted({*shrinking, *growing})
+    assert [schedule.last_shrink(end) for end in (3, 11, 20)] == [
+        max([step for step in shrinking if step <= end], default=0) for end in (3, 11, 20)
+    ]
+
+
+def test_an_overdue_update_comes_at_the_next_step_that_has_something_to_do():
+    schedule = UpdateSchedule(4, shrinks=True, start=8)
+    assert [step for step in range(1, 14) if schedule.is_due(step, overdue=True)] == [8, 9, 10, 11, 12, 13]
 
 
 @given(

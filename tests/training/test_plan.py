@@ -30,3 +30,10 @@ def test_plan_without_cyclic_rate_keeps_the_last_rate_of_pretraining():
 def test_plan_of_one_part(parts, epochs):
     plan = Plan(EpochBudget(3, 2, 2), lambda e: 0.1, lambda n: 0.5, pre_train=parts[0], cyclic_train=parts[1])
     assert (plan.first_epoch, plan.end_epoch) == epochs
+
+
+@pytest.mark.parametrize(("in_cycles", "cyclic_train", "end"), [(True, True, 7), (True, False, 3), (False, True, 3)])
+def test_where_topology_updates_end(in_cycles, cyclic_train, end):
+    budget = EpochBudget(3, 2, 2)
+    plan = Plan(budget, lambda e: 0.1, lambda n: 0.5, cyclic_train=cyclic_train, updates_in_cycles=in_cycles)
+    assert plan.updates_end_epoch == end
