@@ -141,7 +141,7 @@ def line(cells: Sequence[str]) -> str:
 
 
 def markdown(rows: Iterable[Row]) -> str:
-    """The table for a README."""
+    """The table in Markdown."""
     lines = [TITLES, ["---", *["---:"] * (len(TITLES) - 1)], *(row.cells() for row in rows)]
     return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 

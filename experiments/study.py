@@ -29,14 +29,13 @@ from sparselearning.process.errors import UsageError  # noqa: E402
 from sparselearning.process.files import check_output, copy_whole, write_json, write_text, write_whole  # noqa: E402
 from sparselearning.process.script import run_script  # noqa: E402
 from sparselearning.reporting.runs import find_runs, group_runs, read_run  # noqa: E402
-from sparselearning.reporting.tables import markdown_report, markdown_table  # noqa: E402
+from sparselearning.reporting.tables import headline_table, markdown_report  # noqa: E402
 from sparselearning.training import flags  # noqa: E402
 from sparselearning.training.run_folder import RunFolder  # noqa: E402
 
 WORK = Path("study")
 RESULTS = Path("results")
 PAGES = [Path("RESULTS.md"), Path("README.md")]
-HEADLINE = ("pretrain_acc_percent", "last_ticket_acc_percent", "final_acc_percent", "gain_over_plain_points")
 
 
 class Experiment(NamedTuple):
@@ -324,7 +323,7 @@ def fill(page: Path) -> None:
 def filled(text: str) -> str:
     """Put below a comment ``report FOLDER…`` what the report says of these runs, and end it with a comment ``end``.
 
-    A comment ``headline FOLDER…`` gets the report's table alone, with the columns of :data:`HEADLINE`.
+    A comment ``headline FOLDER…`` gets the runs with tickets alone, each beside its control.
     """
 
     def table(match: re.Match[str]) -> str:
@@ -340,7 +339,7 @@ def filled(text: str) -> str:
 def _report(folders: Sequence[Path], kind: str) -> str:
     """What ``python -m sparselearning.report FOLDER…`` tabulates, or its headline."""
     groups, left_out = group_runs([read_run(path) for path in find_runs(folders)])
-    return markdown_table(groups, HEADLINE) if kind == "headline" else markdown_report(groups, left_out)
+    return headline_table(groups) if kind == "headline" else markdown_report(groups, left_out)
 
 
 if __name__ == "__main__":

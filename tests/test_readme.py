@@ -1,9 +1,9 @@
-"""The README keeps its promises: it names every flag, and its library example runs as printed."""
+"""README and docs/ keep their promises: links resolve, flags and figures are current, examples run as printed."""
 
 import json
 import os
 import re
-import runpy
+import shlex
 import subprocess
 import sys
 import sysconfig
@@ -14,27 +14,91 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from sparselearning import report
+from sparselearning import Masking, report
 
 ROOT = Path(__file__).parents[1]
+sys.path += [str(ROOT / folder) for folder in ("docs", "ImageNet", "CIFAR")]
+
+import main as imagenet  # noqa: E402  found once their folders are on the path
+import main_suptickets as cifar  # noqa: E402
+import make_flags  # noqa: E402
+
 README = (ROOT / "README.md").read_text()
+PAGES = {str(path.relative_to(ROOT)): path.read_text() for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"))}
 SCRIPTS = [
     str(path)
-    for folder in ("CIFAR", "ImageNet", "benchmarks", "experiments")
+    for folder in ("CIFAR", "ImageNet", "benchmarks", "docs", "experiments")
     for path in sorted((ROOT / folder).glob("*.py"))
     if path.read_text().startswith("#!")
 ]
+OF_OTHER_PROGRAMS = {"--max_restarts", "--log_dir", "--gpu", "--help"}
+"""Flags of torchrun and pytest, and the one that every command has."""
 
 
-@pytest.mark.parametrize("script", ["CIFAR/main_suptickets.py", "ImageNet/main.py"])
-def test_names_every_flag(script, capsys, monkeypatch):
-    monkeypatch.setattr(sys, "argv", [script, "--help"])
-    with pytest.raises(SystemExit):
-        runpy.run_path(str(ROOT / script), run_name="__main__")
-    flags = set(re.findall(r"(?<![\w-])--[a-zA-Z][\w-]*", capsys.readouterr().out)) - {"--help"}
-    flags = {flag for flag in flags if not flag.startswith("--no-") or flag == "--no-cuda"}
-    assert len(flags) > 40
-    assert {flag for flag in flags if f"`{flag}" not in README} == set()
+def anchors(page):
+    """The anchors that a page's headings get."""
+    titles = re.findall(r"^#+ (.*)$", re.sub(r"^```.*?^```", "", page, flags=re.DOTALL | re.MULTILINE), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_resolve(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", PAGES[page]):
+        if target.startswith("https://"):
+            continue
+        path, _, anchor = target.partition("#")
+        linked = (ROOT / page).parent / path if path else ROOT / page
+        assert linked.exists(), target
+        assert not anchor or anchor in anchors(linked.read_text()), target
+
+
+def test_every_page_of_docs_is_one_click_from_the_readme():
+    linked = set(re.findall(r"\]\((docs/[^)#]+)", README))
+    assert {page for page in PAGES if page.startswith("docs/")} <= linked
+
+
+def test_the_readme_is_short_and_its_commands_come_first():
+    lines = README.splitlines()
+    assert len(lines) <= 160
+    for command in ("pip install -r requirements.txt", "python CIFAR/main_suptickets.py --demo"):
+        assert lines.index(command) < 40
+        assert command.split()[-1] in (ROOT / ".ci" / "run").read_text()
+
+
+def test_the_page_of_flags_is_what_the_parsers_say():
+    assert PAGES["docs/flags.md"] == make_flags.page(), "call python docs/make_flags.py"
+
+
+@pytest.mark.parametrize("page", ["README.md", *(page for page in PAGES if page.startswith("docs/"))])
+def test_flags_in_the_text_are_flags(page):
+    scripts = (path.read_text() for folder in ("benchmarks", "experiments") for path in (ROOT / folder).glob("*.py"))
+    known = set(re.findall(r"--[a-zA-Z][\w-]*", PAGES["docs/flags.md"] + "".join(scripts))) | OF_OTHER_PROGRAMS
+    named = re.findall(r"`(--[a-zA-Z][\w-]*)", PAGES[page])
+    assert set(named) <= known
+
+
+def command_lines(page):
+    """The command lines of both training scripts that can be pasted as they are: script and flags."""
+    lines = re.findall(r"^python3? (?:\$1multiproc\.py .*?\$1)?(main(?:_suptickets)?)\.py (.*)$", page, re.MULTILINE)
+    return [(name, shlex.split(line.replace("$2 ", ""))) for name, line in lines if "…" not in line]
+
+
+@pytest.mark.parametrize(("page", "number"), [("README.md", 2), ("docs/command-lines.md", 3), ("docs/imagenet.md", 4)])
+def test_published_lines_are_flags_that_fit_together(page, number):
+    lines = command_lines(PAGES[page])
+    assert len(lines) == number
+    for name, words in lines:
+        script = {"main_suptickets": cifar, "main": imagenet}[name]
+        args = script.parse(words)
+        assert args.pre_train
+        assert args.cyclic_train
+
+
+def test_the_readmes_changes_to_its_line_make_the_published_lines():
+    ((_, granet), _) = command_lines(README)
+    published = [cifar.parse(words) for _, words in command_lines(PAGES["docs/command-lines.md"])]
+    changes = [shlex.split(flags) for flags in re.findall(r"^\| (?:RigL|SET) \| `(.*)` \|$", README, re.MULTILINE)]
+    assert [cifar.parse(granet + change) for change in ([], *changes)] == published
 
 
 def test_every_script_of_a_clone_finds_the_library_without_an_installation(tmp_path):
@@ -61,8 +125,14 @@ for script in scripts:
     assert done.returncode == 0, done.stderr
 
 
-def test_library_example_runs():
-    code = re.search(r"## The library in ten lines.*?```python\n(.*?)```", README, re.DOTALL).group(1)
+def python_blocks(page):
+    return re.findall(r"```python\n(.*?)```", PAGES[page], re.DOTALL)
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/library.md"])
+def test_library_example_runs(page):
+    code = python_blocks(page)[0]
+    assert len(code.splitlines()) <= 15
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.LazyLinear(4))
     batch = torch.randn(8, 3, 6, 6), torch.randint(4, (8,))
@@ -81,10 +151,33 @@ def test_library_example_runs():
     assert sum(int(weight.count_nonzero()) for weight in weights) == round(0.05 * total)
 
 
+def test_sparse_execution_in_a_loop_of_ones_own_runs():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(128, 4))
+    masking = Masking(torch.optim.SGD(model.parameters(), lr=0.1), init_density=0.5)
+    masking.add_module(model)
+    names = {"model": model, "masking": masking}
+    exec(python_blocks("docs/speed.md")[0], names)
+    images = torch.randn(8, 3, 6, 6)
+    torch.testing.assert_close(names["network"](images), model(images))
+
+
+def test_the_line_about_single_layers_runs():
+    (line,) = [code for code in python_blocks("docs/library.md") if code.startswith("masking.add_module")]
+    model = nn.ModuleDict(
+        {"layer4": nn.ModuleDict({"a": nn.Linear(40, 50)}), "b": nn.Linear(60, 50), "fc": nn.Linear(9, 9)}
+    )
+    masking = Masking(torch.optim.SGD(model.parameters(), lr=0.1), init_density=0.5)
+    exec(line, {"masking": masking, "model": model})
+    assert {name: int(mask.sum()) for name, mask in masking.masks.items()} == {
+        "layer4.a.weight": 40,
+        "b.weight": 2500 - 40,  # half of all 5,000 weights but fc's, which has no mask
+    }
+
+
 @pytest.mark.parametrize("number", [0, 1])
 def test_own_model_examples_run(number, capsys):
-    section = README[README.index("## Bring your own model") : README.index("## What a run leaves behind")]
-    code = re.findall(r"```python\n(.*?)```", section, re.DOTALL)[number]
+    code = [code for code in python_blocks("docs/library.md") if "import torch\n" in code][number]
     torch.manual_seed(0)
     exec(code, {"__name__": "example"})
     printed = capsys.readouterr().out.splitlines()[-1]
@@ -95,7 +188,7 @@ def test_sweep_line_is_a_sweep(monkeypatch, capsys, tmp_path):
     import sweep
 
     monkeypatch.chdir(tmp_path)
-    line = re.search(r"^python CIFAR/sweep.py (.*)$", README, re.MULTILINE)[1]
+    line = re.search(r"^python CIFAR/sweep.py (.*)$", PAGES["docs/runs.md"], re.MULTILINE)[1]
     flags, rest = line.split(" -- ")
     sweep.main([*flags.split(), "--dry-run", "--", *rest.split()])
     assert (
@@ -103,11 +196,22 @@ def test_sweep_line_is_a_sweep(monkeypatch, capsys, tmp_path):
     )  # three methods, three seeds, each with its control
 
 
-def test_the_kept_demo_can_be_reported_and_is_what_the_readme_says(tmp_path):
+def test_the_kept_demo_can_be_reported_and_is_what_the_text_says(tmp_path):
     folder = ROOT / "results" / "demo"
     report.main([str(folder), "--out", str(tmp_path), "--no-plots"])
     summary, config = (json.loads((folder / name).read_text()) for name in ("summary.json", "config.json"))
-    said = re.search(r"demo --seed 2.*?results/demo/curves", README, re.DOTALL)[0]
+    said = re.search(r"demo --seed 2.*?results/demo/curves", PAGES["docs/runs.md"], re.DOTALL)[0]
     assert f"{summary['final_acc']:.1%} against {summary['ticket_acc'][-1]:.1%}" in said.replace(" %", "%")
     assert f"PyTorch {config['versions']['torch'][:4]}, commit {config['commit']}" in said
     assert config["command"] == "python CIFAR/main_suptickets.py --demo --seed 2"
+
+
+def test_what_masks_save_is_what_was_measured():
+    """The table of docs/speed.md, and the figure that README quotes from it."""
+    cells: dict[str, list[str]] = {}
+    for row in json.loads((ROOT / "results/speed/sparse-1-thread.json").read_text())["rows"]:
+        network, flops = re.match(r"(\S+), density \S+ \((\S+) of the FLOPs\)", row["what"]).groups()
+        cells.setdefault(network, []).append(f"{row['ratio']['median']:.2f} ({flops})")
+    for network, ratios in cells.items():
+        assert f"| {network} | {' | '.join(ratios)} |" in PAGES["docs/speed.md"]
+    assert f"ResNet18 at density 0.05 takes {cells['ResNet18'][1].split()[0]} of" in README.replace("\n", " ")

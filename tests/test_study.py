@@ -133,21 +133,21 @@ def test_tables_are_filled_in_and_filled_again(tmp_path, monkeypatch):
     assert study.filled(once) == once
 
 
-def test_a_headline_is_the_reports_table_without_most_of_its_columns(tmp_path, monkeypatch):
+def test_a_headline_shows_runs_with_tickets_beside_their_control_by_hand(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    write_run(tmp_path / "results/a/seed1")
+    for seed, final, plain in ((1, 0.9, 0.8), (2, 0.8, 0.76)):
+        write_run(tmp_path / f"results/a/seed{seed}", final=final, seed=seed)
+        write_run(tmp_path / f"results/plain/seed{seed}", final=plain, tickets=0, seed=seed)
 
     def cells(line):
         return [cell.strip() for cell in line.strip("|").split("|")]
 
-    once = study.filled("<!-- headline results/a results/b -->\nold\n<!-- end -->\n")
+    once = study.filled("<!-- headline results/a results/plain results/b -->\nold\n<!-- end -->\n")
     comment, _, header, _, row, missing, _, end = once.splitlines()
-    assert (comment, end) == ("<!-- headline results/a results/b -->", "<!-- end -->")
-    assert cells(header) == ["method", "n", "pre-trained [%]", "last ticket [%]", "final [%]"]
+    assert (comment, end) == ("<!-- headline results/a results/plain results/b -->", "<!-- end -->")
+    assert cells(header) == ["method", "n", "plain training [%]", "superposed [%]", "over plain training [points]"]
+    assert cells(row) == ["GraNet", "2", "78.00 ± 2.83", "85.00 ± 7.07", "+7.00 ± 4.24"]
     assert missing == "- not run yet: results/b"
-    report_lines = study.filled("<!-- report results/a --><!-- end -->").splitlines()
-    whole = dict(zip(cells(report_lines[2]), cells(report_lines[4]), strict=True))
-    assert cells(row) == [whole[title] for title in cells(header)]
     assert study.filled(once) == once
 
 

@@ -31,7 +31,7 @@ SEED_FOLDER = re.compile(r"(?<![^/\\])seed\d+(?![^/\\])")
 
 @dataclass(frozen=True)
 class Run:
-    """What one run left behind (README, "What a run leaves behind").
+    """What one run left behind (docs/runs.md, "What a run leaves behind").
 
     Attributes:
         folder: its files.

@@ -2,7 +2,7 @@
 
 import csv
 import io
-from collections.abc import Callable, Container, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from statistics import fmean, stdev
@@ -94,14 +94,26 @@ def _pairs_with_control(group: Group) -> bool:
     return group.control is not None and sorted(group.seeds) == sorted(group.control.seeds)
 
 
-def _gain_over_plain(group: Group, run: Run) -> float | None:
-    """Over the plain run of the same seed; where the seeds differ, over the mean plain run."""
+def _plain_accuracy(group: Group, run: Run) -> float | None:
+    """Of the plain run of the same seed; where the seeds differ, of the mean plain run."""
     if group.control is None:
         return None
     plain = {other.seed: final_accuracy(other) for other in group.control.runs}
-    return final_accuracy(run) - (plain[run.seed] if _pairs_with_control(group) else fmean(plain.values()))
+    return plain[run.seed] if _pairs_with_control(group) else fmean(plain.values())
 
 
+def _gain_over_plain(group: Group, run: Run) -> float | None:
+    plain = _plain_accuracy(group, run)
+    return None if plain is None else final_accuracy(run) - plain
+
+
+GAIN_OVER_PLAIN = Column(
+    "gain_over_plain_points",
+    "over plain training [points]",
+    _gain_over_plain,
+    signed=True,
+    has_std=_pairs_with_control,
+)
 COLUMNS = (
     Column("density", "density", _summary(lambda of: of.density), digits=4, has_std=lambda group: False),
     Column("pretrain_acc_percent", "pre-trained [%]", _of_tickets(_summary(lambda of: of.pretrain_acc, 100))),
@@ -114,10 +126,7 @@ COLUMNS = (
     Column(
         "gain_over_ticket_points", "over last ticket [points]", _summary(lambda of: of.gain_over_ticket), signed=True
     ),
-    Column(
-        "gain_over_plain_points", "over plain training [points]", _gain_over_plain,
-        signed=True, has_std=_pairs_with_control,
-    ),
+    GAIN_OVER_PLAIN,
     Column("explored", "ever active, R_s", _summary(lambda of: of.explored), digits=3),
     Column("parameters_of_dense", "parameters [of dense]", _summary(lambda of: of.parameters_of_dense), digits=3),
     Column(
@@ -131,21 +140,27 @@ COLUMNS = (
     Column("total_minutes", "time [min]", _summary(lambda of: of.total_seconds, 1 / 60), digits=1),
 )  # fmt: skip
 
+HEADLINE = (
+    Column("plain_acc_percent", "plain training [%]", _plain_accuracy, has_std=_pairs_with_control),
+    Column("superposed_acc_percent", "superposed [%]", lambda group, run: final_accuracy(run)),
+    GAIN_OVER_PLAIN,
+)
+"""What the claim of superposing is about: its networks beside plain training of the same length."""
+
 
 # ------------------------------------------------------------------------------------------------------- tables
 
 
-def _columns(groups: Sequence[Group], wanted: Container[str] | None = None) -> list[Column]:
-    """Columns that some group fills; ``wanted``: of these names only."""
-    named = [column for column in COLUMNS if wanted is None or column.name in wanted]
-    return [column for column in named if any(column.spread(group) for group in groups)]
+def _columns(groups: Sequence[Group], among: Sequence[Column] = COLUMNS) -> list[Column]:
+    """Columns that some group fills."""
+    return [column for column in among if any(column.spread(group) for group in groups)]
 
 
 def _cells(
-    groups: Sequence[Group], plus_minus: str, nothing: str, wanted: Container[str] | None = None
+    groups: Sequence[Group], plus_minus: str, nothing: str, among: Sequence[Column] = COLUMNS
 ) -> list[list[str]]:
     """Header and one row per group."""
-    columns = _columns(groups, wanted)
+    columns = _columns(groups, among)
     rows = [
         [group.label, str(len(group.runs)), *(c.text(c.spread(group), plus_minus, nothing) for c in columns)]
         for group in groups
@@ -153,14 +168,14 @@ def _cells(
     return [["method", "n", *(column.title for column in columns)], *rows]
 
 
-def markdown_table(groups: Sequence[Group], wanted: Container[str] | None = None) -> str:
-    """Mean ± sample standard deviation of each group, to be read as it is or rendered.
+def markdown_table(groups: Sequence[Group]) -> str:
+    """Mean ± sample standard deviation of each group, to be read as it is or rendered."""
+    return _markdown(_cells(groups, " ± ", "-"))
 
-    Args:
-        groups: a row each.
-        wanted: names of the columns to show; by default all that some group fills.
-    """
-    return _markdown(_cells(groups, " ± ", "-", wanted))
+
+def headline_table(groups: Sequence[Group]) -> str:
+    """Groups with tickets, each beside its control, in the columns of :data:`HEADLINE`."""
+    return _markdown(_cells([group for group in groups if group.ticket_flags], " ± ", "-", HEADLINE))
 
 
 def averages_table(groups: Sequence[Group]) -> str:

@@ -23,7 +23,7 @@ def _stands_at(path: Path, file: IO[str]) -> bool:
 
 
 class RunFolder:
-    """The files that one run leaves behind (README, "What a run leaves behind")."""
+    """The files that one run leaves behind (docs/runs.md, "What a run leaves behind")."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
