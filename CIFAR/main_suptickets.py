@@ -19,6 +19,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone runs without being installed
+if str(Path(__file__).resolve().parent) not in sys.path:  # ``sparselearning.analyze`` imports this file from elsewhere
+    sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import torch
 from cifar_data import Data, check_data_name, data_help, load_data
@@ -137,39 +139,15 @@ def run(args: argparse.Namespace, argv: Sequence[str] | None) -> None:
     if distributed.is_main():
         print(runtime.description(device), flush=True)
 
-    data, model = load(args, runtime, device)
+    recipe = set_up(args, runtime, device)
     values = flags.values(args)
-    network = {
-        "builder": builder_name(build_model),
-        "arguments": {
-            "name": args.model,
-            "num_classes": data.num_classes,
-            "in_channels": data.channels,
-            "image_size": data.image_size,
-        },
-        "input_shape": [data.channels, data.image_size, data.image_size],
-        "mean": list(data.mean),
-        "std": list(data.std),
-    }
-    recipe = experiment.Recipe(
-        model=model,
-        optimizer=OPTIMIZERS[args.optimizer](model.parameters(), args),
-        sources=Sources(
-            train=data.train,
-            train_once=data.train,  # has every image once already
-            evaluation=data.evaluation,
-            test=data.test if args.valid_split else None,
-        ),
-        sample_shape=(data.channels, data.image_size, data.image_size),
-        class_balanced_batch=lambda: data.train.class_balanced_batch(args.batch_size, args.seed),
-    )
-    folder = RunFolder(flags.run_path(args, args.model, data.name, budget))
-    config = {"command": flags.command(argv), **values, **provenance.environment(device), "network": network}
+    folder = RunFolder(flags.run_path(args, args.model, Path(args.data).stem, budget))
+    config = {"command": flags.command(argv), **values, **provenance.environment(device), "network": recipe.network}
     start = experiment.show_layers if args.show_layers else experiment.run
     start(
         recipe,
         flags.plan(args, budget, pretrain_lr(args, budget)),
-        flags.sparse_training(args, len(data.train), budget.total_epochs),
+        flags.sparse_training(args, len(recipe.sources.train), budget.total_epochs),
         runtime,
         experiment.Output(
             folder=folder,
@@ -194,6 +172,36 @@ def check(args: argparse.Namespace) -> list[str]:
         build_model(args.model, num_classes=10)
     momentum_is_zero = args.optimizer == "sgd" and args.momentum == 0
     return flags.check(args, momentum_is_zero, has_weights=args.resume is not None)
+
+
+def set_up(args: argparse.Namespace, runtime: Runtime, device: torch.device) -> experiment.Recipe:
+    """Network, optimizer and data of a run, on the device, before its first step."""
+    data, model = load(args, runtime, device)
+    sample_shape = (data.channels, data.image_size, data.image_size)
+    return experiment.Recipe(
+        model=model,
+        optimizer=OPTIMIZERS[args.optimizer](model.parameters(), args),
+        sources=Sources(
+            train=data.train,
+            train_once=data.train,  # has every image once already
+            evaluation=data.evaluation,
+            test=data.test if args.valid_split else None,
+        ),
+        sample_shape=sample_shape,
+        class_balanced_batch=lambda: data.train.class_balanced_batch(args.batch_size, args.seed),
+        network={
+            "builder": builder_name(build_model),
+            "arguments": {
+                "name": args.model,
+                "num_classes": data.num_classes,
+                "in_channels": data.channels,
+                "image_size": data.image_size,
+            },
+            "input_shape": list(sample_shape),
+            "mean": list(data.mean),
+            "std": list(data.std),
+        },
+    )
 
 
 def load(args: argparse.Namespace, runtime: Runtime, device: torch.device) -> tuple[Data, nn.Module]:

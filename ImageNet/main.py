@@ -18,6 +18,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone runs without being installed
+if str(Path(__file__).resolve().parent) not in sys.path:  # ``sparselearning.analyze`` imports this file from elsewhere
+    sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import torch
 from imagenet_data import MEAN, STD, load_imagenet
@@ -55,6 +57,38 @@ def main(argv: Sequence[str] | None = None) -> None:
     if distributed.is_main():
         print(runtime.description(device), flush=True)
 
+    recipe = set_up(args, runtime, device)
+    if args.pretrained_weights:
+        load_weights(recipe.model, load_torch(args.pretrained_weights), args.pretrained_weights)
+    values = flags.values(args)
+    config = {"command": flags.command(argv), **values, **provenance.environment(device), "network": recipe.network}
+    plan = flags.plan(args, budget, pretrain_lr(args))
+    sparse = flags.sparse_training(args, len(recipe.sources.train), budget.total_epochs)
+    folder = RunFolder(flags.run_path(args, args.arch, Path(os.path.abspath(args.data)).name, budget))
+    output = experiment.Output(
+        folder=folder,
+        config=config,
+        identity=flags.identity(values),
+        resume=args.resume,
+        log_interval=args.print_freq,
+        keep_tickets=args.keep_tickets,
+        trackers=flags.trackers(args, folder, config),
+        keep_checkpoints=args.gather_checkpoints,
+    )
+    if args.evaluate:
+        evaluate(recipe, plan, runtime, output)
+    elif measures_only(args):
+        trainer = experiment.prepare(recipe, plan, sparse, runtime, output)
+        profiling.measure(
+            trainer, training=args.benchmark_training, inference=args.benchmark_inference, profile=args.prof
+        )
+    else:
+        start = experiment.show_layers if args.show_layers else experiment.run
+        start(recipe, plan, sparse, runtime, output)
+
+
+def set_up(args: argparse.Namespace, runtime: Runtime, device: torch.device) -> experiment.Recipe:
+    """Network, optimizer and data of a run, on the device, before its first step."""
     seed_everything(args.seed)
     data = load_imagenet(
         args.data,
@@ -81,49 +115,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     memory_format = runtime.memory_format(model)
     data.use_memory_format(memory_format)
     model = model.to(device, memory_format=memory_format)
-    if args.pretrained_weights:
-        load_weights(model, load_torch(args.pretrained_weights), args.pretrained_weights)
-    values = flags.values(args)
-    network = {
-        "builder": builder_name(build_model),
-        "arguments": network_arguments,
-        "input_shape": list(val_shape),
-        "mean": [255 * mean for mean in MEAN],
-        "std": [255 * std for std in STD],
-        "resize": args.val_resize_size,
-    }
-    recipe = experiment.Recipe(
+    return experiment.Recipe(
         model=model,
         optimizer=make_optimizer(model, args),
         sources=Sources(train=data.train, train_once=data.train_once, evaluation=data.evaluation),
         sample_shape=sample_shape,
         class_balanced_batch=lambda: data.train.class_balanced_batch(args.batch_size, args.seed),
         label_smoothing=args.label_smoothing,
+        network={
+            "builder": builder_name(build_model),
+            "arguments": network_arguments,
+            "input_shape": list(val_shape),
+            "mean": [255 * mean for mean in MEAN],
+            "std": [255 * std for std in STD],
+            "resize": args.val_resize_size,
+        },
     )
-    plan = flags.plan(args, budget, pretrain_lr(args))
-    sparse = flags.sparse_training(args, len(data.train), budget.total_epochs)
-    folder = RunFolder(flags.run_path(args, args.arch, Path(os.path.abspath(args.data)).name, budget))
-    config = {"command": flags.command(argv), **values, **provenance.environment(device), "network": network}
-    output = experiment.Output(
-        folder=folder,
-        config=config,
-        identity=flags.identity(values),
-        resume=args.resume,
-        log_interval=args.print_freq,
-        keep_tickets=args.keep_tickets,
-        trackers=flags.trackers(args, folder, config),
-        keep_checkpoints=args.gather_checkpoints,
-    )
-    if args.evaluate:
-        evaluate(recipe, plan, runtime, output)
-    elif measures_only(args):
-        trainer = experiment.prepare(recipe, plan, sparse, runtime, output)
-        profiling.measure(
-            trainer, training=args.benchmark_training, inference=args.benchmark_inference, profile=args.prof
-        )
-    else:
-        start = experiment.show_layers if args.show_layers else experiment.run
-        start(recipe, plan, sparse, runtime, output)
 
 
 def make_parser() -> flags.Parser:

@@ -28,7 +28,7 @@ from sparselearning.training.flags import (  # noqa: E402
 
 PAGE = ROOT / "docs" / "flags.md"
 TRAINING = ("CIFAR/main_suptickets.py", "ImageNet/main.py")
-TOOLS = ("CIFAR/sweep.py", "CIFAR/analyze_tickets.py")
+TOOLS = ("CIFAR/sweep.py",)
 ESCAPED = str.maketrans({"|": r"\|", "*": r"\*", "\n": " "})
 HEAD = """# All flags
 

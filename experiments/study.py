@@ -21,10 +21,10 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "CIFAR"))
 
-import analyze_tickets  # noqa: E402  found once its folder is on the path
-import cifar_data  # noqa: E402
+import cifar_data  # noqa: E402  found once its folder is on the path
 import sweep  # noqa: E402
 
+from sparselearning import analyze  # noqa: E402
 from sparselearning.process.errors import UsageError  # noqa: E402
 from sparselearning.process.files import check_output, copy_whole, write_json, write_text, write_whole  # noqa: E402
 from sparselearning.process.script import run_script  # noqa: E402
@@ -225,7 +225,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             sweep.main([*sweep_words(study, name, out, seeds, args.gpus), "--data", data, "--data-dir", str(data_dir)])
             for run in map(RunFolder, runs_under(out)):
                 if run.read_config()["seed"] in seeds and run.ticket(1).is_file() and not run.analysis.is_file():
-                    analyze_tickets.main([str(run.path), "--grid", "--points", "3"])
+                    analyze.main([str(run.path), "--grid", "--points", "3"])
         collect(out, RESULTS / args.study / name)
     for page in filter(Path.is_file, PAGES):
         fill(page)

@@ -10,8 +10,9 @@ from sparselearning.process.script import run_script
 from sparselearning.training import flags
 
 COMMANDS = (
-    "commands: python -m sparselearning.report (tables and pictures of runs), python -m sparselearning.export "
-    "(files to deploy), python -m sparselearning.predict (classes of images)"
+    "commands: python -m sparselearning.report (tables and pictures of runs), python -m sparselearning.analyze (what "
+    "a run's tickets have in common), python -m sparselearning.export (files to deploy), python -m "
+    "sparselearning.predict (classes of images)"
 )
 
 

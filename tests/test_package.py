@@ -52,7 +52,7 @@ def test_the_wheel_holds_every_module(installed):
     assert (installed / "sparselearning" / "py.typed").exists()
 
 
-@pytest.mark.parametrize("command", ["report", "export", "predict"])
+@pytest.mark.parametrize("command", ["report", "analyze", "export", "predict"])
 def test_commands_run_outside_of_a_clone(installed, tmp_path, command):
     done = python("-m", f"sparselearning.{command}", "--help", installed=installed, cwd=tmp_path)
     assert done.returncode == 0, done.stderr

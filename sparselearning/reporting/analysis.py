@@ -1,6 +1,6 @@
 """What is known about the tickets of a run, as typed values: ``analysis/analysis.json``.
 
-``analyze_tickets.py`` measures and writes it; tables, pictures and reports read it.
+``sparselearning.analyze`` measures and writes it; tables, pictures and reports read it.
 """
 
 from collections.abc import Sequence
@@ -11,6 +11,8 @@ from sparselearning.process.schema import Amount, Count, Mismatch, Ordinal, Reco
 
 ENSEMBLE = "logit ensemble"
 """Name of the network that is none: the mean of the tickets' logits."""
+TEST_SET, HELD_OUT = "test set", "held-out part of the training set"
+"""Images that networks are measured on."""
 Matrix = list[list[Share]]
 
 
@@ -50,19 +52,25 @@ class EvaluatedOn(Record):
 
 @dataclass(frozen=True, kw_only=True)
 class Quality(Record):
-    """Accuracy in [0, 1], and mean loss per sample in nats."""
+    """How good predictions are.
+
+    Attributes:
+        accuracy: in [0, 1].
+        loss: mean per sample, the negative log-likelihood of the labels in nats.
+        held_out_accuracy: on the training images that choices are made on; None if those are what all is measured on,
+            or there are none.
+    """
 
     accuracy: Share
     loss: Unbounded
+    held_out_accuracy: Share | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
-class NetworkRow(Record):
+class NetworkRow(Quality):
     """What a ticket, a superposition or the ensemble is worth, and how many forward passes that takes."""
 
     name: str
-    accuracy: Share
-    loss: Unbounded
     density: Share
     forward_passes: Ordinal
 

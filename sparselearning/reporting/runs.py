@@ -40,7 +40,7 @@ class Run:
         metrics: one row per finished epoch, at least one.
         tickets: one row per ticket.
         summary: None as long as the run is unfinished.
-        analysis: what ``analyze_tickets.py`` found out about its tickets; None if nobody has looked.
+        analysis: what ``sparselearning.analyze`` found out about its tickets; None if nobody has looked.
     """
 
     folder: RunFolder

@@ -179,7 +179,7 @@ def headline_table(groups: Sequence[Group]) -> str:
 
 
 def averages_table(groups: Sequence[Group]) -> str:
-    """Accuracies of kept tickets, their ensemble and other averages, where ``analyze_tickets.py`` measured them."""
+    """Accuracies of kept tickets, their ensemble and other averages, where ``sparselearning.analyze`` measured them."""
     looked_at = [group for group in groups if _is_analysed(group)]
     titles = dict.fromkeys(title for group in looked_at for run in group.runs for title in _averages(run))
     parts = {run.analysis.evaluated_on.part for group in looked_at for run in group.runs if run.analysis}

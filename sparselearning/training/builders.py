@@ -1,11 +1,11 @@
 """How a run's network is built again: by the function that its ``config.json`` names, from the code that trained it."""
 
-import importlib
 import sys
 from collections.abc import Callable, Mapping
-from importlib.machinery import PathFinder
-from importlib.util import module_from_spec
+from importlib.machinery import ModuleSpec, PathFinder
+from importlib.util import find_spec, module_from_spec
 from pathlib import Path
+from types import ModuleType
 from typing import Any, TypeVar
 
 import torch
@@ -63,7 +63,8 @@ def build_empty(record: Mapping[str, Any], source: Path) -> nn.Module:
 def _build(record: Mapping[str, Any], source: Path) -> nn.Module:
     name = str(record.get("builder"))
     try:
-        _import(name.partition(":")[0])
+        module, _, _ = name.partition(":")
+        import_as(module, find_module(module))
         if name in BUILDERS:
             return BUILDERS[name](**record["arguments"])
     except (KeyError, ImportError, AttributeError, TypeError, ValueError) as error:
@@ -77,19 +78,29 @@ def _build(record: Mapping[str, Any], source: Path) -> nn.Module:
     )
 
 
-def _import(name: str) -> None:
+def find_module(name: str) -> ModuleSpec | None:
+    """Find a module where Python looks, or else in a folder beside this package, as a clone has them."""
+    beside = sorted(str(folder) for folder in Path(__file__).parents[2].iterdir() if folder.is_dir())
     try:
-        importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        if error.name != name:
-            raise
-        beside = sorted(str(folder) for folder in Path(__file__).parents[2].iterdir() if folder.is_dir())
-        spec = PathFinder.find_spec(name, beside)
-        if spec is None or spec.loader is None:
-            raise
-        module = sys.modules[name] = module_from_spec(spec)
-        try:
-            spec.loader.exec_module(module)
-        except BaseException:
-            del sys.modules[name]
-            raise
+        return find_spec(name) or PathFinder.find_spec(name, beside)
+    except ValueError:  # no name at all, or that of a script
+        return None
+
+
+def import_as(name: str, spec: ModuleSpec | None) -> ModuleType:
+    """Import what was found under a name, unless that is imported already.
+
+    Raises:
+        ModuleNotFoundError: if nothing was found.
+    """
+    if name in sys.modules:
+        return sys.modules[name]
+    if spec is None or spec.loader is None:
+        raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+    module = sys.modules[name] = module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module

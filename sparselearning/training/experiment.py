@@ -62,6 +62,7 @@ class Recipe:
         sample_shape: of one input, e.g. ``(3, 32, 32)``.
         class_balanced_batch: draws the batch that masks by gradient (``snip``, ``prune_and_grow_*``) are drawn from.
         label_smoothing: of the training loss.
+        network: how to build the model again and prepare its images: ``network`` of ``config.json``.
     """
 
     model: nn.Module
@@ -70,6 +71,7 @@ class Recipe:
     sample_shape: tuple[int, ...]
     class_balanced_batch: Callable[[], Batch]
     label_smoothing: float = 0.0
+    network: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

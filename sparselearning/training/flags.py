@@ -584,6 +584,19 @@ def take_over(parser: Parser, argv: Sequence[str]) -> None:
     parser.set_defaults(**restored(parser, taken, str(source)))
 
 
+def of_run(parser: Parser, kept: Mapping[str, Any], source: str) -> argparse.Namespace:
+    """All flags of a run, :func:`restored`; those that its version of the script did not have are at their defaults.
+
+    Raises:
+        FaultError: naming the first flag that is missing although it has no default, or whose value no command line
+            gives.
+    """
+    if missing := [action.dest for action in parser._actions if action.required and action.dest not in kept]:
+        raise FaultError(f"{source} is damaged or no run's of this script: {missing[0]} is missing")
+    known = {name: parser.get_default(name) for name in (action.dest for action in parser._actions)}
+    return argparse.Namespace(**{**known, **restored(parser, kept, source)})
+
+
 def restored(parser: argparse.ArgumentParser, kept: Mapping[str, Any], source: str) -> dict[str, Any]:
     """The flags of a run as its parser would make them; what the parser does not know is left out.
 

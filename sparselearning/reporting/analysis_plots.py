@@ -1,6 +1,7 @@
-"""Pictures of what analyze_tickets.py measured. Needs matplotlib, the optional extra ``plots``."""
+"""Pictures of what an analysis of tickets measured. Needs matplotlib, the optional extra ``plots``."""
 
 from collections.abc import Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -117,20 +118,26 @@ def lines(results: Analysis) -> Figure:
 
 @style.context(plots.STYLE)
 def grid(results: Analysis) -> Figure:
-    """Accuracy by CIMA's factor, with CAA beside it, for averaged and re-estimated BatchNorm statistics."""
+    """Accuracy by CIMA's factor, beside that of other averages, for averaged and re-estimated BatchNorm statistics."""
     figure = Figure(figsize=(plots.WIDTH, 3.2))
     axes = figure.subplots()
     rows = results.grid or []
-    cima = sorted((row for row in rows if row.CIMA_factor is not None), key=lambda row: row.CIMA_factor or 0)
-    caa = next(row for row in rows if row.CIMA_factor is None)
+    cima = sorted(((row.CIMA_factor, row) for row in rows if row.CIMA_factor is not None), key=lambda pair: pair[0])
+    others = [row for row in rows if row.CIMA_factor is None]
     for quality, label, color, marker, offset in (  # the dashes of equal lines take turns
         (lambda row: row.bn_re_estimated, "BatchNorm re-estimated", plots.GREEN, "D", 0),
         (lambda row: row.bn_averaged, "BatchNorm averaged", plots.ORANGE, "o", 4),
     ):
-        accuracies = [100 * quality(row).accuracy for row in cima]
-        factors = [row.CIMA_factor for row in cima]
+        accuracies = [100 * quality(row).accuracy for _, row in cima]
+        factors = [factor for factor, _ in cima]
         axes.plot(factors, accuracies, color=color, marker=marker, markersize=4.5, label=f"CIMA, {label}")
-        axes.axhline(100 * quality(caa).accuracy, color=color, linestyle=(offset, (4, 4)), label=f"CAA, {label}")
+        for row, dashes in zip(others, cycle(((4, 4), (1, 3))), strict=False):
+            axes.axhline(
+                100 * quality(row).accuracy,
+                color=color,
+                linestyle=(offset, dashes),
+                label=f"{row.superposing_method}, {label}",
+            )
     axes.set(xlabel="CIMA's factor: weight of each new ticket", xlim=(0, 1))
     axes.set(ylabel=f"accuracy [%]\non the {results.evaluated_on.part}")
     axes.legend(**ABOVE)

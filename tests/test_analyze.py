@@ -1,117 +1,45 @@
-"""Comparing tickets and superposing them again, without training: by hand, then on one tiny run."""
+"""Comparing tickets and superposing them again, without training, on one tiny run."""
 
 import itertools
 import json
-import math
+import os
 import shlex
 import shutil
+import subprocess
 import sys
+from pathlib import Path
 
 import analyze_tickets
+import main as imagenet_main
 import main_suptickets
+import numpy as np
 import pytest
 import torch
-from analyze_tickets import Network, barrier, compare_layer, disagreement, jaccard, kl_divergence, superpose_again
+from PIL import Image
 
 from helpers.damage import damages, names
+from sparselearning import analyze
 from sparselearning.process.errors import FaultError, UsageError
 from sparselearning.process.files import save_torch
 from sparselearning.process.schema import read
 from sparselearning.reporting.analysis import Analysis
-from sparselearning.sparse.superpose import AVERAGING, prune_to_density, superpose
+from sparselearning.reporting.bench import Bench, Predictions
+from sparselearning.sparse.superpose import prune_to_density, superpose
+from sparselearning.training import flags
 
 DENSITY, FACTOR, MEMBERS = 0.1, 0.3, 3
+ROOT = Path(analyze.__file__).parents[1]
+IMAGENET_FLAGS = shlex.split(
+    "--no-cuda --arch resnet18 --train-crop-size 32 --val-resize-size 40 --val-crop-size 32 -b 4 -j 0 --lr 0.01 "
+    "--sparse --method DST --init-density 0.2 --final-density 0.1 --update-frequency 2 --pre_train --cyclic_train "
+    "--bn_update --pretrain_epoch 1 --cyclic_epochs 1 --cycle 1 --keep-tickets"
+)
 RUN_FLAGS = shlex.split(
     f"--data digits --model cifar_resnet_8_4 --epochs 3 --cycle 1 --cycle_rate 0.67 --batch-size 128 --lr 0.05 "
     f"--sparse --method GraNet --init-density 0.5 --final-density {DENSITY} --final-prune-epoch 1 --update-frequency 4 "
     f"--pre_train --cyclic_train --re_explore --large-death-rate 0.5 --cyc_lr --lr_1 0.01 --lr_2 0.05 --update_bn "
     f"--CIMA_factor {FACTOR} --keep-tickets --workers 1 --no-cuda --seed 5"
 )
-
-
-def mask(*bits):
-    return torch.tensor(bits, dtype=torch.bool)
-
-
-def network(values, name="n", epoch=0):
-    state = {"w": torch.tensor(values)}
-    return Network(name, state, {"w": state["w"] != 0}, epoch)
-
-
-# ------------------------------------------------------------------------------------------------------ by hand
-
-
-def test_jaccard_counts_over_all_layers_together():
-    a, b = [mask(1, 1, 0, 0), mask(1, 1)], [mask(1, 0, 1, 0), mask(1, 1)]
-    assert jaccard(a[:1], b[:1]) == 1 / 3
-    assert jaccard(a, b) == 3 / 5
-    assert jaccard(a, a) == 1
-    assert jaccard([mask(0, 0)], [mask(0, 0)]) == 1
-    assert jaccard([mask(1, 0)], [mask(0, 1)]) == 0
-
-
-def test_disagreement_is_the_share_of_other_classes():
-    a = torch.tensor([[2.0, 1.0], [0.0, 3.0], [1.0, 0.0], [5.0, 4.0]])
-    b = torch.tensor([[9.0, 1.0], [3.0, 0.0], [1.0, 0.5], [4.0, 5.0]])
-    assert disagreement(a, b) == 0.5
-    assert disagreement(a, a) == 0
-
-
-def test_kl_divergence_is_the_mean_over_samples_and_has_a_direction():
-    even, uneven = torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[0.25, 0.75]]).log()
-    there = 0.5 * math.log(2) + 0.5 * math.log(2 / 3)
-    back = 0.25 * math.log(1 / 2) + 0.75 * math.log(3 / 2)
-    assert kl_divergence(even, uneven) == pytest.approx(there, abs=1e-6)
-    assert kl_divergence(uneven, even) == pytest.approx(back, abs=1e-6)
-    both = torch.cat([even, uneven])
-    assert kl_divergence(both, torch.cat([uneven, uneven])) == pytest.approx(there / 2, abs=1e-6)
-
-
-@pytest.mark.parametrize(
-    ("values", "expected"),
-    [([1.0, 3.0, 2.0], 1.5), ([1.0, 1.25, 2.0], 0.0), ([2.0, 2.0, 0.0], 1.0), ([1.0, 1.0, 1.0], 0.0)],
-)
-def test_barrier_is_the_rise_above_the_chord(values, expected):
-    assert barrier([0.0, 0.5, 1.0], values) == expected
-
-
-def test_layers_are_set_beside_random_masks_as_dense():
-    half, quarter = mask(1, 1, 0, 0), mask(0, 1, 0, 0)
-    row = compare_layer("fc", [half, quarter])
-    # Random: 1/2 · 1/4 of the weights shared, 1/2 + 1/4 - 1/8 united.
-    assert row.chance == pytest.approx((1 / 8) / (5 / 8))
-    assert row.mean_overlap == 0.5
-    assert row.densities == [0.5, 0.25]
-    assert row.overlap == [[1.0, 0.5], [0.5, 1.0]]
-
-
-def not_asked(network):
-    raise AssertionError("an average with one factor needs no accuracy")
-
-
-def test_a_greedy_average_takes_the_first_of_the_best_factors():
-    members = [network([8.0, 0.0]), network([0.0, 4.0]), network([0.0, 0.0])]
-    first, second = superpose_again(
-        members, AVERAGING["greedy"](0.5), ["w"], None, lambda made: float(made.state["w"][1] >= 1)
-    )
-    assert first.state["w"].tolist() == pytest.approx([5.6, 1.2]), "0.3: 0.1 makes it 0.4, too little"
-    assert second.state["w"].tolist() == first.state["w"].tolist(), "0: the ticket is left out"
-
-
-def test_averages_by_hand():
-    members = [network([8.0, 0.0, 4.0, 1.0]), network([0.0, 4.0, 4.0, 1.0]), network([4.0, 8.0, 0.0, 1.0])]
-    cima = superpose_again(members, AVERAGING["CIMA"](0.5), ["w"], None, not_asked)
-    assert [made.state["w"].tolist() for made in cima] == [[4, 2, 4, 1], [4, 5, 2, 1]]
-    caa = superpose_again(members, AVERAGING["CAA"](0.5), ["w"], None, not_asked)[-1]
-    torch.testing.assert_close(caa.state["w"], torch.tensor([4.0, 4.0, 8 / 3, 1.0]))
-
-
-def test_every_superposition_is_pruned_before_the_next_ticket_enters():
-    members = [network([8.0, 0.0, 3.0, 1.0]), network([0.0, 4.0, 4.0, 1.0]), network([4.0, 8.0, 0.0, 1.0])]
-    first, second = superpose_again(members, AVERAGING["CIMA"](0.5), ["w"], 0.5, not_asked)
-    assert first.state["w"].tolist() == [4, 0, 3.5, 0]
-    assert first.masks["w"].tolist() == [True, False, True, False]
-    assert second.state["w"].tolist() == [4, 4, 0, 0]
 
 
 # ---------------------------------------------------------------------------------------------------- a tiny run
@@ -135,12 +63,12 @@ def analysed(finished):
 @pytest.fixture
 def run(finished, tmp_path, monkeypatch):
     """A copy to analyse otherwise, or to spoil; without pictures, which take longest."""
-    monkeypatch.setattr(analyze_tickets, "draw", lambda results, out: None)
+    monkeypatch.setattr(analyze, "draw", lambda results, out: None)
     return shutil.copytree(finished, tmp_path / "run", ignore=shutil.ignore_patterns("analysis"))
 
 
-def analyse(run, *words):
-    analyze_tickets.main([str(run), "--points", "2", *map(str, words)])
+def analyse(run, *words, script=None):
+    analyze.main([str(run), "--points", "2", *map(str, words)], script)
     return json.loads((run / "analysis" / "analysis.json").read_text())
 
 
@@ -175,13 +103,19 @@ def test_accuracies_are_those_that_the_run_recorded(finished, analysed):
     assert {name: found[name] for name in recorded} == recorded
 
 
+def bench_of(run):
+    _, script, args = analyze.rebuilt_flags(analyze.parse([str(run)]), None)
+    device, runtime = flags.runtime(args).start()
+    return Bench.of(script.set_up(args, runtime, device), runtime, {})
+
+
 def test_the_ensemble_is_the_mean_of_all_members_logits(finished, analysed):
-    bench = analyze_tickets.Bench.of(analyze_tickets.rebuilt_flags(analyze_tickets.parse([str(finished)]))[1])
+    bench = bench_of(finished)
     states = [load(finished / "tickets" / f"ticket_{number}.pth")["state_dict"] for number in range(MEMBERS)]
-    mean = sum(bench.logits(state) for state in states) / MEMBERS
+    mean = sum(bench.logits(state, bench.measured) for state in states) / MEMBERS
     ensemble = analysed["networks"][-1]
     assert ensemble["forward_passes"] == MEMBERS
-    assert ensemble["loss"] == pytest.approx(bench.quality(mean).loss, rel=1e-5)
+    assert ensemble["loss"] == pytest.approx(bench.quality(Predictions(mean)).loss, rel=1e-5)
 
 
 def test_matrices_have_the_networks_of_the_run_in_order(analysed):
@@ -220,10 +154,10 @@ def test_pictures_come_with_matplotlib(finished, analysed):
 
 
 def test_without_matplotlib_there_are_no_pictures(analysed, tmp_path, monkeypatch, capsys):
-    for module in ("ticket_plots", "sparselearning.reporting.plots"):
+    for module in ("sparselearning.reporting.analysis_plots", "sparselearning.reporting.plots"):
         monkeypatch.delitem(sys.modules, module, raising=False)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    analyze_tickets.draw(read(Analysis, analysed, "analysis.json", complete=True), tmp_path)
+    analyze.draw(read(Analysis, analysed, "analysis.json"), tmp_path)
     assert "no pictures without matplotlib" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
@@ -241,7 +175,7 @@ def test_another_average_budget_and_subset(run, tmp_path, capsys):
 
 
 def test_a_greedy_run_is_superposed_again_to_the_bit(tmp_path, monkeypatch):
-    monkeypatch.setattr(analyze_tickets, "draw", lambda results, out: None)
+    monkeypatch.setattr(analyze, "draw", lambda results, out: None)
     folder = tmp_path / "run"
     main_suptickets.main([*RUN_FLAGS, "--superposing_method", "greedy", "--valid_split", "0.2", "--save", str(folder)])
     results = analyse(folder)
@@ -277,6 +211,44 @@ def test_tickets_of_a_dense_run_are_not_pruned_and_all_pairs_have_lines(run):
     assert results["settings"]["final_density"] is None
     final = next(row for row in results["networks"] if row["name"] == "superposition 2")
     assert final["density"] > DENSITY
+
+
+def test_the_first_name_of_the_command_still_works(run):
+    analyze_tickets.main([str(run), "--points", "2"])
+    assert json.loads((run / "analysis" / "analysis.json").read_text())["same_as_run"]
+
+
+# ------------------------------------------------------------------------------------------------ the other script
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory):
+    """A run of the ImageNet script on generated images, and what the command made of it, called from elsewhere."""
+    home = tmp_path_factory.mktemp("photographs")
+    numbers = np.random.default_rng(0)
+    for split, label, number in itertools.product(("train", "val"), range(2), range(4)):
+        (folder := home / "data" / split / f"n{label}").mkdir(parents=True, exist_ok=True)
+        pixels = numbers.integers(0, 120, (36, 48, 3), dtype=np.uint8) + np.uint8(90 * label)
+        Image.fromarray(pixels).save(folder / f"{number}.png")
+    imagenet_main.main([*IMAGENET_FLAGS, str(home / "data"), "--save", str(home / "run")])
+    command = [sys.executable, "-m", "sparselearning.analyze", home / "run", "--points", "2", "--grid"]
+    subprocess.run(command, cwd=home, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True)
+    return home / "run"
+
+
+def test_an_imagenet_run_is_analysed_alike(photographs):
+    results = json.loads((photographs / "analysis" / "analysis.json").read_text())
+    assert results["same_as_run"]
+    assert results["evaluated_on"] == {"part": "test set", "images": 8}
+    summary = json.loads((photographs / "summary.json").read_text())
+    assert accuracies(results)["ticket 0"] == summary["pretrain_acc"]
+    assert accuracies(results)["superposition 1"] == summary["final_acc"]
+    assert [row["superposing_method"] for row in results["grid"]] == ["CAA", *["CIMA"] * 5]
+
+
+def test_a_flag_that_the_runs_script_does_not_have(photographs):
+    with pytest.raises(UsageError, match="has no flag data_dir"):
+        analyse(photographs, "--data-dir", "elsewhere")
 
 
 # -------------------------------------------------------------------------------------------------------- misuse
@@ -351,7 +323,7 @@ def test_damaged_flags_are_named_or_harmless(run, monkeypatch):
         raise Reached
 
     monkeypatch.setattr(main_suptickets, "load", load_once)
-    monkeypatch.setattr(analyze_tickets, "kept_tickets", stop_before_the_tickets)
+    monkeypatch.setattr(analyze, "kept_tickets", stop_before_the_tickets)
     path = run / "config.json"
     refused = 0
     for place, damage, damaged in damages(path.read_text(), lines=False):
@@ -359,7 +331,7 @@ def test_damaged_flags_are_named_or_harmless(run, monkeypatch):
             continue
         path.write_text(damaged)
         with pytest.raises((Reached, FaultError, UsageError)) as caught:
-            analyse(run)
+            analyse(run, script=main_suptickets)
         if caught.type is not Reached:
             refused += 1
             sentence = str(caught.value)

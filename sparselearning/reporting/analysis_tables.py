@@ -1,12 +1,11 @@
-"""What analyze_tickets.py found out, as tables for people."""
+"""What an analysis of tickets found out, as tables for people."""
 
 from collections.abc import Sequence
 
-from sparselearning.reporting.analysis import Analysis, GridRow, LayerRow, Line, NetworkRow, Pairs, Quality, Settings
+from sparselearning.reporting.analysis import TEST_SET, Analysis, GridRow, LayerRow, Line, Pairs, Quality, Settings
 
 ONE_BASIN = 0.02
 """Accuracy that may be lost on the way between two networks of one basin: the margin of Frankle et al. 2020, sec. 3."""
-TEST_SET, HELD_OUT = "test set", "held-out part of the training set"
 
 
 def columns(rows: Sequence[Sequence[str]]) -> str:
@@ -87,6 +86,6 @@ def average_name(settings: Settings | GridRow) -> str:
     return settings.superposing_method + ("" if factor is None else f" with factor {factor:g}")
 
 
-def figures(quality: Quality | NetworkRow) -> tuple[str, str]:
+def figures(quality: Quality) -> tuple[str, str]:
     """Accuracy and loss, for people."""
     return f"{quality.accuracy:.2%}", f"{quality.loss:.4f}"

@@ -1,0 +1,56 @@
+"""How alike masks and predictions are, and how good predictions: by hand."""
+
+import math
+
+import pytest
+import torch
+
+from sparselearning.reporting.comparisons import barrier, compare_layer, disagreement, jaccard, kl_divergence
+
+
+def mask(*bits):
+    return torch.tensor(bits, dtype=torch.bool)
+
+
+def test_jaccard_counts_over_all_layers_together():
+    a, b = [mask(1, 1, 0, 0), mask(1, 1)], [mask(1, 0, 1, 0), mask(1, 1)]
+    assert jaccard(a[:1], b[:1]) == 1 / 3
+    assert jaccard(a, b) == 3 / 5
+    assert jaccard(a, a) == 1
+    assert jaccard([mask(0, 0)], [mask(0, 0)]) == 1
+    assert jaccard([mask(1, 0)], [mask(0, 1)]) == 0
+
+
+def test_disagreement_is_the_share_of_other_classes():
+    a = torch.tensor([[2.0, 1.0], [0.0, 3.0], [1.0, 0.0], [5.0, 4.0]])
+    b = torch.tensor([[9.0, 1.0], [3.0, 0.0], [1.0, 0.5], [4.0, 5.0]])
+    assert disagreement(a, b) == 0.5
+    assert disagreement(a, a) == 0
+
+
+def test_kl_divergence_is_the_mean_over_samples_and_has_a_direction():
+    even, uneven = torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[0.25, 0.75]]).log()
+    there = 0.5 * math.log(2) + 0.5 * math.log(2 / 3)
+    back = 0.25 * math.log(1 / 2) + 0.75 * math.log(3 / 2)
+    assert kl_divergence(even, uneven) == pytest.approx(there, abs=1e-6)
+    assert kl_divergence(uneven, even) == pytest.approx(back, abs=1e-6)
+    both = torch.cat([even, uneven])
+    assert kl_divergence(both, torch.cat([uneven, uneven])) == pytest.approx(there / 2, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [([1.0, 3.0, 2.0], 1.5), ([1.0, 1.25, 2.0], 0.0), ([2.0, 2.0, 0.0], 1.0), ([1.0, 1.0, 1.0], 0.0)],
+)
+def test_barrier_is_the_rise_above_the_chord(values, expected):
+    assert barrier([0.0, 0.5, 1.0], values) == expected
+
+
+def test_layers_are_set_beside_random_masks_as_dense():
+    half, quarter = mask(1, 1, 0, 0), mask(0, 1, 0, 0)
+    row = compare_layer("fc", [half, quarter])
+    # Random: 1/2 · 1/4 of the weights shared, 1/2 + 1/4 - 1/8 united.
+    assert row.chance == pytest.approx((1 / 8) / (5 / 8))
+    assert row.mean_overlap == 0.5
+    assert row.densities == [0.5, 0.25]
+    assert row.overlap == [[1.0, 0.5], [0.5, 1.0]]
