@@ -87,44 +87,49 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def make_parser() -> flags.Parser:
     """All flags of this script."""
-    parser = flags.Parser(__doc__)
-    parser.add_argument(
+    parser = flags.Parser(__doc__, start="--data digits --model cifar_resnet_8")
+    group = flags.group_of(parser, flags.LOOK)
+    group.add_argument(
         "--demo", action="store_true", help=f"a complete small run on digits; puts before the other flags: {DEMO}"
     )
-    recipe = parser.add_argument_group("recipe")
-    recipe.add_argument("--data", default="cifar10", help=data_help())
-    recipe.add_argument("--data-dir", type=flags.path, default=Path("data"), metavar="DIR", help="where downloads go")
-    recipe.add_argument("--model", default="vgg-like", help=f"one of {model_names()}")
-    recipe.add_argument("--epochs", type=flags.positive, default=160, help="of the whole run, cycles included")
-    recipe.add_argument(
-        "--cycle_rate", type=flags.rate, default=0.2, help="share of the epochs for the cycles, cut to whole cycles"
-    )
-    recipe.add_argument("--batch-size", type=flags.positive, default=128, help="images per step, over all processes")
-    recipe.add_argument("--test-batch-size", type=flags.positive, default=128, help="images per evaluation step")
-    recipe.add_argument("--optimizer", choices=OPTIMIZERS, default="sgd", help="rule that changes the weights")
-    recipe.add_argument("--lr", type=flags.non_negative_float, default=0.1, help="learning rate of pre-training")
-    recipe.add_argument(
-        "--nolrsche", action="store_true", help="constant rate; without it, x0.1 at half and three quarters"
-    )
-    recipe.add_argument("--momentum", type=flags.below_one, default=0.9, help="of SGD")
-    recipe.add_argument("--l2", type=flags.non_negative_float, default=5e-4, help="weight decay")
-    recipe.add_argument(
+    group = flags.group_of(parser, flags.DATA)
+    group.add_argument("--data", default="cifar10", help=data_help())
+    group.add_argument("--data-dir", type=flags.path, default=Path("data"), metavar="DIR", help="where downloads go")
+    group.add_argument("--model", default="vgg-like", help=f"one of {', '.join(model_names())}")
+    group.add_argument(
         "--valid_split", type=flags.below_one, default=0.0, metavar="SHARE",
         help="hold out the last share of the training set and evaluate on it; the test set is used once, at the end",
     )  # fmt: skip
-    recipe.add_argument(
+    group = flags.group_of(parser, flags.TRAINING)
+    group.add_argument("--epochs", type=flags.positive, default=160, help="of the whole run, cycles included")
+    group.add_argument("--batch-size", type=flags.positive, default=128, help="images per step, over all processes")
+    group.add_argument("--optimizer", choices=OPTIMIZERS, default="sgd", help="rule that changes the weights")
+    group.add_argument("--lr", type=flags.non_negative_float, default=0.1, help="learning rate of pre-training")
+    group.add_argument(
+        "--nolrsche", action="store_true", help="constant rate; without it, x0.1 at half and three quarters"
+    )
+    group.add_argument("--momentum", type=flags.below_one, default=0.9, help="of SGD")
+    group.add_argument("--l2", type=flags.non_negative_float, default=5e-4, help="weight decay")
+    group.add_argument("--iters", type=flags.positive, default=1, help="runs, with seeds seed, seed + 1, …")
+    flags.add_sparse_flags(parser)
+    flags.add_ticket_flags(parser)
+    group = flags.group_of(parser, flags.TICKETS)
+    group.add_argument(
+        "--cycle_rate", type=flags.rate, default=0.2, help="share of the epochs for the cycles, cut to whole cycles"
+    )
+    group = flags.group_of(parser, flags.FILES)
+    group.add_argument(
+        "--log-interval", type=flags.positive, default=100, metavar="STEPS", help="steps between progress updates"
+    )
+    group = flags.group_of(parser, flags.SPEED)
+    group.add_argument("--test-batch-size", type=flags.positive, default=128, help="images per evaluation step")
+    group.add_argument(
         "--workers",
         type=flags.non_negative,
         default=4,
         help="without effect, kept for old command lines: batches are made on the device",
     )
-    recipe.add_argument(
-        "--log-interval", type=flags.positive, default=100, metavar="STEPS", help="steps between progress updates"
-    )
-    recipe.add_argument("--iters", type=flags.positive, default=1, help="runs, with seeds seed, seed + 1, …")
-    recipe.add_argument("--mgpu", action="store_true", help="use all GPUs of this machine")
-    flags.add_sparse_flags(parser)
-    flags.add_ticket_flags(parser)
+    group.add_argument("--mgpu", action="store_true", help="use all GPUs of this machine")
     flags.add_run_flags(parser)
     return parser
 

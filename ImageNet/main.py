@@ -135,80 +135,81 @@ def set_up(args: argparse.Namespace, runtime: Runtime, device: torch.device) -> 
 
 def make_parser() -> flags.Parser:
     """All flags of this script."""
-    parser = flags.Parser(__doc__)
+    parser = flags.Parser(__doc__, start="DIR")
+    parser.usage = "python %(prog)s DIR [flags]"
     parser.add_argument("data", type=flags.path, metavar="DIR", help="folder with train/CLASS/* and val/CLASS/*")
-    recipe = parser.add_argument_group("recipe")
-    recipe.add_argument(
+    group = flags.group_of(parser, flags.DATA)
+    group.add_argument(
         "--arch", default="resnet50", metavar="NAME",
         help="any classification network of torchvision, by its name there, such as vit_b_16 or mobilenet_v3_small",
     )  # fmt: skip
-    recipe.add_argument(
+    group.add_argument(
         "-c", "--model-config", choices=INITS,
         help=f"first convolutions of {', '.join(RESNETS)}: Kaiming normal by fan_out (classic) or fan_in (default: "
         f"{DEFAULT_INIT}); other networks start as torchvision's do",
     )  # fmt: skip
-    recipe.add_argument("-b", "--batch-size", type=flags.positive, default=64, help="images per step and process")
-    recipe.add_argument("--lr", type=flags.non_negative_float, default=0.1, help="learning rate of pre-training")
-    recipe.add_argument("--warmup", type=flags.non_negative, default=0, metavar="EPOCHS", help="linear warm-up")
-    recipe.add_argument("--first_m", type=flags.non_negative, default=30, metavar="EPOCH", help="rate x0.1 from here")
-    recipe.add_argument("--second_m", type=flags.non_negative, default=60, metavar="EPOCH", help="x0.1 again")
-    recipe.add_argument("--third_m", type=flags.non_negative, default=80, metavar="EPOCH", help="x0.1 again")
-    recipe.add_argument("--momentum", type=flags.below_one, default=0.9, help="of SGD")
-    recipe.add_argument("--wd", "--weight-decay", dest="wd", type=flags.non_negative_float, default=1e-4,
-                        help="weight decay")  # fmt: skip
-    recipe.add_argument(
-        "--bn-weight-decay", action="store_true", help="decay weights and biases of BatchNorm and LayerNorm too"
-    )
-    recipe.add_argument("--label-smoothing", type=flags.below_one, default=0.0, help="of the training loss")
-    recipe.add_argument("--pretrain_epoch", type=flags.non_negative, default=88, metavar="EPOCHS", help="pre-training")
-    recipe.add_argument("--cyclic_epochs", type=flags.non_negative, default=12, metavar="EPOCHS", help="all cycles")
-    recipe.add_argument(
-        "--epochs", type=flags.positive, help="the whole run; must be the sum of both parts (default: that sum)"
-    )
-    recipe.add_argument(
-        "--density", type=flags.density,
-        help=f"budget: another name of --final-density (default of both: {FINAL_DENSITY})",
-    )  # fmt: skip
-    recipe.add_argument(
-        "--pretrained-weights", type=flags.path, metavar="PATH", help="first weights, from a saved .pth"
-    )
-    files = parser.add_argument_group("data and files")
-    files.add_argument("-j", "--workers", type=flags.non_negative, default=5, help="decoding processes per process")
-    files.add_argument(
+    group.add_argument("--pretrained-weights", type=flags.path, metavar="PATH", help="first weights, from a saved .pth")
+    group.add_argument(
         "--train-crop-size", type=flags.positive, default=224, metavar="PIXELS",
         help="side of the random crop that is trained on; FLOPs are counted at this size",
     )  # fmt: skip
-    files.add_argument(
+    group.add_argument(
         "--val-resize-size", type=flags.positive, default=256, metavar="PIXELS",
         help="shorter side that a validation image is scaled to",
     )  # fmt: skip
-    files.add_argument(
+    group.add_argument(
         "--val-crop-size", type=flags.positive, default=224, metavar="PIXELS",
         help="side of the centre that is then cut out",
     )  # fmt: skip
-    files.add_argument("--strict-data", action="store_true", help="stop at a damaged image, in place of skipping it")
-    files.add_argument(
+    group.add_argument("--strict-data", action="store_true", help="stop at a damaged image, in place of skipping it")
+    group = flags.group_of(parser, flags.TRAINING)
+    group.add_argument(
+        "--epochs", type=flags.positive, help="the whole run; must be the sum of both parts (default: that sum)"
+    )
+    group.add_argument("-b", "--batch-size", type=flags.positive, default=64, help="images per step and process")
+    group.add_argument("--lr", type=flags.non_negative_float, default=0.1, help="learning rate of pre-training")
+    group.add_argument("--warmup", type=flags.non_negative, default=0, metavar="EPOCHS", help="linear warm-up")
+    group.add_argument("--first_m", type=flags.non_negative, default=30, metavar="EPOCH", help="rate x0.1 from here")
+    group.add_argument("--second_m", type=flags.non_negative, default=60, metavar="EPOCH", help="x0.1 again")
+    group.add_argument("--third_m", type=flags.non_negative, default=80, metavar="EPOCH", help="x0.1 again")
+    group.add_argument("--momentum", type=flags.below_one, default=0.9, help="of SGD")
+    group.add_argument("--wd", "--weight-decay", dest="wd", type=flags.non_negative_float, default=1e-4,
+                        help="weight decay")  # fmt: skip
+    group.add_argument(
+        "--bn-weight-decay", action="store_true", help="decay weights and biases of BatchNorm and LayerNorm too"
+    )
+    group.add_argument("--label-smoothing", type=flags.below_one, default=0.0, help="of the training loss")
+    flags.add_sparse_flags(parser)
+    group = flags.group_of(parser, flags.MASKS)
+    group.add_argument(
+        "--density", type=flags.density,
+        help=f"budget: another name of --final-density (default of both: {FINAL_DENSITY})",
+    )  # fmt: skip
+    flags.add_ticket_flags(parser)
+    group = flags.group_of(parser, flags.TICKETS)
+    group.add_argument("--pretrain_epoch", type=flags.non_negative, default=88, metavar="EPOCHS", help="pre-training")
+    group.add_argument("--cyclic_epochs", type=flags.non_negative, default=12, metavar="EPOCHS", help="all cycles")
+    group = flags.group_of(parser, flags.FILES)
+    group.add_argument(
         "-p", "--print-freq", type=flags.positive, default=10, metavar="STEPS", help="steps between progress updates"
     )
-    files.add_argument("--gather-checkpoints", action="store_true", help="keep the checkpoint of every epoch")
-    launch = parser.add_argument_group("processes")
-    launch.add_argument("--master_port", type=flags.positive, help="read by multiproc.py, which starts the processes")
-    launch.add_argument(
+    group.add_argument("--gather-checkpoints", action="store_true", help="keep the checkpoint of every epoch")
+    group = flags.group_of(parser, flags.SPEED)
+    group.add_argument("-j", "--workers", type=flags.non_negative, default=5, help="decoding processes per process")
+    group.add_argument("--static-loss-scale", type=flags.positive_float, help="fixed scale (default: adapted)")
+    group.add_argument("--dynamic-loss-scale", action="store_true", help="scale adapted to the gradients: the default")
+    group.add_argument("--master_port", type=flags.positive, help="read by multiproc.py, which starts the processes")
+    group.add_argument(
         "--local_rank", "--local-rank", type=flags.non_negative, help="number on this machine, from old launchers"
     )
-    other = parser.add_argument_group("instead of training")
-    other.add_argument("--evaluate", action="store_true", help="evaluate --resume or --pretrained-weights and stop")
-    other.add_argument("--prof", action="store_true", help="profile a few training steps and stop")
-    other.add_argument("--benchmark-training", action="store_true", help="time training steps and stop")
-    other.add_argument("--benchmark-inference", action="store_true", help="time evaluation steps and stop")
-    flags.add_sparse_flags(parser)
-    flags.add_ticket_flags(parser)
     flags.add_run_flags(parser)
-    scaling = parser.add_argument_group("float16 loss scaling")
-    scaling.add_argument("--static-loss-scale", type=flags.positive_float, help="fixed scale (default: adapted)")
-    scaling.add_argument(
-        "--dynamic-loss-scale", action="store_true", help="scale adapted to the gradients: the default"
+    group = parser.add_argument_group(
+        "in place of training", "how fast it would be:\npython %(prog)s DIR --benchmark-training --benchmark-inference"
     )
+    group.add_argument("--evaluate", action="store_true", help="evaluate --resume or --pretrained-weights and stop")
+    group.add_argument("--prof", action="store_true", help="profile a few training steps and stop")
+    group.add_argument("--benchmark-training", action="store_true", help="time training steps and stop")
+    group.add_argument("--benchmark-inference", action="store_true", help="time evaluation steps and stop")
     parser.set_defaults(cycle=4, final_density=None)
     return parser
 

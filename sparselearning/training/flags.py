@@ -4,7 +4,9 @@ import argparse
 import os
 import re
 import shlex
+import shutil
 import sys
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
@@ -38,9 +40,75 @@ OF_ONE_CALL = {"config", "iters", "local_rank", "resume", "save"}
 """Flags that ``--config`` does not take over: where a run's files were, what it went on from, how it was started."""
 
 
+LOOK = "look before you train"
+DATA = "data and network"
+TRAINING = "length, batches, learning rate, seeds"
+MASKS = "which weights are active"
+UPDATES = "how masks change"
+TICKETS = "cheap tickets and their superposition"
+FILES = "files and figures"
+SPEED = "devices, number formats, speed"
+EXAMPLES = {
+    LOOK: ("layers, densities and FLOPs of a sparse run", "--pre_train --sparse --final-prune-epoch 60 --show-layers"),
+    DATA: ("dense training", "--pre_train"),
+    TRAINING: ("dense training of twice the length", "--pre_train --lr 0.05 --multiplier 2"),
+    MASKS: (
+        "static sparse training, the first layer dense",
+        "--pre_train --sparse --method DST --fix --init-density 0.1 --final-density 0.1 --rm-first",
+    ),
+    UPDATES: (
+        "RigL at density 0.1",
+        "--pre_train --sparse --method DST --growth gradient --init-density 0.1 --final-density 0.1",
+    ),
+    TICKETS: (
+        "GraNet, then a ticket every other epoch",
+        "--pre_train --cyclic_train --sparse --method GraNet --final-prune-epoch 60 --cycle 2 --cyc_lr --lr_1 0.001 "
+        "--lr_2 0.05 --update_bn",
+    ),
+    FILES: ("a folder of one's own choice", "--pre_train --sparse --final-prune-epoch 60 --save runs/first"),
+    SPEED: (
+        "active weights alone, on a CPU",
+        "--pre_train --sparse --final-prune-epoch 60 --no-cuda --execution sparse",
+    ),
+}
+"""Groups of flags by what a person wants, in the order of ``--help``: what the example does, and its flags."""
+WIDEST = 100
+"""Columns that ``--help`` takes of a wider terminal."""
+WIDEST_CHOICES = 60
+
+
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Fits terminals: long lists of choices stand in the text, and commands break where a shell lets them."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, width=min(shutil.get_terminal_size().columns, WIDEST) - 2)
+
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default is None else super()._get_help_string(action)
+        shows_default = action.default is not None and action.default is not False
+        text = super()._get_help_string(action) if shows_default else action.help
+        return f"one of {', '.join(action.choices or ())}: {text}" if _has_long_choices(action) else text
+
+    def _metavar_formatter(self, action: argparse.Action, default_metavar: str) -> Callable[[int], tuple[str, ...]]:
+        if _has_long_choices(action):
+            return lambda size: (default_metavar,) * size
+        return super()._metavar_formatter(action, default_metavar)
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)  # flags have hyphens
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        prose, _, command = text.partition("\n")
+        filled = super()._fill_text(prose, width, indent)
+        if not command:
+            return filled
+        together = re.sub(r" (?!-)", "\N{NO-BREAK SPACE}", command)  # a flag and its value
+        room = width - len(indent) - len("   \\")
+        lines = textwrap.wrap(together, room, break_long_words=False, break_on_hyphens=False)
+        return f"{filled}\n{indent}" + f" \\\n{indent}  ".join(lines).replace("\N{NO-BREAK SPACE}", " ")
+
+
+def _has_long_choices(action: argparse.Action) -> bool:
+    return sum(len(choice) + 1 for choice in action.choices or ()) > WIDEST_CHOICES
 
 
 class Parser(argparse.ArgumentParser):
@@ -49,15 +117,20 @@ class Parser(argparse.ArgumentParser):
     Args:
         doc: whose first line says what the script does; None where Python drops docstrings.
         epilog: what ``--help`` ends with.
+        start: what the command lines of :data:`EXAMPLES` begin with, for scripts that train; None: of other scripts.
     """
 
-    def __init__(self, doc: str | None, epilog: str | None = None) -> None:
+    def __init__(self, doc: str | None, epilog: str | None = None, start: str | None = None) -> None:
         super().__init__(
+            usage=None if start is None else "python %(prog)s [flags]",
             description=doc.splitlines()[0] if doc else None,
             epilog=epilog,
             formatter_class=_Formatter,
             allow_abbrev=False,
         )
+        if start is not None:
+            for title, (does, example) in EXAMPLES.items():
+                self.add_argument_group(title, f"{does}:\npython %(prog)s {start} {example}")
 
     def given(self, argv: Sequence[str] | None = None) -> dict[str, str]:
         """The flags that a command line itself gives, whatever their values: name in the parsed arguments → flag."""
@@ -148,23 +221,48 @@ def _number(text: str, kind: Callable[[str], Any], valid: Callable[[Any], bool],
     return value
 
 
+def group_of(parser: argparse.ArgumentParser, title: str) -> argparse._ArgumentGroup:
+    """The group of a parser's flags with this title; made if it is not there."""
+    return next((group for group in parser._action_groups if group.title == title), None) or parser.add_argument_group(
+        title
+    )
+
+
 def add_run_flags(parser: argparse.ArgumentParser) -> None:
     """Flags about the run as a whole: seed, files, device, number formats."""
-    group = parser.add_argument_group("run")
+    group = group_of(parser, LOOK)
     group.add_argument(
-        "--indicate_method", default="Results", metavar="NAME", help="name of the run: in its path and in reports"
-    )
-    group.add_argument("--seed", type=seed, default=17, help="of weights, masks, data order and augmentation")
-    group.add_argument("--save", type=path, metavar="DIR", help="where the run's files go, in place of saved_models/…")
-    group.add_argument(
-        "--resume", type=path, metavar="PATH",
-        help="go on from a checkpoint.pth or a run's folder; for --cyclic_train alone and for --sparse-init resume "
-        "and prune_*, any saved .pth to start from",
+        "--show-layers", action="store_true",
+        help="print every layer's shape, density now and at the end, and FLOPs, in place of training",
     )  # fmt: skip
     group.add_argument(
         "--config", type=path, metavar="FILE",
         help="take the flags of an earlier run from its config.json, but for --save and --resume; those on the command "
         "line count more",
+    )  # fmt: skip
+    group = group_of(parser, TRAINING)
+    group.add_argument(
+        "--multiplier",
+        type=positive,
+        default=1,
+        help="stretch all counts of epochs, milestones and warm-up among them, this many times, but for --cycle",
+    )
+    group.add_argument("--seed", type=seed, default=17, help="of weights, masks, data order and augmentation")
+    group = group_of(parser, TICKETS)
+    group.add_argument(
+        "--ema", type=between_zero_and_one, metavar="DECAY",
+        help="a baseline beside superposing: also measure, at the end, the exponential moving average of every step's "
+        "weights, pruned to the budget and with BatchNorm re-estimated",
+    )  # fmt: skip
+    group = group_of(parser, FILES)
+    group.add_argument(
+        "--indicate_method", default="Results", metavar="NAME", help="name of the run: in its path and in reports"
+    )
+    group.add_argument("--save", type=path, metavar="DIR", help="where the run's files go, in place of saved_models/…")
+    group.add_argument(
+        "--resume", type=path, metavar="PATH",
+        help="go on from a checkpoint.pth or a run's folder; for --cyclic_train alone and for --sparse-init resume "
+        "and prune_*, any saved .pth to start from",
     )  # fmt: skip
     group.add_argument("--keep-tickets", action="store_true", help="save every ticket, in tickets/ of the run's folder")
     group.add_argument("--tensorboard", type=path, metavar="DIR", help="write TensorBoard scalars there as well")
@@ -173,23 +271,8 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
         help="send curves, tickets, flags and summary to this project of Weights & Biases as well; with "
         "WANDB_MODE=offline in the environment they stay in a file",
     )  # fmt: skip
-    group.add_argument(
-        "--multiplier",
-        type=positive,
-        default=1,
-        help="stretch all counts of epochs, milestones and warm-up among them, this many times, but for --cycle",
-    )
-    group.add_argument(
-        "--show-layers", action="store_true",
-        help="print every layer's shape, density now and at the end, and FLOPs, in place of training",
-    )  # fmt: skip
-    group.add_argument(
-        "--ema", type=between_zero_and_one, metavar="DECAY",
-        help="a baseline beside superposing: also measure, at the end, the exponential moving average of every step's "
-        "weights, pruned to the budget and with BatchNorm re-estimated",
-    )  # fmt: skip
+    group = group_of(parser, SPEED)
     group.add_argument("--no-cuda", action="store_true", help="train on the CPU even if there is a GPU")
-    group = parser.add_argument_group("speed")
     group.add_argument(
         "--amp", choices=["auto", *AMP],
         help="number format of forward passes; auto: bf16 on a GPU that has it, else off (float32) (default: auto)",
@@ -220,14 +303,31 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
 
 def add_sparse_flags(parser: argparse.ArgumentParser) -> None:
     """Flags of sparse training: masks, topology updates, densities."""
-    group = parser.add_argument_group("sparse training")
+    methods = "; ".join(f"{name}: {method.about}" for name, method in METHODS.items())
+    group = group_of(parser, MASKS)
     group.add_argument("--sparse", action="store_true", help="train with masks; without it training is dense")
-    group.add_argument("--fix", action="store_true", help="freeze the topology: static sparse training")
     group.add_argument(
         "--sparse-init", choices=SPARSE_INITS, default="ERK",
         help="how the first masks are drawn; cycles alone take the pattern of the loaded weights, but for prune_*",
     )  # fmt: skip
-    methods = "; ".join(f"{name}: {method.about}" for name, method in METHODS.items())
+    group.add_argument("--init-density", type=density, default=0.5, help="share of active weights at the start")
+    group.add_argument(
+        "--final-density", type=density, default=0.05,
+        help="share that GraNet and GMP end at, and that every superposition is pruned back to",
+    )  # fmt: skip
+    group.add_argument("--rm-first", action="store_true", help="keep the first layer dense, outside the masks")
+    group.add_argument(
+        "--dense-layers", nargs="+", metavar="GLOB",
+        help="keep the layers dense whose names match, such as fc or 'layer4.*' (--show-layers lists names)",
+    )  # fmt: skip
+    group.add_argument(
+        "--layer-density", nargs="+", type=layer_density, metavar="GLOB=D",
+        help="density of the layers that match at the start; the others share what is left of --init-density",
+    )  # fmt: skip
+    group.add_argument(
+        "--pruning-rate", type=rate, default=0.5, help="share of the trained weights that --sparse-init prune_* drops"
+    )
+    group = group_of(parser, UPDATES)
     group.add_argument(
         "--method", choices=METHODS, default="GraNet", help=f"what happens at a topology update. {methods}"
     )
@@ -244,16 +344,8 @@ def add_sparse_flags(parser: argparse.ArgumentParser) -> None:
         "--decay-schedule", choices=DECAYS, default="cosine", help="how the prune rate falls over the whole run"
     )
     group.add_argument(
-        "--pruning-rate", type=rate, default=0.5, help="share of the trained weights that --sparse-init prune_* drops"
-    )
-    group.add_argument(
         "--update-frequency", type=positive, default=100, metavar="STEPS", help="steps from one update to the next"
     )
-    group.add_argument("--init-density", type=density, default=0.5, help="share of active weights at the start")
-    group.add_argument(
-        "--final-density", type=density, default=0.05,
-        help="share that GraNet and GMP end at, and that every superposition is pruned back to",
-    )  # fmt: skip
     group.add_argument(
         "--init-prune-epoch", type=non_negative, default=0, metavar="EPOCH", help="gradual pruning starts here"
     )
@@ -266,20 +358,12 @@ def add_sparse_flags(parser: argparse.ArgumentParser) -> None:
         help="updates prune and grow in the epochs before this one only; gradual pruning and --re_explore go on "
         "(default: in all)",
     )  # fmt: skip
-    group.add_argument("--rm-first", action="store_true", help="keep the first layer dense, outside the masks")
-    group.add_argument(
-        "--dense-layers", nargs="+", metavar="GLOB",
-        help="keep the layers dense whose names match, such as fc or 'layer4.*' (--show-layers lists names)",
-    )  # fmt: skip
-    group.add_argument(
-        "--layer-density", nargs="+", type=layer_density, metavar="GLOB=D",
-        help="density of the layers that match at the start; the others share what is left of --init-density",
-    )  # fmt: skip
+    group.add_argument("--fix", action="store_true", help="freeze the topology: static sparse training")
 
 
 def add_ticket_flags(parser: argparse.ArgumentParser) -> None:
     """Flags of cheap tickets and their superposition."""
-    group = parser.add_argument_group("tickets and superposing")
+    group = group_of(parser, TICKETS)
     group.add_argument("--pre_train", action="store_true", help="do the pre-training part of the run")
     group.add_argument("--cyclic_train", action="store_true", help="do the cycles, each of which ends in a ticket")
     group.add_argument("--cycle", type=positive, default=8, metavar="EPOCHS", help="length of a cycle")

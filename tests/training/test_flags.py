@@ -4,8 +4,10 @@ import argparse
 import json
 import re
 import shlex
+import sys
 from pathlib import Path
 
+import main as imagenet_main
 import main_suptickets
 import pytest
 from cifar_data import DATASETS
@@ -119,9 +121,36 @@ def test_help_shows_every_flag_and_default(capsys):
 def test_help_names_all_choices(capsys):
     text = help_of(capsys)
     for table in (GROWTH, PRUNE, REDISTRIBUTION, SPARSE_INITS, METHODS, DECAYS, AVERAGING):
-        assert "{" + ",".join(table) + "}" in text
+        # A list too long for a line of its own stands in the text, where lines can break.
+        assert "{" + ",".join(table) + "}" in text or "one of " + ", ".join(table) + ":" in text
     for name in [*DATASETS, *model_names(), ".npz"]:
         assert name in text
+
+
+@pytest.mark.parametrize(("columns", "widest"), [(60, 60), (80, 80), (100, 100), (250, 100)])
+@pytest.mark.parametrize("script", [main_suptickets, imagenet_main])
+def test_help_fits_terminals(script, columns, widest, monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    assert max(map(len, script.make_parser().format_help().splitlines())) <= widest
+
+
+def examples_of(script):
+    """Title of every group of flags that a script adds: the command line that its help shows."""
+    help_of_groups = script.make_parser().format_help().split("\n\n")
+    commands = [re.search(r"^(.+):\n  .*:\n((?:  .*\\\n)*  .*)$", part) for part in help_of_groups]
+    return {command[1]: shlex.split(command[2].replace("\\\n", " ")) for command in commands if command}
+
+
+@pytest.mark.parametrize("script", [main_suptickets, imagenet_main])
+def test_every_group_of_the_help_shows_a_command_line_that_fits_together(script, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [script.__file__])
+    own = [group for group in script.make_parser()._action_groups[2:] if group._group_actions]  # two are argparse's
+    examples = examples_of(script)
+    assert list(examples) == [group.title for group in own]
+    for words in examples.values():
+        assert words[:2] == ["python", Path(script.__file__).name]
+        args = script.parse(words[2:])
+        assert script.check(args, *([script.epoch_budget(args)] if script is imagenet_main else [])) == [], words
 
 
 def test_help_says_what_the_methods_and_the_demo_are(capsys):
