@@ -19,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "CIFAR"))
+sys.path[:0] = [str(ROOT / "CIFAR"), str(ROOT)]
 
 import cifar_data  # noqa: E402  found once its folder is on the path
 import sweep  # noqa: E402
