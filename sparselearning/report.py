@@ -1,4 +1,4 @@
-"""Tables and pictures of runs, from the files that they left: nothing is trained again.
+"""Tables, pictures and a page for a browser of runs, from the files that they left: nothing is trained again.
 
 python -m sparselearning.report RUN [RUN …] [--out DIR]
 
@@ -12,6 +12,7 @@ from types import ModuleType
 from sparselearning.process.errors import UsageError
 from sparselearning.process.files import check_output, write_text
 from sparselearning.process.script import run_script
+from sparselearning.reporting.page import MARK, html_report
 from sparselearning.reporting.runs import find_runs, group_runs, read_run
 from sparselearning.reporting.tables import DRAWN_BY, csv_of_runs, csv_table, latex_table, markdown_report
 from sparselearning.training.flags import Parser, path
@@ -23,6 +24,7 @@ MARKS = {
     "results.csv": "method,n,",
     "results.tex": r"% \usepackage{booktabs}",
     "runs.csv": "method,seed,",
+    "report.html": MARK,
     **{f"{name}.{kind}": DRAWN_BY for name in PICTURES for kind in ("png", "svg")},
 }
 """Every file that a report may write, and what ``files.check_output`` knows it by."""
@@ -68,10 +70,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         }
     for name, text in tables.items():
         write_text(out / name, text)
+    pictures: dict[str, str] = {}
     if plots:
         figures = plots.run_figures(single) if single else {"comparison": plots.comparison(groups)}
-        for name, figure in figures.items():
-            plots.save(figure, out / name)
+        pictures = {name: plots.save(figure, out / name) for name, figure in figures.items()}
+    write_text(out / "report.html", html_report(runs, groups, left_out, pictures))
 
     if single and single.summary:
         print(run_table(single.summary, single.folder.path))

@@ -1,9 +1,9 @@
 """Pictures of runs. Needs matplotlib, the optional extra ``plots``; the same files give the same pictures."""
 
+import io
 import math
 import textwrap
 from collections.abc import Sequence
-from functools import partial
 from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from sparselearning.process.files import write_whole
+from sparselearning.process.files import write_bytes
 from sparselearning.reporting.runs import Group, Run, legend, masked_weights
 from sparselearning.reporting.tables import COLUMNS, DRAWN_BY
 from sparselearning.sparse.costs import layer_densities, overall_density
@@ -76,16 +76,19 @@ def run_figures(run: Run) -> dict[str, Figure]:
     return figures
 
 
-def save(figure: Figure, stem: Path) -> None:
-    """Write ``stem.png`` and ``stem.svg``.
+def save(figure: Figure, stem: Path) -> str:
+    """Write ``stem.png`` and ``stem.svg``; return what stands in the latter.
 
     Raises:
         FaultError: if the disk refuses.
     """
     undated: dict[str, dict[str, Any]] = {"png": {"Software": DRAWN_BY}, "svg": {"Creator": DRAWN_BY, "Date": None}}
+    files = {kind: io.BytesIO() for kind in undated}
     with style.context(STYLE):
         for kind, metadata in undated.items():
-            write_whole(stem.with_name(f"{stem.name}.{kind}"), partial(figure.savefig, format=kind, metadata=metadata))
+            figure.savefig(files[kind], format=kind, metadata=metadata)
+            write_bytes(stem.with_name(f"{stem.name}.{kind}"), files[kind].getvalue())
+    return files["svg"].getvalue().decode()
 
 
 # ------------------------------------------------------------------------------------------------------- one run

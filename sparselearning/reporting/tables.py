@@ -18,6 +18,9 @@ DRAWN_BY = "sparselearning.report"
 Figure = Callable[[Group, Run], float | None]
 """From one run of a group to a number; None if it has none."""
 
+Cells = list[list[str]]
+"""A table: header and rows."""
+
 
 @dataclass(frozen=True)
 class Spread:
@@ -156,10 +159,8 @@ def _columns(groups: Sequence[Group], among: Sequence[Column] = COLUMNS) -> list
     return [column for column in among if any(column.spread(group) for group in groups)]
 
 
-def _cells(
-    groups: Sequence[Group], plus_minus: str, nothing: str, among: Sequence[Column] = COLUMNS
-) -> list[list[str]]:
-    """Header and one row per group."""
+def _cells(groups: Sequence[Group], plus_minus: str, nothing: str, among: Sequence[Column] = COLUMNS) -> Cells:
+    """One row per group."""
     columns = _columns(groups, among)
     rows = [
         [group.label, str(len(group.runs)), *(c.text(c.spread(group), plus_minus, nothing) for c in columns)]
@@ -180,6 +181,10 @@ def headline_table(groups: Sequence[Group]) -> str:
 
 def averages_table(groups: Sequence[Group]) -> str:
     """Accuracies of kept tickets, their ensemble and other averages, where ``sparselearning.analyze`` measured them."""
+    return _markdown(_averages_cells(groups))
+
+
+def _averages_cells(groups: Sequence[Group]) -> Cells:
     looked_at = [group for group in groups if _is_analysed(group)]
     titles = dict.fromkeys(title for group in looked_at for run in group.runs for title in _averages(run))
     parts = {run.analysis.evaluated_on.part for group in looked_at for run in group.runs if run.analysis}
@@ -189,15 +194,19 @@ def averages_table(groups: Sequence[Group]) -> str:
 
 def differences_table(groups: Sequence[Group]) -> str:
     """How far apart kept tickets are, the network that they start from included, where that was measured."""
+    return _markdown(_differences_cells(groups))
+
+
+def _differences_cells(groups: Sequence[Group]) -> Cells:
     looked_at = [group for group in groups if _is_analysed(group)]
     return _column_per_group("between tickets, the first network included", looked_at, DIFFERENCES)
 
 
-def _column_per_group(title: str, groups: Sequence[Group], rows: Sequence[Column]) -> str:
-    """A table on its side: each figure that some group has in a row."""
+def _column_per_group(title: str, groups: Sequence[Group], rows: Sequence[Column]) -> Cells:
+    """A table on its side: each figure that some group has in a row; nothing where there is no such figure."""
     known = [row for row in rows if any(row.spread(group) for group in groups)]
     cells = [[row.title, *(row.text(row.spread(group), " ± ", "-") for group in groups)] for row in known]
-    return _markdown([[title, *(group.label for group in groups)], *cells]) if cells else ""
+    return [[title, *(group.label for group in groups)], *cells] if cells else []
 
 
 def _average(title: str, group: Group, run: Run) -> float | None:
@@ -277,7 +286,9 @@ DIFFERENCES = (
 )
 
 
-def _markdown(cells: Sequence[Sequence[str]]) -> str:
+def _markdown(cells: Cells) -> str:
+    if not cells:
+        return ""
     rows = [[one_line(cell).replace("|", r"\|") for cell in row] for row in cells]
     widths = [max(3, *map(len, column)) for column in zip(*rows, strict=True)]
 
@@ -322,16 +333,33 @@ def csv_table(groups: Sequence[Group]) -> str:
 
 def csv_of_runs(groups: Sequence[Group]) -> str:
     """One row per run: its figures, where it ran, and where its files are."""
+    (method, seed, *_, device, torch, folder), *rows = cells_of_runs(groups)
+    return _csv([method, seed, *(column.name for column in _columns(groups)), device, torch, folder], rows)
+
+
+def cells_of_runs(groups: Sequence[Group]) -> Cells:
+    """The same for people: figures of six significant digits, under the titles that they have in other tables."""
     columns = _columns(groups)
     rows = [
         [
-            group.full_label, run.seed, *(_number(column.value(group, run)) for column in columns),
-            run.config.device, run.config.versions.get("torch"), run.folder.path,
+            group.full_label, str(run.seed), *(_number(column.value(group, run)) for column in columns),
+            run.config.device or "", run.config.versions.get("torch", ""), str(run.folder.path),
         ]
         for group in groups
         for run in group.runs
     ]  # fmt: skip
-    return _csv(["method", "seed", *(column.name for column in columns), "device", "torch", "folder"], rows)
+    return [["method", "seed", *(column.title for column in columns), "device", "torch", "folder"], *rows]
+
+
+def ticket_cells(run: Run) -> Cells:
+    """One row per ticket of a run."""
+    densities = ("union_density", "density")
+    rows = [
+        [str(row.ticket), *(f"{100 * accuracy:.2f}" for accuracy in (row.ticket_acc, row.superposed_acc))]
+        + ["-" if (density := getattr(row, name)) is None else f"{density:.4f}" for name in densities]
+        for row in run.tickets
+    ]
+    return [["number", "ticket [%]", "superposition [%]", "its density before pruning back", "density"], *rows]
 
 
 def _number(value: float | None) -> str:
@@ -345,7 +373,23 @@ def _csv(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 
 
 def markdown_report(groups: Sequence[Group], left_out: Sequence[str] = ()) -> str:
-    """The table, and what one must know to read it."""
+    """The tables, and what one must know to read them."""
+    tables = map(_markdown, report_cells(groups).values())
+    return "\n".join(tables) + "\n" + "".join(f"- {one_line(note)}\n" for note in report_notes(groups, left_out))
+
+
+def report_cells(groups: Sequence[Group]) -> dict[str, Cells]:
+    """All tables of a report, by their headings."""
+    tables = {
+        "Results": _cells(groups, " ± ", "-"),
+        "Other averages of kept tickets": _averages_cells(groups),
+        "How far kept tickets are apart": _differences_cells(groups),
+    }
+    return {heading: cells for heading, cells in tables.items() if cells}
+
+
+def report_notes(groups: Sequence[Group], left_out: Sequence[str] = ()) -> list[str]:
+    """What one must know to read them, ``left_out`` of the runs that are in no group included."""
     runs = [run for group in groups for run in group.runs]
     notes = [*legend(groups), "mean ± sample standard deviation over n seeds; one run has no deviation"]
     if any(group.control for group in groups):
@@ -359,9 +403,8 @@ def markdown_report(groups: Sequence[Group], left_out: Sequence[str] = ()) -> st
         notes.append("gains over plain training are those on the test set, the other gains those on the held-out set")
     notes += [note for note in (_missing_control(group, groups) for group in groups) if note]
     notes += [f"left out: {sentence}" for sentence in left_out]
-    notes.append(f"ran on (commits): {_machines(known for run in runs for known in run.environments)}")
-    tables = [markdown_table(groups), averages_table(groups), differences_table(groups)]
-    return "\n".join(filter(None, tables)) + "\n" + "".join(f"- {one_line(note)}\n" for note in notes)
+    notes.append(f"ran on (commits): {machines(known for run in runs for known in run.environments)}")
+    return notes
 
 
 def _missing_control(group: Group, groups: Sequence[Group]) -> str | None:
@@ -375,7 +418,7 @@ def _missing_control(group: Group, groups: Sequence[Group]) -> str | None:
     return f"{group.label} has no plain training to compare with: {plain[nearest].label} differs in {listed}"
 
 
-def _machines(environments: Iterable[Environment]) -> str:
+def machines(environments: Iterable[Environment]) -> str:
     """Every hardware and version once, and the commits that ran on it."""
     commits: dict[str, set[str]] = {}
     for known in environments:

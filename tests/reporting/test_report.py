@@ -19,7 +19,8 @@ def test_one_run_gets_pictures_and_tables_in_its_folder(plots, tmp_path, capsys)
     save_networks(folder)
     main([str(folder)])
     pictures = {f"{name}.{kind}" for name in ("curves", "schedules", "layers") for kind in ("png", "svg")}
-    assert files_of(folder / "report").keys() == pictures | {"results.md", "results.csv", "results.tex", "runs.csv"}
+    tables = {"results.md", "results.csv", "results.tex", "runs.csv"}
+    assert files_of(folder / "report").keys() == pictures | tables | {"report.html"}
     assert "superposition 2           90.00%" in capsys.readouterr().out
 
 
@@ -33,10 +34,12 @@ def test_the_same_files_give_the_same_bytes(plots, study, monkeypatch, capsys):
     assert "93.00 ± 1.41" in capsys.readouterr().out
 
 
-def test_an_unfinished_run_gets_pictures_alone(plots, tmp_path, capsys):
+def test_an_unfinished_run_gets_pictures_and_a_page(plots, tmp_path, capsys):
     folder = write_run(tmp_path / "run", tickets=0, epochs=1, finished=False)
     main([str(folder)])
-    assert files_of(folder / "report").keys() == {"curves.png", "curves.svg", "schedules.png", "schedules.svg"}
+    pictures = {"curves.png", "curves.svg", "schedules.png", "schedules.svg"}
+    assert files_of(folder / "report").keys() == pictures | {"report.html"}
+    assert "unfinished, epochs done: 1" in (folder / "report/report.html").read_text()
     assert "unfinished, epochs done: 1; pictures, but no tables yet" in capsys.readouterr().out
 
 
@@ -74,7 +77,7 @@ def test_wrong_calls_are_told_in_a_sentence(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["results.md", "results.csv", "results.tex", "runs.csv", "curves.png", "schedules.svg"]
+    "name", ["results.md", "results.csv", "results.tex", "runs.csv", "report.html", "curves.png", "schedules.svg"]
 )
 def test_no_other_file_is_replaced(tmp_path, name):
     folder, out = write_run(tmp_path / "run"), tmp_path / "out"
