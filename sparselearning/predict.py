@@ -6,7 +6,8 @@ python -m sparselearning.predict FILE.safetensors IMAGES --time
 RUN is a run's folder, for its last superposition, or any .pth file in it; FILE a packed file of
 ``sparselearning.export``, whose weights go straight to the kernels' lists. IMAGES is an ``.npz`` file with ``x_test``
 or ``x`` (uint8, N x H x W or N x H x W x C), or a folder of images. The CSV has a line for each: its number or file
-name, the class, and the probability that the network gives it.
+name, the class, and the probability that the network gives it. With labels (``y_test`` or ``y``) stderr gets the
+accuracy.
 """
 
 import csv
@@ -35,8 +36,8 @@ from sparselearning.training import flags
 from sparselearning.training.builders import build_empty, build_network
 
 HEADER = ("image", "class", "probability")
-ARRAYS = ("x_test", "x")
-"""Names of the images in an ``.npz`` file: the first that is there."""
+ARRAYS = {"x_test": "y_test", "x": "y"}
+"""Names of the images in an ``.npz`` file, the first that is there, and of their labels, if it has any."""
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".ppm", ".pgm", ".webp", ".tif", ".tiff")
 TIMED_SECONDS = 2.0  # for each size of batch
 
@@ -71,16 +72,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     table = csv.writer(text, lineterminator="\n")
     table.writerow(HEADER)
     batch = torch.empty(0)
+    predicted: list[int] = []
     for start in range(0, len(images), args.batch_size):
         numbers = range(start, min(start + args.batch_size, len(images)))
         batch = torch.stack([preparation.prepare(images[i], images.name(i)) for i in numbers])
         probabilities, classes = network(batch).softmax(dim=1).max(dim=1)
+        predicted += classes.tolist()
         for i, number, share in zip(numbers, classes.tolist(), probabilities.tolist(), strict=True):
             table.writerow((images.name(i), number, f"{share:.6f}"))
     if args.out:
         write_text(args.out, text.getvalue())
     else:
         sys.stdout.write(text.getvalue())
+    if images.labels is not None:
+        hits = int((images.labels == predicted).sum())
+        print(f"accuracy {100 * hits / len(predicted):.2f} % of {len(predicted):,} images", file=sys.stderr)
     if args.time:
         for size in sorted({1, args.batch_size}):
             repeated = batch[torch.arange(size) % len(batch)]
@@ -221,10 +227,11 @@ def _from_packed(entries: dict[str, Tensor | Packed], metadata: dict[str, Any], 
 
 
 class ImageArray:
-    """Images of an ``.npz`` file, uint8 [N, H, W, C], named by their numbers from 0."""
+    """Images of an ``.npz`` file, uint8 [N, H, W, C], named by their numbers from 0, and their labels [N], if known."""
 
-    def __init__(self, pixels: np.ndarray) -> None:
+    def __init__(self, pixels: np.ndarray, labels: np.ndarray | None = None) -> None:
         self.pixels = pixels
+        self.labels = labels
 
     def __len__(self) -> int:
         return len(self.pixels)
@@ -239,6 +246,8 @@ class ImageArray:
 
 class ImageFolder:
     """Images of a folder, in the order of their names."""
+
+    labels = None
 
     def __init__(self, files: list[Path]) -> None:
         self.files = files
@@ -282,18 +291,23 @@ def open_images(path: Path) -> ImageArray | ImageFolder:
         raise UsageError(f"{path} is neither an .npz file nor a folder of images")
     try:
         with np.load(path) as arrays:
-            name = next((name for name in ARRAYS if name in arrays), None)
-            pixels = None if name is None else arrays[name]
+            names = next(((x, y) for x, y in ARRAYS.items() if x in arrays), None)
+            pixels, labels = (arrays.get(name) for name in names or (None, None))
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise FaultError(f"{path} is damaged or no .npz file") from error
-    if pixels is None:
+    if names is None or pixels is None:
         raise UsageError(f"{path} holds neither {' nor '.join(ARRAYS)}")
     if pixels.dtype != np.uint8 or pixels.ndim not in (3, 4) or not len(pixels):
         raise UsageError(
-            f"{name} of {path} is {pixels.dtype} {list(pixels.shape)}, not uint8 [N, H, W] or [N, H, W, C] of an image "
-            "at least"
+            f"{names[0]} of {path} is {pixels.dtype} {list(pixels.shape)}, not uint8 [N, H, W] or [N, H, W, C] of an "
+            "image at least"
         )
-    return ImageArray(pixels if pixels.ndim == 4 else pixels[..., None])
+    if labels is not None and (labels.shape != (len(pixels),) or labels.dtype.kind not in "iu"):
+        raise UsageError(
+            f"{names[1]} of {path} is {labels.dtype} {list(labels.shape)}, not one integer for each of "
+            f"{len(pixels)} images"
+        )
+    return ImageArray(pixels if pixels.ndim == 4 else pixels[..., None], labels)
 
 
 if __name__ == "__main__":

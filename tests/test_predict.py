@@ -280,6 +280,15 @@ def test_without_out_the_table_goes_to_stdout(run: Path, pixels: np.ndarray, cap
     assert [line.split(":")[0] for line in shown.err.splitlines()] == ["batch 1", "batch 4"]
 
 
+def test_with_labels_the_accuracy_is_told(run: Path, pixels: np.ndarray, capsys: pytest.CaptureFixture[str]) -> None:
+    classes, _ = expected_rows(run, pixels)
+    labels = np.array(classes)
+    labels[0] = (labels[0] + 1) % 10
+    np.savez(run.parent / "images.npz", x_test=pixels, y_test=labels)
+    predict.main([str(run), str(run.parent / "images.npz"), "--out", str(run.parent / "out.csv"), "--batch-size", "2"])
+    assert capsys.readouterr().err == "accuracy 80.00 % of 5 images\n"
+
+
 def test_images_are_resized_and_cut_as_in_evaluation(run: Path, pixels: np.ndarray) -> None:
     write_record(run, resize=32)
     large = np.pad(pixels[0], ((0, 0), (9, 9), (0, 0)))
@@ -307,6 +316,7 @@ def save(**arrays: np.ndarray):
         (save(x=np.zeros((2, 32, 32, 3))), UsageError, "float64"),
         (save(x=np.zeros((0, 32, 32, 3), np.uint8)), UsageError, "at least"),
         (save(x=np.zeros((2, 28, 28), np.uint8)), UsageError, "28 x 28 x 1 numbers"),
+        (save(x=np.zeros((2, 32, 32, 3), np.uint8), y=np.zeros(3, int)), UsageError, "one integer for each of 2"),
         (lambda folder: (folder / "out.csv").write_text("mine"), UsageError, "exists"),
     ],
 )
