@@ -34,15 +34,27 @@ def _each(address, channels):  # type: ignore[no-untyped-def]
     return carray(as_pointer(address), channels, np.float32)
 
 
+@njit
+def _channels(address, task):  # type: ignore[no-untyped-def]
+    """The channels of one share of the work after the other, until none is left."""
+    while True:
+        share = fetch_and_add(address, 1)
+        if share >= task.shares:
+            break
+        for c in range(share * task.channels // task.shares, (share + 1) * task.channels // task.shares):  # noqa: UP028
+            yield c
+
+
 @njit(inline="always")
 def _moments(x):  # type: ignore[no-untyped-def]
     """Mean and biased variance of a line."""
     first = x[0]
     total = squares = 0.0
     for begin in range(0, len(x), BLOCK):
+        block = x[begin : begin + BLOCK]
         a = b = np.float32(0)
-        for i in range(begin, min(begin + BLOCK, len(x))):
-            difference = x[i] - first
+        for i in range(len(block)):
+            difference = block[i] - first
             a += difference
             b += difference * difference
         total += a
@@ -56,12 +68,8 @@ def statistics(address):  # type: ignore[no-untyped-def]
     """Mean and biased variance of every channel."""
     task = carray(as_pointer(address), 1, PLANES)[0]
     mean, variance = _each(task.mean, task.channels), _each(task.variance, task.channels)
-    while True:
-        share = fetch_and_add(address, 1)
-        if share >= task.shares:
-            break
-        for c in range(share * task.channels // task.shares, (share + 1) * task.channels // task.shares):
-            mean[c], variance[c] = _moments(_line(task.inputs, c, task.numbers))
+    for c in _channels(address, task):
+        mean[c], variance[c] = _moments(_line(task.inputs, c, task.numbers))
 
 
 @njit(inline="always")
@@ -82,16 +90,12 @@ def normalise(address):  # type: ignore[no-untyped-def]
     task = carray(as_pointer(address), 1, PLANES)[0]
     scale, shift = _each(task.scale, task.channels), _each(task.shift, task.channels)
     lowest = np.float32(0) if task.relu != 0 else np.float32(-np.inf)
-    while True:
-        share = fetch_and_add(address, 1)
-        if share >= task.shares:
-            break
-        for c in range(share * task.channels // task.shares, (share + 1) * task.channels // task.shares):
-            x, y = _line(task.inputs, c, task.numbers), _line(task.outputs, c, task.numbers)
-            if task.added != 0:
-                _scaled_sum(x, _line(task.added, c, task.numbers), y, scale[c], shift[c], lowest)
-            else:
-                _scaled(x, y, scale[c], shift[c], lowest)
+    for c in _channels(address, task):
+        x, y = _line(task.inputs, c, task.numbers), _line(task.outputs, c, task.numbers)
+        if task.added != 0:
+            _scaled_sum(x, _line(task.added, c, task.numbers), y, scale[c], shift[c], lowest)
+        else:
+            _scaled(x, y, scale[c], shift[c], lowest)
 
 
 @njit(inline="always")
@@ -104,11 +108,12 @@ def _products(x, g, mean, scale, shift, relu):  # type: ignore[no-untyped-def]
     """Sums of the gradients that come through ReLU, and of their products with the centred inputs."""
     total = products = 0.0
     for begin in range(0, len(x), BLOCK):
+        block, gradients = x[begin : begin + BLOCK], g[begin : begin + BLOCK]
         a = b = np.float32(0)
-        for i in range(begin, min(begin + BLOCK, len(x))):
-            gradient = _through_relu(g[i], x[i] * scale + shift, relu)
+        for i in range(len(block)):
+            gradient = _through_relu(gradients[i], block[i] * scale + shift, relu)
             a += gradient
-            b += gradient * (x[i] - mean)
+            b += gradient * (block[i] - mean)
         total += a
         products += b
     return total, products
@@ -130,18 +135,14 @@ def backward(address):  # type: ignore[no-untyped-def]
     variance = _each(task.variance, task.channels)
     for_scale, for_shift = _each(task.gradient_scale, task.channels), _each(task.gradient_shift, task.channels)
     relu = task.relu != 0
-    while True:
-        share = fetch_and_add(address, 1)
-        if share >= task.shares:
-            break
-        for c in range(share * task.channels // task.shares, (share + 1) * task.channels // task.shares):
-            x, g = _line(task.inputs, c, task.numbers), _line(task.gradients, c, task.numbers)
-            total, products = _products(x, g, mean[c], scale[c], shift[c], relu)
-            for_shift[c], for_scale[c] = total, products
-            if task.outputs != 0:
-                slope = offset = 0.0
-                if task.uses_batch != 0:  # mean and variance depend on the inputs, too; variance holds 1 / (σ² + ε)
-                    slope = -scale[c] * variance[c] * products / task.numbers
-                    offset = -scale[c] * total / task.numbers - slope * mean[c]
-                y = _line(task.outputs, c, task.numbers)
-                _through(x, g, y, scale[c], shift[c], relu, np.float32(slope), np.float32(offset))
+    for c in _channels(address, task):
+        x, g = _line(task.inputs, c, task.numbers), _line(task.gradients, c, task.numbers)
+        total, products = _products(x, g, mean[c], scale[c], shift[c], relu)
+        for_shift[c], for_scale[c] = total, products
+        if task.outputs != 0:
+            slope = offset = 0.0
+            if task.uses_batch != 0:  # mean and variance depend on the inputs, too; variance holds 1 / (σ² + ε)
+                slope = -scale[c] * variance[c] * products / task.numbers
+                offset = -scale[c] * total / task.numbers - slope * mean[c]
+            y = _line(task.outputs, c, task.numbers)
+            _through(x, g, y, scale[c], shift[c], relu, np.float32(slope), np.float32(offset))
