@@ -6,7 +6,7 @@ Activations are ordinary tensors [image, channel, row, column] that lie in memor
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from threading import Lock
 from typing import Any
@@ -56,6 +56,11 @@ class Shape:
         )
         return Grid(rows, columns, source.images)
 
+    @property
+    def skips_inputs(self) -> bool:
+        """Whether no tap reaches some rows or columns of the input: the gradient is zero there."""
+        return any(size < stride for size, stride in zip(self.kernel, self.stride, strict=True))
+
     @cache  # noqa: B019  shapes are few, and kept with the networks that have them
     def forward(self, source: Grid, shares: int, active: int) -> Correlation:
         """The forward pass, whose lists also serve the gradient of the weights."""
@@ -76,7 +81,7 @@ class Shape:
         """The gradient with respect to the input, for every ``stride``-th row and column at a time.
 
         Returns:
-            For each phase, the correlation, the taps that reach it, and where in the input it begins, in numbers.
+            Of each phase that a tap reaches, the correlation, the taps, and where in the input it begins, in numbers.
         """
         if self.kernel == self.stride == (1, 1) and self.padding == (0, 0):
             line = Grid(1, source.rows * source.columns * source.images, 1)
@@ -96,6 +101,8 @@ class Shape:
                     if row_rest == column_rest == 0:
                         reached.append(tap)
                         taps.append((row, column))
+                if not taps:
+                    continue
                 grid = Grid(
                     -(-(source.rows - row_phase) // self.stride[0]),
                     -(-(source.columns - column_phase) // self.stride[1]),
@@ -235,7 +242,7 @@ class ActiveWeights:
         return self._kernel(("forward", source), make)
 
     def backward(self, source: Grid) -> list[tuple[_Kernel, int]]:
-        """For the gradient of the input: of each phase the kernel, and where the phase begins."""
+        """For the gradient of the input: of each phase that a tap reaches the kernel, and where the phase begins."""
 
         def make(shares: int) -> list[tuple[_Kernel, int]]:
             kernels = []
@@ -286,6 +293,8 @@ class SparseConvolution(torch.autograd.Function):
         for_inputs = for_weight = for_bias = None
         if context.needs_input_grad[0]:
             for_inputs = empty_activations(grid.images, active.shape.channels, grid.rows, grid.columns)
+            if active.shape.skips_inputs:
+                for_inputs.zero_()
             for kernel, begin in active.backward(grid):
                 kernel.correlate(gradients, for_inputs, begin, weight, None)
         if context.needs_input_grad[1]:
@@ -308,23 +317,35 @@ def _dense_weight_gradient(shape: Shape, gradient: Tensor, inputs: Tensor, weigh
 
 
 @dataclass
+class Sequel:
+    """What comes after a BatchNorm, known only once it is there.
+
+    Attributes:
+        relu: whether ReLU follows at once, so that its backward pass is part of BatchNorm's.
+    """
+
+    relu: bool = False
+
+
+@dataclass
 class Norm:
     """What a BatchNorm does with each channel, while the pass that does it is put off.
 
-    A ReLU, or a sum and a ReLU, that follow at once are then done in the same pass.
+    A ReLU, or a sum and a ReLU, that follow at once are then done in the same pass. Backward passes must not keep it:
+    it would hold activations until all of them are done.
 
     Attributes:
         lines: the inputs, [channel, …, image].
         scale, shift: what they are multiplied with, and what is added; float32 [channels].
         added: another tensor to add, in the same layout; None: nothing.
-        relu: whether ReLU follows, so that its backward pass is part of BatchNorm's.
+        sequel: what the backward passes share.
     """
 
     lines: Tensor
     scale: Tensor
     shift: Tensor
     added: Tensor | None = None
-    relu: bool = False
+    sequel: Sequel = field(default_factory=Sequel)
 
     def memory(self) -> set[int]:
         """Addresses of the memory that the pass reads."""
@@ -332,7 +353,9 @@ class Norm:
 
     def write(self, outputs: Tensor, relu: bool) -> None:
         """Do the pass."""
-        outputs.untyped_storage().resize_(4 * outputs.numel())
+        memory = outputs.untyped_storage()
+        if memory.nbytes() == 0:  # to resize is to copy
+            memory.resize_(4 * outputs.numel())
         added = 0 if self.added is None else self.added.data_ptr()
         task = _planes_task(self.lines, scale=self.scale, shift=self.shift, outputs=outputs)
         task["added"], task["relu"] = added, relu
@@ -372,25 +395,24 @@ class BatchNorm(torch.autograd.Function):
         shift = -mean * scale if bias is None else bias.detach() - mean * scale
         outputs = empty_activations(inputs.shape[0], *inputs.shape[1:])
         outputs.untyped_storage().resize_(0)
-        context.norm = Norm(lines, scale, shift)
-        context.uses_batch = uses_batch
-        context.save_for_backward(mean, inverse, deviation)
-        hand_over(context.norm, mean, variance)
+        norm = Norm(lines, scale, shift)
+        context.sequel, context.uses_batch = norm.sequel, uses_batch
+        context.save_for_backward(lines, scale, shift, mean, inverse, deviation)
+        hand_over(norm, mean, variance)
         return outputs
 
     @staticmethod
     @once_differentiable
     def backward(context: Any, gradient: Tensor) -> Any:
-        mean, inverse, deviation = context.saved_tensors
-        norm = context.norm
+        lines, scale, shift, mean, inverse, deviation = context.saved_tensors
         gradients = image_last(gradient)
         for_inputs = None
         for_scale, for_shift = torch.empty_like(mean), torch.empty_like(mean)
         task = _planes_task(
-            norm.lines, gradients=gradients, mean=mean, variance=inverse, scale=norm.scale, shift=norm.shift,
+            lines, gradients=gradients, mean=mean, variance=inverse, scale=scale, shift=shift,
             gradient_scale=for_scale, gradient_shift=for_shift,
         )  # fmt: skip
-        task["relu"], task["uses_batch"] = norm.relu, context.uses_batch
+        task["relu"], task["uses_batch"] = context.sequel.relu, context.uses_batch
         if context.needs_input_grad[0]:
             for_inputs = empty_activations(gradient.shape[0], *gradient.shape[1:])
             task["outputs"] = for_inputs.data_ptr()
@@ -405,9 +427,9 @@ class ReluOfNorm(torch.autograd.Function):
     @staticmethod
     def forward(context: Any, inputs: Tensor, norm: Norm, in_place: bool) -> Tensor:
         outputs = inputs if in_place else empty_activations(inputs.shape[0], *inputs.shape[1:])
-        norm.relu = norm.added is None
+        norm.sequel.relu = norm.added is None
         norm.write(outputs, relu=True)
-        context.norm = norm
+        context.sequel = norm.sequel
         if in_place:
             context.mark_dirty(inputs)
         context.save_for_backward(outputs)
@@ -417,7 +439,7 @@ class ReluOfNorm(torch.autograd.Function):
     @once_differentiable
     def backward(context: Any, gradient: Tensor) -> Any:
         (outputs,) = context.saved_tensors
-        return gradient if context.norm.relu else _through_relu(gradient, outputs), None, None
+        return gradient if context.sequel.relu else _through_relu(gradient, outputs), None, None
 
 
 class AddToNorm(torch.autograd.Function):

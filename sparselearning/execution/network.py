@@ -182,7 +182,7 @@ class _Watch(TorchFunctionMode):
         """Write what was put off of all tensors among these arguments, now that they may be read."""
         for argument in arguments:
             if (norm := self.take_over(argument)) is not None:
-                norm.relu = False
+                norm.sequel.relu = False
                 norm.write(argument, relu=False)
 
     def write_before_a_change(self, arguments: Iterable[Tensor]) -> None:

@@ -1,6 +1,7 @@
 """Networks that compute with active weights alone, held against the masked ones."""
 
 import copy
+import gc
 import os
 import subprocess
 import sys
@@ -203,6 +204,17 @@ def test_a_norms_output_that_is_read_twice_counts_twice(in_place: bool) -> None:
     results[1][1] = results[1][1] * mask
     for got, expected in zip(*results, strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_activations_are_let_go_as_the_backward_pass_is_done_with_them(in_place: bool) -> None:
+    layers = [nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5), nn.ReLU(in_place), nn.Conv2d(5, 5, 3), nn.BatchNorm2d(5)]
+    model = nn.Sequential(*layers)
+    _, masking = masked(model)
+    loss = sparse_execution(model, masking)(torch.randn(7, 3, 9, 9)).sum()
+    loss.backward()  # the loss still holds the graph
+    activations = ((7, 5, 7, 7), (7, 5, 5, 5), (5, 7, 7, 7), (5, 5, 5, 7))
+    assert not [held for held in gc.get_objects() if type(held) is Tensor and held.shape in activations]
 
 
 def test_auto_computes_sparsely_from_where_it_pays() -> None:
