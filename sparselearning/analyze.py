@@ -2,11 +2,12 @@
 
 python -m sparselearning.analyze RUN
 python -m sparselearning.analyze RUN --superposing_method CAA --tickets 1 2 3 --final-density 0.1 --no-update_bn
-python -m sparselearning.analyze RUN --grid --on test
+python -m sparselearning.analyze RUN --grid --corruptions --on test
 
-RUN is the folder of a run made with --keep-tickets. Nothing is trained. The tables that are printed, and pictures of
-them, also go to RUN/analysis/. It computes in one process: where a run had more, their shares of the batches that
-BatchNorm was re-estimated on are not put together again, and its superpositions come out equal but for rounding.
+RUN is the folder of a run made with --keep-tickets; of plain training, which has no tickets, its network is measured.
+Nothing is trained. The tables that are printed, and pictures of them, also go to RUN/analysis/. It computes in one
+process: where a run had more, their shares of the batches that BatchNorm was re-estimated on are not put together
+again, and its superpositions come out equal but for rounding.
 """
 
 import argparse
@@ -36,13 +37,13 @@ from sparselearning.reporting.bench import (
     superpose_again,
 )
 from sparselearning.reporting.comparisons import compare_layer
-from sparselearning.reporting.runs import find_runs, read_run
+from sparselearning.reporting.corruptions import CORRUPTIONS
+from sparselearning.reporting.runs import Run, find_runs, read_run
 from sparselearning.sparse.layers import maskable_parameters
 from sparselearning.sparse.superpose import AVERAGING, chooses
 from sparselearning.training import flags
 from sparselearning.training.networks import SavedNetwork
 from sparselearning.training.progress import print_notes
-from sparselearning.training.run_folder import RunFolder
 from sparselearning.training.scripts import Script, script_of
 
 MADE_BY = "analyze_tickets.py"
@@ -63,7 +64,8 @@ def main(argv: Sequence[str] | None = None, script: Script | None = None) -> Non
     given = parse(argv)
     if given.save_network:
         check_output(given.save_network, MADE_BY)
-    folder, script, args = rebuilt_flags(given, script)
+    run, script, args = rebuilt_flags(given, script)
+    folder = run.folder
     device, runtime = flags.runtime(args).start()
     recipe = script.set_up(args, runtime, device)
     if chooses(args.superposing_method) and recipe.sources.test is None:
@@ -72,21 +74,23 @@ def main(argv: Sequence[str] | None = None, script: Script | None = None) -> Non
             f"run in {folder.path} held none out (--valid_split)"
         )
     masked = maskable_parameters(recipe.model, args.rm_first, args.dense_layers or ()) if args.sparse else {}
-    bench = Bench.of(recipe, runtime, masked, on_test_set=given.on == "test")
+    bench = Bench.of(recipe, runtime, masked, on_test_set=given.on == "test", corruptions=given.corruptions)
     numbers = given.tickets or kept_tickets(folder)
     members = bench.load_tickets(folder, numbers)
+    if len(members) < 2 and not run.is_plain:
+        raise UsageError(f"superposing takes at least two tickets, and there is one: ticket {numbers[0]}")
     names = list(members[0].masks)
     budget = args.final_density if args.sparse or "final_density" in given else None
     averaging = AVERAGING[args.superposing_method](args.CIMA_factor)
     finish = bench.with_fresh_bn if args.update_bn else as_it_is
     superposed = superpose_again(members, averaging, names, budget, lambda made: bench.held_out_accuracy(finish(made)))
     superposed = [finish(network) for network in superposed]
+    final = superposed[-1] if superposed else members[-1]
     if given.save_network:
-        final = superposed[-1]
         SavedNetwork(final.state, final.masks, final.epoch + 1).write(given.save_network, MADE_BY)
 
     predictions = {network.name: bench.predict(network.state) for network in [*members, *superposed]}
-    ends = [*members, superposed[-1]]
+    ends = [*members, *superposed[-1:]]
     routes = itertools.combinations(ends, 2) if given.all_pairs else neighbours(ends)
     bn_epoch = members[-1].epoch if given.line_bn else None
     results = Analysis(
@@ -100,19 +104,20 @@ def main(argv: Sequence[str] | None = None, script: Script | None = None) -> Non
             update_bn=args.update_bn,
             line_bn=given.line_bn,
         ),
-        same_as_run=is_saved_network(superposed[-1], folder.previous),
+        same_as_run=is_saved_network(final, folder.previous),
         networks=[
             *(bench.row([network], predictions, names) for network in [*members, *superposed]),
-            bench.row(members, predictions, names),
+            *([bench.row(members, predictions, names)] if superposed else []),
         ],
         pairs=compare(ends, predictions),
-        layers=[compare_layer(name, [member.masks[name] for member in members]) for name in names],
+        layers=[compare_layer(name, [member.masks[name] for member in members]) for name in names if superposed],
         lines=[bench.line(a, b, given.points, predictions, bn_epoch) for a, b in routes],
-        grid=grid(bench, members, names, budget, given.factors) if given.grid else None,
+        grid=grid(bench, members, names, budget, given.factors) if given.grid and superposed else None,
     )
     print(networks_table(results))
-    print(pairs_tables(results.pairs), layers_table(results.layers), sep="\n")
-    print(lines_table(results.lines))
+    if superposed:
+        print(pairs_tables(results.pairs), layers_table(results.layers), sep="\n")
+        print(lines_table(results.lines))
     if results.grid:
         print(grid_table(results.grid, results.evaluated_on.part))
     write_json(folder.analysis, results)
@@ -129,6 +134,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--on", choices=["evaluation", "test"], default="evaluation",
         help="evaluation: measure on what the run evaluated on, the images that it held out (--valid_split) or else "
         "the test set; test: on the test set. Choices are always made on images held out",
+    )  # fmt: skip
+    parser.add_argument(
+        "--corruptions", action="store_const", const=tuple(CORRUPTIONS), default=(),
+        help=f"also measure accuracy on these images with {', '.join(CORRUPTIONS)} (deterministic, of one severity)",
     )  # fmt: skip
     again = parser.add_argument_group("superposing again", "what is not given is as it was in the run")
     again.add_argument(
@@ -184,7 +193,7 @@ def two_or_more(text: str) -> int:
     return value
 
 
-def rebuilt_flags(given: argparse.Namespace, script: Script | None) -> tuple[RunFolder, Script, argparse.Namespace]:
+def rebuilt_flags(given: argparse.Namespace, script: Script | None) -> tuple[Run, Script, argparse.Namespace]:
     """Find the run and its script, and return its flags, those that the user gives anew in their place.
 
     Raises:
@@ -202,7 +211,7 @@ def rebuilt_flags(given: argparse.Namespace, script: Script | None) -> tuple[Run
     known = {action.dest for action in parser._actions}
     if unknown := [name for name in anew if name not in known]:
         raise UsageError(f"the script of the run in {run.folder.path} has no flag {unknown[0]} to give anew")
-    return run.folder, script, flags.of_run(parser, {**run.flags, **anew}, str(source))
+    return run, script, flags.of_run(parser, {**run.flags, **anew}, str(source))
 
 
 def draw(results: Analysis, out: Path) -> None:

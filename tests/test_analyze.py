@@ -103,10 +103,10 @@ def test_accuracies_are_those_that_the_run_recorded(finished, analysed):
     assert {name: found[name] for name in recorded} == recorded
 
 
-def bench_of(run):
+def bench_of(run, **options):
     _, script, args = analyze.rebuilt_flags(analyze.parse([str(run)]), None)
     device, runtime = flags.runtime(args).start()
-    return Bench.of(script.set_up(args, runtime, device), runtime, {})
+    return Bench.of(script.set_up(args, runtime, device), runtime, {}, **options)
 
 
 def test_the_ensemble_is_the_mean_of_all_members_logits(finished, analysed):
@@ -143,7 +143,7 @@ def test_the_grid_holds_the_runs_own_settings(analysed):
     averages = [(row["superposing_method"], row["CIMA_factor"]) for row in analysed["grid"]]
     assert averages == [("CAA", None), ("CIMA", 0.9), ("CIMA", FACTOR)]
     final = next(row for row in analysed["networks"] if row["name"] == "superposition 2")
-    assert analysed["grid"][-1]["bn_re_estimated"] == {key: final[key] for key in ("accuracy", "loss")}
+    assert analysed["grid"][-1]["bn_re_estimated"] == {key: final[key] for key in ("accuracy", "loss", "ece")}
 
 
 def test_pictures_come_with_matplotlib(finished, analysed):
@@ -174,18 +174,81 @@ def test_another_average_budget_and_subset(run, tmp_path, capsys):
     assert "by CAA, pruned to density 0.2, BatchNorm averaged; the last superposition is not" in capsys.readouterr().out
 
 
-def test_a_greedy_run_is_superposed_again_to_the_bit(tmp_path, monkeypatch):
-    monkeypatch.setattr(analyze, "draw", lambda results, out: None)
-    folder = tmp_path / "run"
+@pytest.fixture(scope="module")
+def held_out(tmp_path_factory):
+    """A greedy run that chose on a fifth of the training images."""
+    folder = tmp_path_factory.mktemp("held_out") / "run"
     main_suptickets.main([*RUN_FLAGS, "--superposing_method", "greedy", "--valid_split", "0.2", "--save", str(folder)])
-    results = analyse(folder)
+    return folder
+
+
+@pytest.fixture
+def greedy(held_out, tmp_path, monkeypatch):
+    """A copy to analyse, without pictures."""
+    monkeypatch.setattr(analyze, "draw", lambda results, out: None)
+    return shutil.copytree(held_out, tmp_path / "run")
+
+
+def test_a_greedy_run_is_superposed_again_to_the_bit(greedy):
+    results = analyse(greedy)
     assert results["same_as_run"]
     assert results["settings"]["superposing_method"] == "greedy"
-    rows = [json.loads(line) for line in (folder / "tickets.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (greedy / "tickets.jsonl").read_text().splitlines()]
     assert [row["superposed_acc"] for row in rows] == [accuracies(results)[f"superposition {n}"] for n in (1, 2)]
-    again = analyse(folder, "--superposing_method", "CIMA", "--tickets", "0", "1")
-    best = analyse(folder, "--tickets", "0", "1")
+    again = analyse(greedy, "--superposing_method", "CIMA", "--tickets", "0", "1")
+    best = analyse(greedy, "--tickets", "0", "1")
     assert accuracies(best)["superposition 1"] >= accuracies(again)["superposition 1"]
+
+
+def test_choices_are_made_on_held_out_images_and_measured_on_the_test_set(greedy, capsys):
+    by_held_out = analyse(greedy, "--grid", "--factors", "0.5")
+    by_test = analyse(greedy, "--grid", "--factors", "0.5", "--on", "test")
+    assert by_held_out["evaluated_on"] == {"part": "held-out part of the training set", "images": 240}
+    assert by_test["evaluated_on"] == {"part": "test set", "images": 599}
+    assert by_test["same_as_run"], "the very choices of the run"
+    summary = json.loads((greedy / "summary.json").read_text())
+    assert accuracies(by_test)["superposition 2"] == summary["test_acc"]
+    for there, here in zip(by_held_out["networks"], by_test["networks"], strict=True):
+        assert "held_out_accuracy" not in there
+        assert here["held_out_accuracy"] == there["accuracy"]
+    assert [row["superposing_method"] for row in by_test["grid"]] == ["CAA", "greedy", "CIMA"]
+    for there, here in zip(by_held_out["grid"], by_test["grid"], strict=True):
+        for bn in ("bn_averaged", "bn_re_estimated"):
+            assert here[bn]["held_out_accuracy"] == there[bn]["accuracy"]
+    final = next(row for row in by_test["networks"] if row["name"] == "superposition 2")
+    assert by_test["grid"][1]["bn_re_estimated"].items() <= final.items()
+    assert "accuracy, held-out" in capsys.readouterr().out
+
+
+def test_accuracy_on_corrupted_pictures(run, capsys):
+    results = analyse(run, "--corruptions", "--grid", "--factors", str(FACTOR))
+    names_ = ["noise", "blur", "contrast"]
+    rows = [*results["networks"], results["grid"][1]["bn_re_estimated"]]
+    assert [list(row["corrupted"]) for row in rows] == [names_] * len(rows)
+    final = results["networks"][-2]
+    assert results["grid"][1]["bn_re_estimated"].items() <= final.items()
+    assert results == analyse(run, "--corruptions", "--grid", "--factors", str(FACTOR)), "to the bit"
+    bench = bench_of(run, corruptions=["blur"])
+    predictions = bench.predict(load(run / "tickets" / "ticket_2.pth")["state_dict"])
+    assert bench.quality(predictions).corrupted == {"blur": results["networks"][2]["corrupted"]["blur"]}
+    assert (predictions.measured - predictions.corrupted["blur"]).abs().max() > 0.01
+    assert "accuracy, contrast" in capsys.readouterr().out
+
+
+def test_the_network_of_plain_training_is_measured_alone(tmp_path, capsys):
+    folder = tmp_path / "run"
+    main_suptickets.main([*RUN_FLAGS, "--cycle_rate", "0", "--epochs", "1", "--save", str(folder)])
+    results = analyse(folder, "--grid", "--corruptions", "--save-network", tmp_path / "plain.pth")
+    (only,) = results["networks"]
+    assert only["name"] == "ticket 0"
+    assert only["accuracy"] == json.loads((folder / "summary.json").read_text())["final_acc"]
+    assert set(only["corrupted"]) == {"noise", "blur", "contrast"}
+    assert results["same_as_run"]
+    assert (results["lines"], results["layers"]) == ([], [])
+    assert "grid" not in results
+    assert "superposed" not in capsys.readouterr().out.partition("all figures")[0].split("images of")[1]
+    assert same_tensors(load(folder / "model_previous.pth")["masks"], load(tmp_path / "plain.pth")["masks"])
+    read(Analysis, results, "analysis.json")
 
 
 def test_a_greedy_average_needs_held_out_images(run):
@@ -231,7 +294,7 @@ def photographs(tmp_path_factory):
         pixels = numbers.integers(0, 120, (36, 48, 3), dtype=np.uint8) + np.uint8(90 * label)
         Image.fromarray(pixels).save(folder / f"{number}.png")
     imagenet_main.main([*IMAGENET_FLAGS, str(home / "data"), "--save", str(home / "run")])
-    command = [sys.executable, "-m", "sparselearning.analyze", home / "run", "--points", "2", "--grid"]
+    command = [sys.executable, "-m", "sparselearning.analyze", home / "run", "--points", "2", "--grid", "--corruptions"]
     subprocess.run(command, cwd=home, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True)
     return home / "run"
 
@@ -244,6 +307,7 @@ def test_an_imagenet_run_is_analysed_alike(photographs):
     assert accuracies(results)["ticket 0"] == summary["pretrain_acc"]
     assert accuracies(results)["superposition 1"] == summary["final_acc"]
     assert [row["superposing_method"] for row in results["grid"]] == ["CAA", *["CIMA"] * 5]
+    assert all(row["corrupted"].keys() == {"noise", "blur", "contrast"} for row in results["networks"])
 
 
 def test_a_flag_that_the_runs_script_does_not_have(photographs):

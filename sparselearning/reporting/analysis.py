@@ -57,12 +57,16 @@ class Quality(Record):
     Attributes:
         accuracy: in [0, 1].
         loss: mean per sample, the negative log-likelihood of the labels in nats.
+        ece: expected calibration error, in [0, 1]; None in analyses of earlier versions.
+        corrupted: accuracy on corrupted pictures, by the name of the corruption; None if nobody has looked.
         held_out_accuracy: on the training images that choices are made on; None if those are what all is measured on,
             or there are none.
     """
 
     accuracy: Share
     loss: Unbounded
+    ece: Unbounded | None = None
+    corrupted: dict[str, Share] | None = None
     held_out_accuracy: Share | None = None
 
 
@@ -166,8 +170,8 @@ class Analysis(Record):
         run: its folder.
         evaluated_on: which images.
         settings: of superposing again.
-        same_as_run: whether the last superposition is the run's own, to the bit.
-        networks: each ticket, each superposition, the ensemble.
+        same_as_run: whether the last superposition is the run's own, to the bit; of plain training, its network.
+        networks: each ticket, each superposition, the ensemble; of plain training, its network, called ticket 0.
         pairs: of all tickets and the last superposition.
         layers: each masked layer.
         lines: at least from each ticket to the next.
@@ -186,10 +190,10 @@ class Analysis(Record):
 
     def __post_init__(self) -> None:
         names = [ticket_name(number) for number in self.settings.tickets]
-        if len(names) < 2:
-            raise Mismatch(f"settings.tickets has {len(names)} tickets, and two make a superposition")
+        if not names:
+            raise Mismatch("settings.tickets has no tickets")
         for place, known in (("networks", {row.name for row in self.networks}), ("pairs.names", {*self.pairs.names})):
-            wanted = [*names, ENSEMBLE] if place == "networks" else names
+            wanted = [*names, ENSEMBLE] if place == "networks" and len(names) > 1 else names
             if missing := [name for name in wanted if name not in known]:
                 raise Mismatch(f"{place} lacks {missing[0]}")
         if missing_steps := set(pairwise(names)) - {(line.from_, line.to) for line in self.lines}:

@@ -18,7 +18,7 @@ ABOVE: Any = {"loc": "lower center", "bbox_to_anchor": (0.5, 1), "ncols": 2, "fr
 def save_all(results: Analysis, out: Path) -> None:
     """Write every picture there is something for, as PNG and SVG."""
     for name, draw in FIGURES.items():
-        if getattr(results, name) is not None:
+        if getattr(results, name):
             plots.save(draw(results), out / name)
 
 

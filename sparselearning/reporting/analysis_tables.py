@@ -20,15 +20,21 @@ def columns(rows: Sequence[Sequence[str]]) -> str:
 
 def networks_table(results: Analysis) -> str:
     """What each ticket, each superposition and the ensemble are worth, and how many forward passes that takes."""
-    header = ("network", "accuracy", "loss", "density", "forward passes")
-    rows = [(row.name, *figures(row), f"{row.density:.4f}", str(row.forward_passes)) for row in results.networks]
+    more = more_figures(results.networks)
+    header = ("network", "accuracy", "loss", *more, "density", "forward passes")
+    rows = [
+        (row.name, *figures(row), *(column[place] for column in more.values()), f"{row.density:.4f}",
+         str(row.forward_passes))
+        for place, row in enumerate(results.networks)
+    ]  # fmt: skip
     settings, evaluated_on = results.settings, results.evaluated_on
     budget = "not pruned" if settings.final_density is None else f"pruned to density {settings.final_density:g}"
     bn = "re-estimated" if settings.update_bn else "averaged"
     same = "bit for bit the run's own" if results.same_as_run else "not the run's own"
+    how = f"superposed by {average_name(settings)}, {budget}, BatchNorm {bn}; the last superposition is {same}\n"
     return (
         f"{results.run}: {evaluated_on.images:,} images of the {evaluated_on.part}\n"
-        f"superposed by {average_name(settings)}, {budget}, BatchNorm {bn}; the last superposition is {same}\n\n"
+        f"{how if len(settings.tickets) > 1 else ''}\n"
     ) + columns([header, *rows])
 
 
@@ -73,11 +79,20 @@ def lines_table(lines: Sequence[Line]) -> str:
 
 
 def grid_table(rows: Sequence[GridRow], part: str) -> str:
-    """Accuracy and loss of every average, with averaged and with re-estimated BatchNorm statistics."""
-    header = ("average", "BatchNorm averaged", "loss", "re-estimated", "loss")
-    lines = [(average_name(row), *figures(row.bn_averaged), *figures(row.bn_re_estimated)) for row in rows]
+    """What every average is worth, with averaged and with re-estimated BatchNorm statistics."""
+    tables = []
+    for title, qualities in (
+        ("average, BatchNorm averaged", [row.bn_averaged for row in rows]),
+        ("average, BatchNorm re-estimated", [row.bn_re_estimated for row in rows]),
+    ):
+        more = more_figures(qualities)
+        lines = [
+            (average_name(row), *figures(quality), *(column[place] for column in more.values()))
+            for place, (row, quality) in enumerate(zip(rows, qualities, strict=True))
+        ]
+        tables.append(columns([(title, "accuracy", "loss", *more), *lines]))
     note = "an average picked on the test set overstates its accuracy\n"
-    return columns([header, *lines]) + (note if part == TEST_SET else "")
+    return "\n".join(tables) + (note if part == TEST_SET else "")
 
 
 def average_name(settings: Settings | GridRow) -> str:
@@ -89,3 +104,15 @@ def average_name(settings: Settings | GridRow) -> str:
 def figures(quality: Quality) -> tuple[str, str]:
     """Accuracy and loss, for people."""
     return f"{quality.accuracy:.2%}", f"{quality.loss:.4f}"
+
+
+def more_figures(qualities: Sequence[Quality]) -> dict[str, list[str]]:
+    """What else was measured of all of them, for people: title to a column."""
+    found: dict[str, list[float | None]] = {"ECE": [quality.ece for quality in qualities]}
+    for name in qualities[0].corrupted or ():
+        found[f"accuracy, {name}"] = [(quality.corrupted or {}).get(name) for quality in qualities]
+    found["accuracy, held-out"] = [quality.held_out_accuracy for quality in qualities]
+    known = {title: [value for value in column if value is not None] for title, column in found.items()}
+    return {
+        title: [f"{value:.2%}" for value in column] for title, column in known.items() if len(column) == len(qualities)
+    }

@@ -2,13 +2,14 @@
 
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from sparselearning.execution import sparse_network
 from sparselearning.process.errors import FaultError, UsageError
@@ -23,7 +24,16 @@ from sparselearning.reporting.analysis import (
     Quality,
     ticket_name,
 )
-from sparselearning.reporting.comparisons import accuracy, barrier, disagreement, jaccard, kl_divergence, pairwise
+from sparselearning.reporting.comparisons import (
+    accuracy,
+    barrier,
+    calibration_error,
+    disagreement,
+    jaccard,
+    kl_divergence,
+    pairwise,
+)
+from sparselearning.reporting.corruptions import corrupted
 from sparselearning.sparse.costs import layer_flops, overall_density
 from sparselearning.sparse.layers import maskable_parameters
 from sparselearning.sparse.superpose import (
@@ -35,7 +45,7 @@ from sparselearning.sparse.superpose import (
     prune_to_density,
     superpose,
 )
-from sparselearning.training.data import BatchSource
+from sparselearning.training.data import Batch, BatchSource
 from sparselearning.training.experiment import Recipe
 from sparselearning.training.networks import SavedNetwork, load_weights
 from sparselearning.training.passes import Passes
@@ -67,30 +77,33 @@ class Images:
 
     Attributes:
         part: which they are, for people.
-        source: of their batches.
+        batches: of all of them.
         labels: of all of them, [N].
     """
 
     part: str
-    source: BatchSource
+    batches: Callable[[], Iterable[Batch]]
     labels: Tensor
 
     @classmethod
     def of(cls, part: str, source: BatchSource) -> "Images":
         """Read their labels."""
-        return cls(part, source, torch.cat([batch.labels for batch in source.epoch(0)]))
+        return cls(part, lambda: source.epoch(0), torch.cat([batch.labels for batch in source.epoch(0)]))
 
 
-class Predictions(NamedTuple):
+@dataclass(frozen=True)
+class Predictions:
     """Logits [N, classes] of one network.
 
     Attributes:
         measured: on the images that everything is measured on.
         held_out: on those that choices are made on, if they are others.
+        corrupted: on the first ones corrupted, by the name of the corruption.
     """
 
     measured: Tensor
     held_out: Tensor | None = None
+    corrupted: Mapping[str, Tensor] = field(default_factory=dict)
 
     @classmethod
     def mean(cls, members: Sequence["Predictions"]) -> "Predictions":
@@ -99,6 +112,10 @@ class Predictions(NamedTuple):
         return cls(
             measured=torch.stack([member.measured for member in members]).mean(dim=0),
             held_out=torch.stack(held_out).mean(dim=0) if held_out else None,
+            corrupted={
+                name: torch.stack([member.corrupted[name] for member in members]).mean(dim=0)
+                for name in members[0].corrupted
+            },
         )
 
 
@@ -111,16 +128,24 @@ class Bench:
         train: the images that BatchNorm statistics are re-estimated on.
         measured: the images that everything is measured on.
         held_out: training images that choices are made on; None: the run held none out.
+        corrupted: the measured images, corrupted, by the name of the corruption.
     """
 
     passes: Passes
     train: BatchSource
     measured: Images
     held_out: Images | None
+    corrupted: Mapping[str, Images]
 
     @classmethod
     def of(
-        cls, recipe: Recipe, runtime: Runtime, weights: Mapping[str, torch.nn.Parameter], on_test_set: bool = False
+        cls,
+        recipe: Recipe,
+        runtime: Runtime,
+        weights: Mapping[str, nn.Parameter],
+        *,
+        on_test_set: bool = False,
+        corruptions: Iterable[str] = (),
     ) -> "Bench":
         """Set up what a run computes with.
 
@@ -129,6 +154,7 @@ class Bench:
             runtime: resolved for the device.
             weights: that were masked; empty for dense training.
             on_test_set: measure on the test set even if the run held images out.
+            corruptions: names in ``corruptions.CORRUPTIONS`` of what else to measure accuracy under.
         """
         model, sources = recipe.model, recipe.sources
         network: Any = torch.compile(model) if runtime.compile else model
@@ -138,19 +164,28 @@ class Bench:
             network = sparse = sparse_network(model, weights, layer_flops=flops)
         held_out = Images.of(HELD_OUT, sources.evaluation) if sources.test else None
         on_held_out = held_out if not on_test_set else None
-        measured = on_held_out or Images.of(TEST_SET, sources.test or sources.evaluation)
-        return cls(Passes(model, network, runtime.precision(), sparse=sparse), sources.train_once, measured, held_out)
+        test_set = sources.test or sources.evaluation
+        measured = on_held_out or Images.of(TEST_SET, test_set)
+        source = sources.evaluation if on_held_out else test_set
+        worse = {
+            name: Images(
+                f"{measured.part}, with {name}",
+                partial(corrupted, source, name, recipe.network["mean"], recipe.network["std"]),
+                measured.labels,
+            )
+            for name in corruptions
+        }
+        passes = Passes(model, network, runtime.precision(), sparse=sparse)
+        return cls(passes, sources.train_once, measured, held_out, worse)
 
     def load_tickets(self, folder: RunFolder, numbers: Sequence[int]) -> list[Network]:
         """Read tickets that a run kept, all with the same weights masked.
 
         Raises:
-            UsageError: if there are not two, the run did not keep one, or it is another model's.
+            UsageError: if the run did not keep one, or it is another model's.
             FaultError: if a file is damaged.
         """
         members = [self._load_ticket(folder, number) for number in numbers]
-        if len(members) < 2:
-            raise UsageError(f"superposing takes at least two tickets, and there is one: ticket {numbers[0]}")
         for number, member in zip(numbers, members, strict=True):
             if differing := differing_entries(members[0].masks, member.masks):
                 raise FaultError(
@@ -172,14 +207,16 @@ class Bench:
         """Predictions of a network, in eval mode, on all images that it may be judged by."""
         choosing = self.held_out if self.held_out is not self.measured else None
         return Predictions(
-            measured=self.logits(state, self.measured), held_out=self.logits(state, choosing) if choosing else None
+            measured=self.logits(state, self.measured),
+            held_out=self.logits(state, choosing) if choosing else None,
+            corrupted={name: self.logits(state, images) for name, images in self.corrupted.items()},
         )
 
     def logits(self, state: State, images: Images) -> Tensor:
         """Predictions of a network, in eval mode: [N, classes], float32."""
         self.passes.model.load_state_dict(state)
         self.passes.network.eval()
-        return torch.cat([self.passes.predict(batch) for batch in images.source.epoch(0)])
+        return torch.cat([self.passes.predict(batch) for batch in images.batches()])
 
     def quality(self, predictions: Predictions) -> Quality:
         """How good predictions are."""
@@ -189,7 +226,11 @@ class Bench:
             assert self.held_out is not None
             held_out = accuracy(predictions.held_out, self.held_out.labels)
         return Quality(
-            accuracy=accuracy(logits, labels), loss=F.cross_entropy(logits, labels).item(), held_out_accuracy=held_out
+            accuracy=accuracy(logits, labels),
+            loss=F.cross_entropy(logits, labels).item(),
+            ece=calibration_error(logits, labels),
+            corrupted={name: accuracy(worse, labels) for name, worse in predictions.corrupted.items()} or None,
+            held_out_accuracy=held_out,
         )
 
     def held_out_accuracy(self, network: Network) -> float:

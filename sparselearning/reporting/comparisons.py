@@ -4,10 +4,13 @@ import itertools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from sparselearning.reporting.analysis import LayerRow
+
+CALIBRATION_BINS = 15
 
 
 def pairwise(compare: Callable[[Any, Any], float], items: Sequence[Any]) -> list[list[float]]:
@@ -63,3 +66,16 @@ def barrier(shares: Sequence[float], values: Sequence[float]) -> float:
 def accuracy(logits: Tensor, labels: Tensor) -> float:
     """Share of the samples whose label [N] has the largest of their logits [N, classes]."""
     return int((logits.argmax(dim=1) == labels).sum()) / len(labels)
+
+
+def calibration_error(logits: Tensor, labels: Tensor) -> float:
+    """Expected calibration error, in [0, 1] (Guo et al. 2017, eq. 3): Σ_b n_b / N · |accuracy_b - confidence_b|.
+
+    A sample's confidence is its largest probability, by the logits [N, classes]. Bin b = 1 … 15 holds the n_b of the N
+    samples with a confidence in ((b - 1) / 15, b / 15]; accuracy_b and confidence_b are the means over them.
+    """
+    confidence, predicted = logits.double().softmax(dim=1).max(dim=1)
+    bins = (confidence * CALIBRATION_BINS).ceil().long().clamp(1, CALIBRATION_BINS) - 1
+    gaps = torch.zeros(CALIBRATION_BINS, dtype=torch.float64, device=logits.device)
+    gaps.index_add_(0, bins, (predicted == labels).double() - confidence)  # n_b times the difference of the means
+    return gaps.abs().sum().item() / len(labels)

@@ -5,10 +5,12 @@ import io
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from math import isfinite
 from statistics import fmean, stdev
-from typing import Any
+from typing import Any, NamedTuple
 
-from sparselearning.reporting.analysis import ENSEMBLE, Matrix, Pairs, ticket_name
+from sparselearning.reporting.analysis import ENSEMBLE, Matrix, Pairs, Quality, ticket_name
+from sparselearning.reporting.corruptions import CORRUPTIONS
 from sparselearning.reporting.runs import Group, Run, differing_flags, legend, one_line
 from sparselearning.training.records import Environment, Summary
 
@@ -56,7 +58,9 @@ class Column:
         known = [value for value in values if value is not None]
         if len(known) < len(values):
             return None
-        return Spread(fmean(known), stdev(known) if len(known) > 1 and self.has_std(group) else None)
+        mean = fmean(known)
+        has_std = len(known) > 1 and isfinite(mean) and self.has_std(group)  # else a network overflowed
+        return Spread(mean, stdev(known) if has_std else None)
 
     def text(self, spread: Spread | None, plus_minus: str, nothing: str) -> str:
         """Show a spread with the column's digits."""
@@ -180,16 +184,25 @@ def headline_table(groups: Sequence[Group]) -> str:
 
 
 def averages_table(groups: Sequence[Group]) -> str:
-    """Accuracies of kept tickets, their ensemble and other averages, where ``sparselearning.analyze`` measured them."""
-    return _markdown(_averages_cells(groups))
+    """How good kept tickets, their ensemble and other averages are, where ``sparselearning.analyze`` measured them.
+
+    One table per measure: accuracy; negative log-likelihood and calibration; accuracy on corrupted pictures.
+    """
+    return "\n".join(map(_markdown, _averages_cells(groups).values()))
 
 
-def _averages_cells(groups: Sequence[Group]) -> Cells:
+def _averages_cells(groups: Sequence[Group]) -> dict[str, Cells]:
+    """Heading to table."""
     looked_at = [group for group in groups if _is_analysed(group)]
     titles = dict.fromkeys(title for group in looked_at for run in group.runs for title in _averages(run))
     parts = {run.analysis.evaluated_on.part for group in looked_at for run in group.runs if run.analysis}
-    rows = [Column(title, title, partial(_average, title)) for title in titles]
-    return _column_per_group(f"accuracy on the {' or '.join(sorted(parts))} [%]", looked_at, rows)
+    tables = {}
+    for measure in MEASURES:
+        rows = [Column(title, title, partial(_average, title, measure.value), measure.digits) for title in titles]
+        cells = _column_per_group(measure.title.format(" or ".join(sorted(parts))), looked_at, rows)
+        if cells:
+            tables[measure.heading] = cells
+    return tables
 
 
 def differences_table(groups: Sequence[Group]) -> str:
@@ -209,48 +222,107 @@ def _column_per_group(title: str, groups: Sequence[Group], rows: Sequence[Column
     return [[title, *(group.label for group in groups)], *cells] if cells else []
 
 
-def _average(title: str, group: Group, run: Run) -> float | None:
-    return _averages(run).get(title)
+class Measure(NamedTuple):
+    """How good a network is.
+
+    Attributes:
+        heading: above its table.
+        title: of its table, with a place for the images that it was measured on.
+        value: None where it was not measured.
+        digits: after the point.
+    """
+
+    heading: str
+    title: str
+    value: Callable[[Quality], float | None]
+    digits: int = 2
+
+
+def _corrupted(name: str) -> Measure:
+    def value(quality: Quality) -> float | None:
+        accuracy = (quality.corrupted or {}).get(name)
+        return None if accuracy is None else 100 * accuracy
+
+    return Measure(f"Their accuracy on corrupted pictures: {name}", f"accuracy on the {{}}, {name} [%]", value)
+
+
+MEASURES = (
+    Measure("Other averages of kept tickets", "accuracy on the {} [%]", lambda of: 100 * of.accuracy),
+    Measure(
+        "Their likelihood", "negative log-likelihood on the {} [nats]",
+        lambda of: None if of.ece is None else of.loss, digits=4,
+    ),
+    Measure(
+        "Their calibration", "expected calibration error on the {} [%]",
+        lambda of: None if of.ece is None else 100 * of.ece,
+    ),
+    *map(_corrupted, CORRUPTIONS),
+)  # fmt: skip
+"""One table each; likelihood beside calibration, where that was measured."""
+
+
+def _average(title: str, measure: Callable[[Quality], float | None], group: Group, run: Run) -> float | None:
+    """Mean of a measure over the networks that a title stands for."""
+    known = [value for value in map(measure, _averages(run).get(title, ())) if value is not None]
+    return fmean(known) if known else None
 
 
 def _is_analysed(group: Group) -> bool:
     """Whether all runs were analysed, and alike."""
     looks = [
-        (run.analysis.settings, [line.share for line in run.analysis.lines[:1]]) if run.analysis else None
+        (run.analysis.settings, run.analysis.evaluated_on.part, [line.share for line in run.analysis.lines[:1]])
+        if run.analysis
+        else None
         for run in group.runs
     ]
     return looks[0] is not None and all(other == looks[0] for other in looks)
 
 
-def _averages(run: Run) -> dict[str, float]:
-    """Accuracies in percent of the tickets, of their ensemble, and of every way to superpose them."""
+def _averages(run: Run) -> dict[str, Sequence[Quality]]:
+    """Tickets, their ensemble, and every way to superpose them, to the networks that its figures are the mean of."""
     assert run.analysis is not None
-    networks = {row.name: 100 * row.accuracy for row in run.analysis.networks}
+    networks: dict[str, Quality] = {row.name: row for row in run.analysis.networks}
     names = [ticket_name(number) for number in run.analysis.settings.tickets]
-    tickets = [networks[name] for name in names]
-    found = {
-        "pre-trained" if names[0] == ticket_name(0) else names[0]: tickets[0],
-        "tickets, their mean": fmean(tickets[1:]),
-        "last ticket": tickets[-1],
-        "best ticket, chosen on these images": max(tickets[1:]),
-        "ensemble of all (mean of logits)": networks[ENSEMBLE],
+    first, *others = (networks[name] for name in names)
+    found: dict[str, Sequence[Quality]] = {"pre-trained" if names[0] == ticket_name(0) else names[0]: [first]}
+    if not others:
+        return found
+    found |= {
+        "tickets, their mean": others,
+        "last ticket": others[-1:],
+        f"best ticket, {_chosen_on(others)}": [_best(others)],
+        "ensemble of all (mean of logits)": [networks[ENSEMBLE]],
     }
+    averages: list[Quality] = []
     for row in run.analysis.grid or []:
         name = row.superposing_method + ("" if row.CIMA_factor is None else f" {row.CIMA_factor:g}")
-        found[f"{name}, BatchNorm re-estimated"] = 100 * row.bn_re_estimated.accuracy
-        found[f"{name}, BatchNorm averaged"] = 100 * row.bn_averaged.accuracy
+        found[f"{name}, BatchNorm re-estimated"] = [row.bn_re_estimated]
+        found[f"{name}, BatchNorm averaged"] = [row.bn_averaged]
+        averages += [row.bn_re_estimated, row.bn_averaged]
+    if averages and averages[0].held_out_accuracy is not None:
+        found[f"best of these averages, {_chosen_on(averages)}"] = [_best(averages)]
     return found
+
+
+def _chosen_on(qualities: Sequence[Quality]) -> str:
+    return f"chosen on {'these' if qualities[0].held_out_accuracy is None else 'held-out'} images"
+
+
+def _best(qualities: Iterable[Quality]) -> Quality:
+    """The first of the best, on held-out images where others are measured on."""
+    return max(qualities, key=lambda of: of.accuracy if of.held_out_accuracy is None else of.held_out_accuracy)
 
 
 def _over_pairs(measure: Callable[[Pairs], Matrix], scale: float = 1.0) -> Figure:
     """Mean over all pairs of tickets of a matrix in the analysis."""
 
-    def value(group: Group, run: Run) -> float:
+    def value(group: Group, run: Run) -> float | None:
         assert run.analysis is not None
         pairs = run.analysis.pairs
         names = {ticket_name(number) for number in run.analysis.settings.tickets}
         tickets = [place for place, name in enumerate(pairs.names) if name in names]
-        return scale * fmean(measure(pairs)[i][j] for i in tickets for j in tickets if i < j)
+        values = [measure(pairs)[i][j] for i in tickets for j in tickets if i < j]
+        return scale * fmean(values) if values else None
 
     return value
 
@@ -263,13 +335,14 @@ def _middle(group: Group, run: Run) -> float | None:
         if 0.5 not in line.share:
             return None
         gains.append(line.accuracy[line.share.index(0.5)] - max(line.accuracy[0], line.accuracy[-1]))
-    return 100 * fmean(gains)
+    return 100 * fmean(gains) if gains else None
 
 
-def _barrier(group: Group, run: Run) -> float:
+def _barrier(group: Group, run: Run) -> float | None:
     """By how many points a line falls, at worst, below what its ends promise."""
     assert run.analysis is not None
-    return 100 * max(line.accuracy_barrier for line in run.analysis.steps())
+    barriers = [line.accuracy_barrier for line in run.analysis.steps()]
+    return 100 * max(barriers) if barriers else None
 
 
 DIFFERENCES = (
@@ -382,7 +455,7 @@ def report_cells(groups: Sequence[Group]) -> dict[str, Cells]:
     """All tables of a report, by their headings."""
     tables = {
         "Results": _cells(groups, " ± ", "-"),
-        "Other averages of kept tickets": _averages_cells(groups),
+        **_averages_cells(groups),
         "How far kept tickets are apart": _differences_cells(groups),
     }
     return {heading: cells for heading, cells in tables.items() if cells}

@@ -5,7 +5,15 @@ import math
 import pytest
 import torch
 
-from sparselearning.reporting.comparisons import barrier, compare_layer, disagreement, jaccard, kl_divergence
+from sparselearning.reporting.comparisons import (
+    accuracy,
+    barrier,
+    calibration_error,
+    compare_layer,
+    disagreement,
+    jaccard,
+    kl_divergence,
+)
 
 
 def mask(*bits):
@@ -54,3 +62,31 @@ def test_layers_are_set_beside_random_masks_as_dense():
     assert row.mean_overlap == 0.5
     assert row.densities == [0.5, 0.25]
     assert row.overlap == [[1.0, 0.5], [0.5, 1.0]]
+
+
+def logits_of(*probabilities):
+    """Two classes, of which the first gets these."""
+    return torch.tensor([[p, 1 - p] for p in probabilities], dtype=torch.float64).log()
+
+
+def test_accuracy_is_the_share_of_largest_logits_at_the_label():
+    assert accuracy(logits_of(0.9, 0.2, 0.7, 0.6), torch.tensor([0, 1, 1, 0])) == 0.75
+
+
+def test_calibration_error_by_hand():
+    logits = logits_of(0.82, 0.84, 0.6, 0.3)
+    labels = torch.tensor([0, 1, 0, 0])
+    # Bin (12/15, 13/15] holds 0.82 (right) and 0.84 (wrong): |1/2 - 0.83|. 0.6 (right) is the last of (8/15, 9/15]:
+    # |1 - 0.6|. 0.3 is 0.7 for the other class (wrong), in (10/15, 11/15]: |0 - 0.7|.
+    expected = 2 / 4 * 0.33 + 1 / 4 * 0.4 + 1 / 4 * 0.7
+    assert calibration_error(logits, labels) == pytest.approx(expected, abs=1e-9)
+
+
+def test_confidence_that_is_right_as_often_as_it_says_is_calibrated():
+    assert calibration_error(logits_of(*[0.75] * 4), torch.tensor([0, 0, 0, 1])) == pytest.approx(0, abs=1e-9)
+    assert calibration_error(torch.tensor([[900.0, 0.0]]), torch.tensor([0])) == 0
+    assert calibration_error(torch.tensor([[900.0, 0.0]]), torch.tensor([1])) == 1
+
+
+def test_calibration_of_a_network_that_overflows_is_unknown():
+    assert math.isnan(calibration_error(torch.tensor([[math.nan, 0.0], [1.0, 0.0]]), torch.tensor([0, 0])))

@@ -38,7 +38,9 @@ def write_whole_run(folder):
         folder, explored=0.4, summary={"test_acc": 0.8, "training_flops_of_dense": 0.3}, resume=None, sparse_init="ERK",
         **environment, world_size=1, resumed=[environment | {"commit": "def5678"}],
     )  # fmt: skip
-    write_analysis(folder, 0.0)
+    write_analysis(
+        folder, 0.0, more=lambda accuracy: {"ece": 0.1, "corrupted": {"blur": 0.5}, "held_out_accuracy": 0.6}
+    )
     save_networks(folder)
     return [folder / name for name in ("config.json", "metrics.jsonl", "tickets.jsonl", "summary.json")] + [
         folder / "analysis" / "analysis.json"

@@ -60,6 +60,44 @@ def test_other_averages_of_the_same_tickets_by_hand(analysed):
     assert averages_table(analysed) in markdown_report(analysed)
 
 
+def cells_of(table):
+    """First column to second."""
+    return dict([cell.strip() for cell in line.split("|")[1:3]] for line in table.splitlines())
+
+
+def test_calibration_corruptions_and_choices_on_held_out_images_by_hand(study):
+    def more(accuracy):  # held-out images find the worst best
+        return {"ece": accuracy / 10, "corrupted": {"noise": accuracy / 2}, "held_out_accuracy": 1 - accuracy}
+
+    write_analysis(study / "a_tickets/seed1", 0.0, more=more)
+    write_analysis(study / "a_tickets/seed2", 0.02, more=more)
+    tables = averages_table(groups_of(*find_runs([study]))[0]).split("\n\n")
+    accuracy, likelihood, calibration, noise = map(cells_of, tables)
+    assert accuracy["best ticket, chosen on held-out images"] == "85.00 ± 1.41"
+    assert accuracy["best of these averages, chosen on held-out images"] == "78.00 ± 0.00"
+    assert "best ticket, chosen on these images" not in accuracy
+    assert likelihood["negative log-likelihood on the test set [nats]"] == "GraNet"
+    assert likelihood["CAA, BatchNorm re-estimated"] == "1.0000 ± 0.0000"
+    assert likelihood["CAA, BatchNorm averaged"] == "nan"
+    assert calibration["expected calibration error on the test set [%]"] == "GraNet"
+    assert calibration["last ticket"] == "8.50 ± 0.14"
+    assert noise["accuracy on the test set, noise [%]"] == "GraNet"
+    assert noise["tickets, their mean"] == "42.75 ± 0.71"
+
+
+def test_plain_training_stands_beside_tickets_with_its_one_network(study):
+    write_analysis(study / "a_tickets/seed1", 0.0)
+    write_analysis(study / "a_tickets/seed2", 0.0)
+    for seed in (1, 2):
+        write_analysis(study / f"b_plain/seed{seed}", 0.02, tickets=(0,))
+    groups = groups_of(*find_runs([study]))[0]
+    assert "| pre-trained                         | 80.00 ± 0.00 |  82.00 ± 0.00 |" in averages_table(groups)
+    assert "| last ticket                         | 84.00 ± 0.00 |             - |" in averages_table(groups)
+    assert "| overlap of masks (Jaccard), mean over pairs                    | 0.500 ± 0.000 |             - |" in (
+        differences_table(groups)
+    )
+
+
 def test_how_far_tickets_are_apart_by_hand(analysed):
     assert differences_table(analysed) == (
         "| between tickets, the first network included                    |        GraNet |\n"
@@ -93,7 +131,7 @@ def test_reports_name_every_machine_and_commit(tmp_path):
     )
 
 
-@pytest.mark.parametrize("other", [None, {"tickets": (0, 1)}, {"share": 0.4}])
+@pytest.mark.parametrize("other", [None, {"tickets": (0, 1)}, {"share": 0.4}, {"part": "other part"}])
 def test_averages_need_every_run_analysed_alike(study, other):
     write_analysis(study / "a_tickets/seed1", 0.0)
     if other:
