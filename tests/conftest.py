@@ -6,7 +6,8 @@ import signal
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
-from pretended_gpu import Kernels, PretendedGpu
+
+from helpers.pretended_gpu import Kernels, PretendedGpu
 
 pytest.register_assert_rewrite("helpers")  # so that their assertions show values, too
 torch.set_num_threads(1)
@@ -59,3 +60,10 @@ def gpu(pytestconfig):
 def no_waiting_for_the_disk(monkeypatch):
     """Files are written as ever, but for the wait until the disk has them."""
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+
+
+@pytest.fixture
+def workplace(tmp_path, monkeypatch, no_waiting_for_the_disk):
+    """A folder of its own to run in, and a disk that does not keep one waiting."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path

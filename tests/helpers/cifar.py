@@ -87,10 +87,6 @@ def non_zeros(state, names=None):
     return sum(int(torch.count_nonzero(state[name])) for name in names or maskable())
 
 
-def active(masks):
-    return sum(int(mask.sum()) for mask in masks.values())
-
-
 def previous(folder):
     return load_torch(Path(folder) / "model_previous.pth")
 

@@ -4,7 +4,3 @@ from helpers.processes import ROOT
 
 SCRIPTS = ROOT / "ImageNet"
 CLASSES, TRAIN_IMAGES, VAL_IMAGES = 4, 8, 4
-
-
-def active(masks):
-    return sum(int(mask.sum()) for mask in masks.values())

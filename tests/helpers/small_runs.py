@@ -172,16 +172,6 @@ def non_zeros(state):
     return sum(int(torch.count_nonzero(state[name])) for name in MASKABLE)
 
 
-def prune_by_sorting(state, budget):
-    """The budget's largest weights over all maskable ones, by one plain sort."""
-    flat = torch.cat([state[name].flatten() for name in MASKABLE])
-    kept = torch.zeros_like(flat)
-    best = flat.abs().argsort(descending=True)[:budget]
-    kept[best] = flat[best]
-    parts = kept.split(list(MASKABLE.values()))
-    return state | {name: part.view_as(state[name]) for name, part in zip(MASKABLE, parts, strict=True)}
-
-
 def mixed(previous, ticket, factor):
     return {
         name: ((1 - factor) * previous[name].double() + factor * t.double()).float() if t.is_floating_point() else t
@@ -191,7 +181,3 @@ def mixed(previous, ticket, factor):
 
 def ticket_states(folder, count):
     return [load_torch(folder.ticket(number))["state_dict"] for number in range(count + 1)]
-
-
-def active(masks):
-    return sum(int(mask.sum()) for mask in masks.values())

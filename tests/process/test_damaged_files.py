@@ -2,16 +2,15 @@
 
 import copy
 import math
-import os
 import signal
 from collections.abc import Mapping
 from pathlib import Path
 
 import main_suptickets
-import numpy as np
 import pytest
 import torch
 
+from helpers.cifar import MODEL, stop_in, write_npz
 from sparselearning.process import distributed
 from sparselearning.process.errors import FaultError, UsageError
 from sparselearning.process.files import load_torch
@@ -35,28 +34,18 @@ STOPPED = {
 }
 
 
+pytestmark = pytest.mark.usefixtures("workplace")
+
+
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """40 training and 17 test images of 8 x 8 pixels in four classes."""
-    rng = np.random.default_rng(0)
-    arrays = {}
-    for part, images in (("train", 40), ("test", 17)):
-        arrays[f"x_{part}"] = rng.integers(0, 256, (images, 8, 8, 3), dtype=np.uint8)
-        arrays[f"y_{part}"] = np.arange(images) % 4
     path = tmp_path_factory.mktemp("data") / "tiny.npz"
-    np.savez(path, **arrays)
+    write_npz(path)
     return path
 
 
-@pytest.fixture(autouse=True)
-def _workplace(tmp_path, monkeypatch):
-    """A folder of its own to run in, and a disk that does not keep one waiting."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
-
-
 def words(data, flags):
-    return f"--data {data} --model cifar_resnet_8_4 --batch-size 16 --lr 0.05 {flags}".split()
+    return f"--data {data} --model {MODEL} --batch-size 16 --lr 0.05 {flags}".split()
 
 
 @pytest.fixture(scope="module")
@@ -65,16 +54,8 @@ def saved(data, tmp_path_factory):
     found = {}
     for name, (flags, step) in STOPPED.items():
         folder = tmp_path_factory.mktemp("run") / "run"
-        train_batch = Trainer.train_batch
-        done = []
-
-        def stopping(self, batch, done=done, step=step, train_batch=train_batch):
-            done.append(train_batch(self, batch))
-            if len(done) == step:
-                signal.raise_signal(signal.SIGTERM)
-
         with pytest.MonkeyPatch.context() as context:
-            context.setattr(Trainer, "train_batch", stopping)
+            stop_in(context, step, signal.SIGTERM)
             with pytest.raises(Stopped):
                 main_suptickets.main(words(data, f"{flags} --save {folder}"))
         found[name] = load_torch(folder / "checkpoint.pth")

@@ -20,13 +20,6 @@ def data(tmp_path_factory):
 
 
 @pytest.fixture
-def workplace(tmp_path, monkeypatch, no_waiting_for_the_disk):
-    """A folder of its own to run in, and a disk that does not keep one waiting."""
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-@pytest.fixture
 def script(data, workplace):
     """Run the script in this process; returns its exit code."""
 

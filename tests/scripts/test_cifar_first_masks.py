@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from helpers.cifar import SPARSE, TOTAL, active
+from helpers.cifar import SPARSE, TOTAL
 from helpers.comparing import tree
+from helpers.tensors import active
 from sparselearning.process.files import load_torch
 from sparselearning.training.engine import Trainer
 

@@ -12,7 +12,6 @@ from helpers.cifar import (
     SPARSE,
     TOTAL,
     WHOLE_METHOD,
-    active,
     maskable,
     non_zeros,
     outcome,
@@ -20,6 +19,7 @@ from helpers.cifar import (
 )
 from helpers.commands import one_sentence
 from helpers.comparing import lines, plain, tree, without_times
+from helpers.tensors import active
 from sparselearning.process.files import load_torch
 
 

@@ -8,14 +8,12 @@ from pathlib import Path
 import cifar_data
 import main_suptickets
 import pytest
-import torch
 
 from helpers.cifar import (
     MODEL,
     RUN_FILES,
     TOTAL,
     WHOLE_METHOD,
-    active,
     assert_same_outcome,
     maskable,
     non_zeros,
@@ -24,6 +22,7 @@ from helpers.cifar import (
 )
 from helpers.commands import one_sentence
 from helpers.comparing import lines, plain, tree, without_times
+from helpers.tensors import active, prune_by_sorting
 from sparselearning import report
 from sparselearning.process import files
 from sparselearning.process.errors import FaultError
@@ -155,15 +154,6 @@ def test_digits_are_learned(script):
 
 
 # -------------------------------------------------------------------------------------------------- superposing
-
-
-def prune_by_sorting(state, names, budget):
-    flat = torch.cat([state[name].flatten() for name in names])
-    best = flat.abs().argsort(descending=True)[:budget]
-    kept = torch.zeros_like(flat)
-    kept[best] = flat[best]
-    parts = kept.split([state[name].numel() for name in names])
-    return state | {name: part.view_as(state[name]) for name, part in zip(names, parts, strict=True)}
 
 
 def test_a_run_from_the_config_of_another_is_the_same_bit_for_bit(script):

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from helpers.comparing import assert_identical, lines, results
-from helpers.imagenet import TRAIN_IMAGES, VAL_IMAGES, active
+from helpers.imagenet import TRAIN_IMAGES, VAL_IMAGES
 from helpers.processes import finished, free_port, marked_processes, on_linux, started, wait_until
+from helpers.tensors import active
 from sparselearning.process.files import load_torch
 from sparselearning.training.run_folder import RunFolder
 

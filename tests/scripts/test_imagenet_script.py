@@ -14,7 +14,8 @@ from torchvision.models._api import BUILTIN_MODELS
 
 from helpers.commands import exit_code
 from helpers.comparing import assert_identical, lines, results
-from helpers.imagenet import CLASSES, SCRIPTS, TRAIN_IMAGES, active
+from helpers.imagenet import CLASSES, SCRIPTS, TRAIN_IMAGES
+from helpers.tensors import active
 from sparselearning import export
 from sparselearning.process.files import load_torch
 from sparselearning.sparse.costs import layer_flops

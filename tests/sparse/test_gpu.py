@@ -1,6 +1,6 @@
 """What runs on a GPU: the same networks as on a CPU, nothing that CUDA refuses, no waits in a step, few kernels.
 
-The GPU is a pretended one (see ``pretended_gpu.py``); ``pytest --gpu`` takes the machine's own.
+The GPU is a pretended one (see ``helpers/pretended_gpu.py``); ``pytest --gpu`` takes the machine's own.
 """
 
 import copy

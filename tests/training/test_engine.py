@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 
 from helpers.comparing import lines
-from helpers.small_runs import DENSE, MASKABLE, MASKING, PLAN, TOTAL, active, non_zeros, prepare, record_steps, sparse
+from helpers.small_runs import DENSE, MASKABLE, MASKING, PLAN, TOTAL, non_zeros, prepare, record_steps, sparse
+from helpers.tensors import active
 from sparselearning.process.files import load_torch
 from sparselearning.training.plan import EpochBudget
 

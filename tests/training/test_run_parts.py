@@ -17,13 +17,13 @@ from helpers.small_runs import (
     PLAN,
     TOTAL,
     Signals,
-    active,
     network,
     non_zeros,
     prepare,
     recipe,
     sparse,
 )
+from helpers.tensors import active
 from sparselearning.process.errors import FaultError, UsageError
 from sparselearning.process.files import load_torch
 from sparselearning.process.signals import Stopped

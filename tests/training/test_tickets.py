@@ -21,13 +21,13 @@ from helpers.small_runs import (
     network,
     non_zeros,
     prepare,
-    prune_by_sorting,
     recipe,
     record_steps,
     result,
     sparse,
     ticket_states,
 )
+from helpers.tensors import prune_by_sorting
 from sparselearning.process.files import load_torch
 from sparselearning.process.signals import Stopped
 from sparselearning.sparse.superpose import AVERAGING
@@ -56,7 +56,7 @@ def test_superpositions_follow_the_rule(tmp_path, method, factors, update_bn):
     for number, (ticket, factor) in enumerate(zip(tickets, factors, strict=True), start=1):
         union = mixed(state, ticket, factor)
         assert lines(trainer.folder.tickets)[number - 1]["union_density"] == non_zeros(union) / TOTAL
-        state = prune_by_sorting(union, round(TOTAL * 0.2))
+        state = prune_by_sorting(union, MASKABLE, round(TOTAL * 0.2))
         if update_bn:
             model.load_state_dict(state)
             batches = [b.images for b in trainer.sources.train.epoch(2 * number + 1)]  # the cycle's last epoch
@@ -81,7 +81,7 @@ def test_a_greedy_superposition_is_the_best_of_all_factors(tmp_path, update_bn):
     for number, ticket in enumerate(tickets, start=1):
         tried = []
         for factor in (0, 0.05, 0.1, 0.3, 0.5, 0.7, 0.9, 0.95):
-            model.load_state_dict(prune_by_sorting(mixed(state, ticket, factor), round(TOTAL * 0.2)))
+            model.load_state_dict(prune_by_sorting(mixed(state, ticket, factor), MASKABLE, round(TOTAL * 0.2)))
             if update_bn:
                 batches = [b.images for b in trainer.sources.train.epoch(2 * number + 1)]
                 torch.optim.swa_utils.update_bn(batches, model)
@@ -253,7 +253,7 @@ def test_the_moving_average_is_pruned_and_measured_as_the_result_is(tmp_path, pl
         average = {name: decay * average[name] + (1 - decay) * entry for name, entry in state.items()}
     average = {name: entry.float() for name, entry in average.items()}
     model = network(0.0)
-    model.load_state_dict(prune_by_sorting(average, round(TOTAL * 0.2)) if masks else average)
+    model.load_state_dict(prune_by_sorting(average, MASKABLE, round(TOTAL * 0.2)) if masks else average)
     torch.optim.swa_utils.update_bn([b.images for b in trainer.sources.train.epoch(6)], model)
     for found, images in ((summary.ema_acc, trainer.sources.evaluation), (summary.ema_test_acc, test)):
         with torch.no_grad():
