@@ -1,13 +1,12 @@
 """Settings that all tests share: one thread, no GPU, and property tests that run the same way every time."""
 
+import contextlib
 import os
 import signal
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
-
-from helpers.pretended_gpu import Kernels, PretendedGpu
 
 pytest.register_assert_rewrite("helpers")  # so that their assertions show values, too
 torch.set_num_threads(1)
@@ -48,9 +47,20 @@ def pytest_collection_modifyitems(config, items):
         items[:] = [item for item in items if item not in others]
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """``-n``: a file's tests stay in one worker, and with them the processes and runs that they share."""
+    from xdist.scheduler import LoadFileScheduling
+
+    config.option.loadscopereorder = False  # or files of few tests, which start processes, would come last
+    return LoadFileScheduling(config, log)
+
+
 @pytest.fixture
 def gpu(pytestconfig):
     """A GPU, ``cuda:0``, and the counts of its kernels: pretended, or with ``--gpu`` real."""
+    from helpers.pretended_gpu import Kernels, PretendedGpu
+
     with Kernels() if pytestconfig.getoption("--gpu") else PretendedGpu() as kernels:
         yield kernels
     torch.use_deterministic_algorithms(False)
@@ -67,3 +77,12 @@ def workplace(tmp_path, monkeypatch, no_waiting_for_the_disk):
     """A folder of its own to run in, and a disk that does not keep one waiting."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+@pytest.fixture(scope="module")
+def ranks():
+    """Two processes that form one group, and run what a test calls them with."""
+    from helpers.ranks import Ranks
+
+    with contextlib.closing(Ranks()) as ranks:
+        yield ranks

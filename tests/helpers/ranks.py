@@ -26,7 +26,7 @@ class Ranks:
 
     def __call__(self, function, *args):
         futures = [pool.submit(function, *args) for pool in self._pools]
-        if wait(futures, timeout=60).not_done:
+        if wait(futures, timeout=PATIENCE).not_done:
             self.kill()
             pytest.fail(f"the ranks wait for each other in {function.__name__}")
         return [future.result() for future in futures]

@@ -24,9 +24,9 @@ from helpers.commands import one_sentence
 from helpers.comparing import lines, plain, tree, without_times
 from helpers.tensors import active, prune_by_sorting
 from sparselearning import report
-from sparselearning.process import files
 from sparselearning.process.errors import FaultError
 from sparselearning.process.files import load_torch
+from sparselearning.training import run_folder
 from sparselearning.training.engine import Trainer
 from sparselearning.training.run_folder import RunFolder
 
@@ -126,7 +126,7 @@ def test_a_folder_is_in_use_while_its_run_goes_on(script, monkeypatch):
 
 
 def test_without_locks_the_user_is_told(script, capsys, monkeypatch):
-    monkeypatch.setattr(files, "lock_file", lambda file: False)
+    monkeypatch.setattr(run_folder, "lock_file", lambda file: False)
     assert script(WHOLE_METHOD, "--save run") == 0
     assert "run has no locks: no other run may write there meanwhile" in capsys.readouterr().err
 

@@ -19,7 +19,7 @@ from cifar_data import Augmentation, TensorLoader
 from torch import nn
 
 from helpers.comparing import without_times
-from helpers.ranks import CPU, Ranks, as_numpy, assert_same_arrays
+from helpers.ranks import CPU, as_numpy, assert_same_arrays
 from sparselearning import Masking, update_bn
 from sparselearning.process import distributed
 from sparselearning.process.errors import FaultError, UsageError
@@ -34,18 +34,7 @@ from sparselearning.training.plan import EpochBudget, Plan
 from sparselearning.training.run_folder import RunFolder
 from sparselearning.training.runtime import Runtime
 
-# -------------------------------------------------------------------------------- two ranks that run what tests ask
-
-
-@pytest.fixture(scope="module")
-def ranks():
-    ranks = Ranks()
-    yield ranks
-    ranks.close()
-
-
 # ------------------------------------------------------------------------------------------------- masks and weights
-
 
 STEPS, GLOBAL_BATCH = 20, 8
 
