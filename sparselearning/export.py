@@ -229,6 +229,7 @@ def _check_equal(what: str, found: Tensor, expected: Tensor) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """Export one run or one saved network."""
     parser = flags.Parser("Write a trained network's non-zero weights to a packed file, and the network as ONNX.")
+    parser.prog = "python -m sparselearning.export"
     parser.add_argument(
         "run", type=flags.path, metavar="RUN", help="a run's folder, for its last superposition, or any .pth file in it"
     )
