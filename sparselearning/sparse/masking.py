@@ -16,7 +16,7 @@ from sparselearning.process import distributed
 from sparselearning.process.errors import FaultError, UsageError
 from sparselearning.process.schema import Count, Mismatch
 from sparselearning.process.seeding import derive_seed
-from sparselearning.process.tensor_schema import Check, all_of, conform, inside, like, optional, record
+from sparselearning.process.tensor_schema import Check, all_of, conform, inside, like, mapping, optional, record
 from sparselearning.sparse.distributions import active_count, nonzero_counts
 from sparselearning.sparse.layers import EMBEDDINGS, fixed_densities, maskable_parameters
 from sparselearning.sparse.optimizer_state import KEEPS_ZEROS, DenseMomentum, has_momentum, per_weight_state, take_step
@@ -482,8 +482,8 @@ class Masking:
             "steps": Count,
             "explorations": Count,
             "overdue": bool,
-            # None: the state at the start, or that of another run, whose mode keeps none.
-            "prune_state": optional(self._prune.schema()) if isinstance(self._prune, Stateful) else Any,
+            # None: the state at the start, or that of a run whose mode keeps none. Another mode's is not read.
+            "prune_state": optional(self._prune.schema() if isinstance(self._prune, Stateful) else mapping(Any)),
             "ever_active": masks,
             "off_mask_momentum": DenseMomentum.schema(self._parameters),
             "seed": int,

@@ -148,8 +148,8 @@ def harmless(path, name):
             return name == "none"  # of a parameter that has had no gradient yet
         case ("masking", "prune_state", "threshold") | (*_, "python", 2):
             return name in ("none", "number")  # which both may be
-        case ("masking", "prune_state"):
-            return name == "none"  # as before the first update
+        case ("masking", "prune_state") if name == "none":
+            return True  # as before the first update
         case ("gradients", _):
             return name in ("none", "NaN")  # explored after another look at gradients
         case ("metrics", 0, "train_loss" | "eval_loss"):
