@@ -35,7 +35,7 @@ from sparselearning.sparse.schedules import milestone_lr
 from sparselearning.sparse.sparse_init import SPARSE_INITS
 from sparselearning.training import experiment, flags, provenance
 from sparselearning.training.builders import builder_name
-from sparselearning.training.engine import Sources
+from sparselearning.training.data import Sources
 from sparselearning.training.plan import EpochBudget
 from sparselearning.training.progress import print_notes
 from sparselearning.training.run_folder import RunFolder

@@ -34,7 +34,7 @@ from sparselearning.process.seeding import derive_seed, seed_everything
 from sparselearning.sparse.schedules import milestone_lr
 from sparselearning.training import experiment, flags, profiling, provenance
 from sparselearning.training.builders import builder_name
-from sparselearning.training.engine import Sources
+from sparselearning.training.data import Sources
 from sparselearning.training.networks import load_weights
 from sparselearning.training.plan import EpochBudget, Plan
 from sparselearning.training.progress import print_notes

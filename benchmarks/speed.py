@@ -45,8 +45,8 @@ from sparselearning.sparse.masking import Masking
 from sparselearning.sparse.superpose import AVERAGING, prune_to_density, superpose
 from sparselearning.sparse.topology import Layer, shrink_globally
 from sparselearning.training import experiment, flags
-from sparselearning.training.data import Batch
-from sparselearning.training.engine import Sources, Trainer
+from sparselearning.training.data import Batch, Sources
+from sparselearning.training.engine import Trainer
 from sparselearning.training.experiment import SparseTraining
 from sparselearning.training.plan import EpochBudget, Plan
 from sparselearning.training.provenance import environment

@@ -64,6 +64,7 @@ class Masking:
         final_update_step: last step that may prune and grow; None: there is none. Gradual pruning goes on after it.
         total_steps: steps of the whole run; needed by every decay but ``constant``.
         seed: of the first masks and of random growth. Rank 0's counts.
+        steps: optimizer steps that the model has taken before.
 
     Attributes:
         masks: parameter name to boolean tensor, true where the weight is active.
@@ -92,6 +93,7 @@ class Masking:
         final_update_step: int | None = None,
         total_steps: int | None = None,
         seed: int = 0,
+        steps: int = 0,
     ) -> None:
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise UsageError(
@@ -150,7 +152,7 @@ class Masking:
         self.seed = int(seed)
 
         self.masks: dict[str, Tensor] = {}
-        self.steps = 0
+        self.steps = _whole("steps", steps)
         self.updates_enabled = True
         self._parameters: dict[str, nn.Parameter] = {}
         self._links: list[tuple[Mapping[str, Any], str, Any]] = []  # what leads from the model to its masked weights
@@ -171,7 +173,7 @@ class Masking:
     def add_module(
         self,
         model: nn.Module,
-        sparse_init: str = "ERK",
+        sparse_init: str | None = "ERK",
         *,
         pruning_rate: float = 0.5,
         keep_first_dense: bool = False,
@@ -187,7 +189,8 @@ class Masking:
         Args:
             model: wrapped for data-parallel training, compiled, or plain.
             sparse_init: name in ``SPARSE_INITS``. ``snip`` and the ``prune_and_grow_*`` modes read the gradients of
-                one batch: run a backward pass first.
+                one batch: run a backward pass first. None: draw none; all weights are active until
+                :meth:`load_state_dict` brings their masks.
             pruning_rate: share of the trained weights that the ``prune_*`` modes drop, in [0, 1].
             keep_first_dense: leave the first layer without a mask.
             dense_layers: patterns of layers to leave without masks, such as ``"fc"``.
@@ -199,14 +202,16 @@ class Masking:
             UsageError: if nothing is maskable, the optimizer is not this model's, gradients are missing, a model was
                 added before, patterns match nothing or contradict each other, or the budget is impossible.
         """
-        _check_choice("sparse_init", sparse_init, SPARSE_INITS)
+        if sparse_init is not None:
+            _check_choice("sparse_init", sparse_init, SPARSE_INITS)
         if not 0 <= pruning_rate <= 1:
             raise UsageError(f"pruning_rate lies in [0, 1], not {pruning_rate}")
         if self.masks:
             raise UsageError("this Masking already has a model: make one Masking per model")
-        if layer_densities and not SPARSE_INITS[sparse_init].shares_density:
-            sharing = ", ".join(name for name, init in SPARSE_INITS.items() if init.shares_density)
-            raise UsageError(f"layer_densities are for sparse_init {sharing}: {sparse_init!r} chooses by weights")
+        init = None if sparse_init is None else SPARSE_INITS[sparse_init]
+        if layer_densities and not (init and init.shares_density):
+            sharing = ", ".join(name for name, other in SPARSE_INITS.items() if other.shares_density)
+            raise UsageError(f"layer_densities are for sparse_init {sharing}, not for {sparse_init!r}")
         parameters = maskable_parameters(model, keep_first_dense, dense_layers, mask_embeddings)
         _check_values(distributed.unwrap(model), parameters)
         parameters = self._trained(parameters)
@@ -217,20 +222,20 @@ class Masking:
         self._parameters = parameters
         self._links = _links(distributed.unwrap(model), parameters)
         self.seed = distributed.broadcast_object(self.seed)
-        generator = torch.Generator().manual_seed(derive_seed(self.seed, "first masks"))
-        with torch.no_grad():
-            settings = InitSettings(self.init_density, pruning_rate, generator, fixed)
-            drawn = SPARSE_INITS[sparse_init].draw(parameters, settings)
-            if not any(nonzero_counts(drawn.values())):
-                raise UsageError(
-                    f"sparse_init {sparse_init!r} leaves none of {total:,} weights active (init_density "
-                    f"{self.init_density}, pruning_rate {pruning_rate})"
-                )
-            # A mask is laid out in memory as its weight is, so that both can be read as flat views.
-            self.masks = {
-                name: torch.empty_like(weight, dtype=torch.bool).copy_(drawn[name])
-                for name, weight in parameters.items()
-            }
+        # A mask is laid out in memory as its weight is, so that both can be read as flat views.
+        masks = {name: torch.ones_like(weight, dtype=torch.bool) for name, weight in parameters.items()}
+        if init:
+            generator = torch.Generator().manual_seed(derive_seed(self.seed, "first masks"))
+            with torch.no_grad():
+                drawn = init.draw(parameters, InitSettings(self.init_density, pruning_rate, generator, fixed))
+            for name, mask in masks.items():
+                mask.copy_(drawn[name])
+        if not any(nonzero_counts(masks.values())):
+            raise UsageError(
+                f"sparse_init {sparse_init!r} leaves none of {total:,} weights active (init_density "
+                f"{self.init_density}, pruning_rate {pruning_rate})"
+            )
+        self.masks = masks
         for mask in self.masks.values():
             mask.copy_(distributed.broadcast(mask.contiguous()))
         self._ever_active = {name: mask.to("cpu", copy=True) for name, mask in self.masks.items()}

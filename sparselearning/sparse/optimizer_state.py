@@ -78,6 +78,17 @@ def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     return saved | {"state": {number: saved["state"].get(number) for number in numbers}}
 
 
+def load_optimizer_state(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> None:
+    """Take back what :func:`optimizer_state` returned; the optimizer keeps its own settings."""
+    state = {number: kept for number, kept in saved["state"].items() if kept}
+    optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
+    for parameter, kept in optimizer.state.items():
+        for key, value in kept.items():
+            # Fused steps read memory straight through: state has to lie as its parameter does.
+            if isinstance(value, Tensor) and value.shape == parameter.shape:
+                kept[key] = torch.empty_like(parameter).copy_(value)
+
+
 OPTIMIZER = record({"state": record({}), "param_groups": list[dict[str, Any]]})
 """What :func:`optimizer_state` makes of any optimizer."""
 

@@ -1,6 +1,7 @@
 """What the training engine asks of a data set: batches that are pure functions of (epoch, batch index)."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import torch
@@ -31,6 +32,23 @@ class BatchSource(Protocol):
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """Yield batches ``start``, ``start + 1``, … of an epoch, the same ones whatever ``start`` is."""
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Batches for each purpose.
+
+    Attributes:
+        train: shuffled and augmented.
+        train_once: the same, every sample once over all ranks; for BatchNorm statistics.
+        evaluation: what epochs, tickets and superpositions are measured on.
+        test: the test set, touched once, at the end; None if the evaluation set is the test set.
+    """
+
+    train: BatchSource
+    train_once: BatchSource
+    evaluation: BatchSource
+    test: BatchSource | None = None
 
 
 def class_balanced(labels: Tensor, size: int, generator: torch.Generator) -> Tensor:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,8 @@ from torch import nn
 from sparselearning.execution import sparse_execution
 from sparselearning.process import distributed
 from sparselearning.process.errors import UsageError, first_line
-from sparselearning.process.files import load_torch, write_json
+from sparselearning.process.files import write_json
 from sparselearning.process.signals import Stopped, stop_signals
-from sparselearning.process.tensor_schema import check
 from sparselearning.sparse.costs import layer_densities, layer_flops, overall_density
 from sparselearning.sparse.distributions import active_count
 from sparselearning.sparse.layers import maskable_parameters
@@ -24,9 +24,8 @@ from sparselearning.sparse.masking import Masking
 from sparselearning.sparse.sparse_init import SPARSE_INITS
 from sparselearning.sparse.superpose import batchnorms
 from sparselearning.sparse.topology import METHODS, REDISTRIBUTION, Layer, classifier, shrink_globally
-from sparselearning.training.checkpoint import HEAD, MARKS
-from sparselearning.training.data import Batch
-from sparselearning.training.engine import Sources, Trainer
+from sparselearning.training.data import Batch, Sources
+from sparselearning.training.engine import Trainer
 from sparselearning.training.networks import load_weights
 from sparselearning.training.passes import Passes, keeping_buffers
 from sparselearning.training.plan import Plan
@@ -35,6 +34,7 @@ from sparselearning.training.provenance import ENVIRONMENT
 from sparselearning.training.records import Summary
 from sparselearning.training.run_folder import RunFolder, find_checkpoint
 from sparselearning.training.runtime import Runtime
+from sparselearning.training.start import Continue, Fresh, FromWeights, Start, find_start
 from sparselearning.training.trackers import Tracker
 
 
@@ -49,6 +49,12 @@ class SparseTraining:
     dense_layers: Sequence[str] = ()
     layer_densities: Mapping[str, float] = field(default_factory=dict)
     frozen: bool = False
+
+    def first_masks(self, plan: Plan) -> str:
+        """Name in :data:`SPARSE_INITS` of how the first masks are drawn, where they are."""
+        if plan.pre_train or SPARSE_INITS[self.sparse_init].needs_trained_weights:
+            return self.sparse_init
+        return "resume"  # cycles alone start from trained weights, which random masks would destroy
 
 
 @dataclass(frozen=True)
@@ -145,35 +151,65 @@ def prepare(
     runtime: Runtime,
     output: Output,
     stop_signal: Callable[[], int] = lambda: 0,
+    start: Start | None = None,
 ) -> Trainer:
-    """Draw the masks, or take them and all else from what ``output.resume`` names; no file of the run is written yet.
+    """Draw the masks, or take them and all else from where the run starts; no file of the run is written yet.
+
+    Args:
+        start: what ``output.resume`` names, if that is read already.
 
     Raises:
         UsageError: if what ``resume`` names does not fit.
         FaultError: if it cannot be read.
     """
+    first_masks = sparse.first_masks(plan) if sparse else None
+    trainer_with = partial(_trainer, recipe, plan, sparse, runtime, output, stop_signal)
+    match start or _find_start(plan, sparse, output):
+        case Fresh():
+            trainer = trainer_with(first_masks)
+        case FromWeights(saved, source, with_training=False):
+            load_weights(recipe.model, saved, source)
+            trainer = trainer_with(first_masks)
+        case FromWeights(saved, source, with_training=True):
+            load_weights(recipe.model, saved, source)
+            trainer = trainer_with(first_masks if saved.get("masking") is None else None)
+            trainer.checkpoint.load_training(saved, source)
+        case Continue(saved, source):
+            trainer = trainer_with(None)
+            trainer.checkpoint.load(saved, source)
+    if plan.update_bn and plan.cyclic_train and plan.budget.tickets and not batchnorms(recipe.model):
+        print_notes("this network has no BatchNorm statistics: there is nothing for --update_bn to re-estimate")
+    if trainer.masking:
+        _check_budget(trainer.masking, plan)
+        _note_density(trainer.masking, plan)
+        _note_unfinished_pruning(trainer.masking, plan, len(recipe.sources.train))
+    return trainer
+
+
+def _find_start(plan: Plan, sparse: SparseTraining | None, output: Output) -> Start:
+    first_masks = sparse.first_masks(plan) if sparse else None
+    return find_start(output.resume, output.folder, output.identity, plan, first_masks)
+
+
+def _trainer(
+    recipe: Recipe,
+    plan: Plan,
+    sparse: SparseTraining | None,
+    runtime: Runtime,
+    output: Output,
+    stop_signal: Callable[[], int],
+    first_masks: str | None,
+) -> Trainer:
+    """A trainer at the first epoch of a plan; with ``first_masks`` None, its masks are still to be loaded."""
     device = next(recipe.model.parameters()).device
     runtime = runtime.resolved(device)
-    source = find_checkpoint(output.resume) if output.resume else None
-    saved, is_checkpoint, continues = {}, False, False
-    if source:
-        saved = load_torch(source)
-        is_checkpoint = not saved.keys().isdisjoint(MARKS)
-        if is_checkpoint:
-            check(saved, HEAD, source)
-        continues = _continues(saved, is_checkpoint, plan, sparse, output)
-        if not continues:
-            load_weights(recipe.model, saved, source)
-    masking, keeps_pattern = None, True
-    if sparse:
-        init = _first_masks(plan, sparse, continues)
-        masking, keeps_pattern = _mask(recipe, sparse, init), init == "resume"
+    masking = _mask(recipe, plan, sparse, first_masks) if sparse else None
     flops = layer_flops(recipe.model, recipe.sample_shape)
     network: Any = torch.compile(recipe.model) if runtime.compile else recipe.model
     executed = None
     if masking and runtime.execution != "masked":
         network = executed = sparse_execution(recipe.model, masking, flops if runtime.execution == "auto" else None)
-    trainer = Trainer(
+    return Trainer(
         Passes(recipe.model, distributed.wrap(network, device), runtime.precision(), recipe.label_smoothing, executed),
         recipe.optimizer,
         masking,
@@ -188,20 +224,6 @@ def prepare(
         identity=output.identity,
         stop_signal=stop_signal,
     )
-    if masking:
-        masking.steps = plan.first_epoch * len(recipe.sources.train)  # cycles alone come after pre-training
-    if source:
-        if continues:
-            trainer.load_checkpoint(saved, source)
-        elif not plan.pre_train and is_checkpoint and keeps_pattern:
-            trainer.load_training_state(saved, source)
-    if plan.update_bn and plan.cyclic_train and plan.budget.tickets and not batchnorms(recipe.model):
-        print_notes("this network has no BatchNorm statistics: there is nothing for --update_bn to re-estimate")
-    if masking:
-        _check_budget(masking, plan)
-        _note_density(masking, plan)
-        _note_unfinished_pruning(masking, plan, len(recipe.sources.train))
-    return trainer
 
 
 def run(recipe: Recipe, plan: Plan, sparse: SparseTraining | None, runtime: Runtime, output: Output) -> Summary:
@@ -215,12 +237,15 @@ def run(recipe: Recipe, plan: Plan, sparse: SparseTraining | None, runtime: Runt
     if distributed.restarts() and output.resume is None and output.folder.checkpoint.exists():
         output = replace(output, resume=output.folder.path)
     with stop_signals() as stop_signal, ExitStack() as held:
-        trainer = prepare(recipe, plan, sparse, runtime, output, stop_signal)
-        if trainer.masking and plan.explores_before(trainer.epoch) and not trainer.continues:
+        start = _find_start(plan, sparse, output)
+        continues = isinstance(start, Continue)
+        trainer = prepare(recipe, plan, sparse, runtime, output, stop_signal, start)
+        del start  # a whole checkpoint, which the memory is not to hold until the end
+        if trainer.masking and plan.explores_before(trainer.at.epoch) and not continues:
             trainer.masking.check_can_explore()
         if distributed.is_main() and trainer.masking:
             print(f"execution: {_execution(trainer)}", flush=True)
-        distributed.on_main(lambda: _open_folder(output, trainer, held))
+        distributed.on_main(lambda: _open_folder(output, continues, _execution(trainer), held))
         summary = trainer.run()
         if distributed.is_main():
             write_json(output.folder.summary, summary)
@@ -275,34 +300,27 @@ def _execution(trainer: Trainer) -> str:
     return "sparse" if sparse.is_sparse else "masked, which is faster at this density"
 
 
-def _mask(recipe: Recipe, sparse: SparseTraining, init: str) -> Masking:
-    """Make the masking and draw its first masks."""
-    masking = Masking(recipe.optimizer, **sparse.masking)
+def _mask(recipe: Recipe, plan: Plan, sparse: SparseTraining, first_masks: str | None) -> Masking:
+    """Make the masking and draw its first masks, if they are to be drawn."""
+    # Cycles alone come after the steps of pre-training.
+    masking = Masking(recipe.optimizer, steps=plan.first_epoch * len(recipe.sources.train), **sparse.masking)
     masking.updates_enabled = not sparse.frozen
-    if SPARSE_INITS[init].needs_gradients:
+    init = None if first_masks is None else SPARSE_INITS[first_masks]
+    if init and init.needs_gradients:
         batch = recipe.class_balanced_batch()
         recipe.model.train()
         with keeping_buffers(recipe.model):
             nn.functional.cross_entropy(recipe.model(batch.images), batch.labels).backward()
     masking.add_module(
         recipe.model,
-        init,
+        first_masks,
         pruning_rate=sparse.pruning_rate,
         keep_first_dense=sparse.keep_first_dense,
         dense_layers=sparse.dense_layers,
-        layer_densities=sparse.layer_densities if SPARSE_INITS[init].shares_density else {},
+        layer_densities=sparse.layer_densities if init and init.shares_density else {},
     )
     recipe.optimizer.zero_grad()
     return masking
-
-
-def _first_masks(plan: Plan, sparse: SparseTraining, continues: bool) -> str:
-    """Name in :data:`SPARSE_INITS` of how the first masks are drawn."""
-    if continues:
-        return "GMP"  # any: the checkpoint's masks replace them
-    if plan.pre_train or SPARSE_INITS[sparse.sparse_init].needs_trained_weights:
-        return sparse.sparse_init
-    return "resume"  # cycles alone start from trained weights, which random masks would destroy
 
 
 def _check_budget(masking: Masking, plan: Plan) -> None:
@@ -340,50 +358,17 @@ def _note_unfinished_pruning(masking: Masking, plan: Plan, batches: int) -> None
     )
 
 
-def _continues(
-    saved: Mapping[str, Any], is_checkpoint: bool, plan: Plan, sparse: SparseTraining | None, output: Output
-) -> bool:
-    """Whether a saved file is a run with these very flags, to go on with; else its weights are a start.
-
-    A finished run with flags that start from weights can be either: in its own folder it goes on; in another, its
-    weights are the start of a new run.
-
-    Raises:
-        UsageError: if it is neither.
-    """
-    starts_from_weights = not plan.pre_train or (sparse and SPARSE_INITS[sparse.sparse_init].needs_trained_weights)
-    there = {name: saved["config"].get(name) for name in output.identity} if is_checkpoint else {}
-    if is_checkpoint and there == output.identity:
-        assert output.resume is not None
-        own = RunFolder.of(output.resume).path.resolve() == output.folder.path.resolve()
-        if starts_from_weights and saved["epoch"] == plan.end_epoch and not own:
-            return False
-        if (processes := len(saved["ranks"])) != distributed.world_size():
-            raise UsageError(
-                f"{output.resume} was written by {processes} process{'es' * (processes > 1)}: go on with as many, "
-                f"not {distributed.world_size()}"
-            )
-        return True
-    if starts_from_weights:
-        return False
-    if not is_checkpoint:
-        raise UsageError(
-            f"{output.resume} is no checkpoint of a run: weights alone can start --cyclic_train without --pre_train, "
-            "or --sparse-init resume and prune_*"
-        )
-    differing = [
-        f"{name} ({there.get(name)} there, {value} here)"
-        for name, value in sorted(output.identity.items())
-        if there.get(name) != value
-    ]
-    raise UsageError(f"{output.resume} belongs to a run with other flags: {', '.join(differing)}")
-
-
-def _open_folder(output: Output, trainer: Trainer, held: ExitStack) -> None:
+def _open_folder(output: Output, continues: bool, executed: str, held: ExitStack) -> None:
     """Make the run's folder and write ``config.json``; another run there moves aside, unless it is still going on.
 
     A run that goes on keeps its files, and brings them along into another folder; one that goes back to an earlier
-    checkpoint leaves them to the later run. ``held`` keeps other runs out of the folder until it is closed.
+    checkpoint leaves them to the later run.
+
+    Args:
+        output: of the run.
+        continues: it is the one that ``output.resume`` names.
+        executed: how it begins to compute.
+        held: keeps other runs out of the folder until it is closed.
 
     Raises:
         FaultError: if another run is using the folder, or it cannot be made.
@@ -391,7 +376,7 @@ def _open_folder(output: Output, trainer: Trainer, held: ExitStack) -> None:
     """
     folder = output.folder
     source, goes_back = None, False
-    if output.resume and trainer.continues:
+    if output.resume and continues:
         source = RunFolder.of(output.resume)
         goes_back = find_checkpoint(output.resume).resolve() != source.checkpoint.resolve()
     if not held.enter_context(folder.in_use()):
@@ -408,7 +393,7 @@ def _open_folder(output: Output, trainer: Trainer, held: ExitStack) -> None:
         if source and not goes_back:
             folder.copy_from(source.path)
     if not folder.config.exists():
-        write_json(folder.config, {**output.config, "executed": _execution(trainer)})
+        write_json(folder.config, {**output.config, "executed": executed})
     else:
         _note_environment(folder, output.config)
 

@@ -1,9 +1,11 @@
 """When a run does what: which epoch belongs to which phase, ticket and learning rate."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
+from sparselearning.process.schema import Count, Record
 from sparselearning.sparse.schedules import cyclic_lr
 from sparselearning.sparse.superpose import Averaging
 
@@ -106,6 +108,11 @@ class Plan:
             return None
         return (epoch - self.budget.pretrain_epochs) // self.budget.cycle_epochs + 1
 
+    def is_superposed(self, at: "Position") -> bool:
+        """Whether there is a superposition where a run is stopped; cycles alone begin one before their first batch."""
+        start = self.budget.pretrain_epochs
+        return at.epoch > start or (at.epoch == start and (self.first_epoch < start or at.batch > 0))
+
     def lr(self, epoch: int, batch: int, batches: int) -> float:
         """Learning rate of one batch."""
         if not self.is_cycle(epoch):
@@ -116,3 +123,30 @@ class Plan:
 
     def _in_cycle(self, epoch: int) -> int:
         return (epoch - self.budget.pretrain_epochs) % self.budget.cycle_epochs
+
+
+@dataclass(kw_only=True)
+class Position(Record):
+    """Where a run stands; the parts of the run share it. Its fields are entries of ``checkpoint.pth``.
+
+    Attributes:
+        epoch: that is going on, from 0; at the end of the run, the plan's ``end_epoch``.
+        batch: training batches of the epoch that are done.
+        trained: all of them are, and what follows them is not.
+    """
+
+    epoch: Count
+    batch: Count = 0
+    trained: bool = False
+
+    def next_epoch(self) -> None:
+        """Go on to the start of the next epoch."""
+        self.epoch, self.batch, self.trained = self.epoch + 1, 0, False
+
+    def state_dict(self) -> dict[str, Any]:
+        """Its entries of a checkpoint."""
+        return self.as_dict()
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        """Go to where a checkpoint was written."""
+        vars(self).update({name: saved[name] for name in vars(self)})

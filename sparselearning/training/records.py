@@ -145,6 +145,25 @@ class Summary(Record):
             raise Mismatch(f"{name} is {gain}, but {start} is {before} and final_acc {self.final_acc}")
 
 
+@dataclass(kw_only=True)
+class Results(Record):
+    """What a run has found so far, from which its rows and its summary are written: entries of ``checkpoint.pth``.
+
+    Attributes:
+        pretrain_acc: of the network that pre-training left, in [0, 1]; None before that.
+        metrics: of the finished epochs.
+        tickets: of the tickets.
+        seconds: of training in the epoch that is going on.
+        total_seconds: of the run, stops left out.
+    """
+
+    pretrain_acc: Share | None
+    metrics: list[EpochRow] = field(default_factory=list)
+    tickets: list[TicketRow] = field(default_factory=list)
+    seconds: Amount = 0.0
+    total_seconds: Amount = 0.0
+
+
 @dataclass(frozen=True, kw_only=True)
 class Environment(Record):
     """Code, versions and hardware that a run depends on besides its flags: ``provenance.environment``.

@@ -12,8 +12,7 @@ from helpers.comparing import lines, plain, without_times
 from sparselearning.process.files import load_torch
 from sparselearning.sparse.superpose import AVERAGING
 from sparselearning.training import experiment
-from sparselearning.training.data import Batch
-from sparselearning.training.engine import Sources
+from sparselearning.training.data import Batch, Sources
 from sparselearning.training.experiment import Output, Recipe, SparseTraining
 from sparselearning.training.plan import EpochBudget, Plan
 from sparselearning.training.run_folder import RunFolder
@@ -141,8 +140,8 @@ def result(trainer, summary):
         "weights": plain(trainer.model.state_dict()),
         "optimizer": plain(trainer.optimizer.state_dict()["state"]),
         "masking": plain(trainer.masking.state_dict()) if trainer.masking else None,
-        "superposition": plain(trainer.superposition),
-        "superposition masks": plain(trainer.superposition_masks),
+        "superposition": plain(trainer.superposition.state),
+        "superposition masks": plain(trainer.superposition.masks),
         "metrics": [without_times(row) for row in lines(folder.metrics)],
         "tickets": [without_times(row) for row in lines(folder.tickets)],
         "summary": without_times(summary.as_dict()),
@@ -159,7 +158,7 @@ def record_steps(trainer):
     def train_batch(batch):
         before = copy.deepcopy(trainer.model.state_dict())
         rate = trainer.optimizer.param_groups[0]["lr"]
-        position = trainer.epoch, trainer.batch
+        position = trainer.at.epoch, trainer.at.batch
         step(batch)
         masks = {k: m.clone() for k, m in trainer.masking.masks.items()} if trainer.masking else {}
         seen.append((position, rate, before, copy.deepcopy(trainer.model.state_dict()), masks))

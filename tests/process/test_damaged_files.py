@@ -203,13 +203,13 @@ def test_no_damaged_entry_of_a_checkpoint_is_believed(saved, trainer_of, name):
 
     def go_on(content):
         check(content, HEAD, path)
-        trainer.load_checkpoint(content, path)
+        trainer.checkpoint.load(content, path)
 
     ends = [(keys, what, fault(lambda c=content: go_on(c))) for keys, what, content in damages(saved[name])]
     assert [(keys, what) for keys, what, told in ends if told is None and not harmless(keys, what)] == []
     assert [end for end in ends if end[2] and badly_told(end[2], path, end[0])] == []
     assert len([told for *_, told in ends if told]) > 300
-    trainer.load_checkpoint(saved[name], path)
+    trainer.checkpoint.load(saved[name], path)
     after = [trainer.model.state_dict(), trainer.optimizer.state_dict()["state"]]
     torch.testing.assert_close(after, before, rtol=0, atol=0)
 
@@ -225,12 +225,12 @@ def test_no_damaged_entry_of_another_rank_is_believed(saved, trainer_of, monkeyp
     trainer = trainer_of(name, path)
     monkeypatch.setattr(distributed, "world_size", lambda: 2)
     (rank,) = saved[name]["ranks"]
-    trainer._schema.check(saved[name] | {"ranks": [rank, rank]}, path)
+    trainer.checkpoint.check(saved[name] | {"ranks": [rank, rank]}, path)
     untold = [
         (keys, what)
         for keys, what, content in damages(rank)
         if not harmless(("ranks", 1, *keys), what)
-        and fault(lambda c=content: trainer._schema.check(saved[name] | {"ranks": [rank, c]}, path)) is None
+        and fault(lambda c=content: trainer.checkpoint.check(saved[name] | {"ranks": [rank, c]}, path)) is None
     ]
     assert untold == []
 

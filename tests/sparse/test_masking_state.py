@@ -56,6 +56,29 @@ def test_a_state_in_memory_stays_what_it_was():
 # -------------------------------------------------------------------------------------- stop and go on
 
 
+def test_without_first_masks_all_weights_are_active_until_a_state_brings_theirs():
+    model, masking = eight([1.0, 2, 3, 4, 0, 0, 0, 0], growth="gradient", prune_rate=0.25)
+    step(model, masking, GROW_4)
+    state = through_a_file(masking.state_dict())
+    weights = model.state_dict()
+    other, _ = eight([1.0] * 8)
+    resumed = Masking(sgd(other), growth="gradient", prune_rate=0.25, steps=7)
+    resumed.add_module(other, None)
+    assert resumed.density() == 1
+    assert resumed.steps == 7
+    other.load_state_dict(weights)
+    resumed.load_state_dict(state)
+    assert active(resumed) == active(masking)
+    assert resumed.steps == masking.steps == 1
+    assert resumed.explored() == masking.explored()
+
+
+def test_densities_of_layers_that_nothing_draws_are_refused():
+    model, _ = eight([1.0] * 8)
+    with pytest.raises(UsageError, match="layer_densities are for sparse_init"):
+        Masking(sgd(model)).add_module(model, None, layer_densities={"*": 0.5})
+
+
 RESUMED = [
     ("SGD momentum", {"growth": "gradient"}),
     ("SGD momentum", {"growth": "random", "prune": "SET"}),

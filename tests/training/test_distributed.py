@@ -28,8 +28,7 @@ from sparselearning.process.signals import Stopped
 from sparselearning.sparse.superpose import AVERAGING
 from sparselearning.sparse.topology import GROWTH, PRUNE, REDISTRIBUTION
 from sparselearning.training import experiment
-from sparselearning.training.data import Batch
-from sparselearning.training.engine import Sources
+from sparselearning.training.data import Batch, Sources
 from sparselearning.training.plan import EpochBudget, Plan
 from sparselearning.training.run_folder import RunFolder
 from sparselearning.training.runtime import Runtime
@@ -355,14 +354,16 @@ def run_toy(folder, stop_after=None, stopper=1):
         try:
             trainer.run()
         except Stopped as stop:
-            position = stop.exit_code, trainer.epoch, trainer.batch, trainer.trained
+            position = stop.exit_code, trainer.at.epoch, trainer.at.batch, trainer.at.trained
         distributed.barrier()  # the other rank's checkpoint must be there before it is read
     trainer = toy_trainer(folder, resume=folder if position else None)
     trainer.run()
     outcome = as_numpy(trainer.model.state_dict())
-    outcome |= {f"superposed {name}": array for name, array in as_numpy(trainer.superposition).items()}
+    outcome |= {f"superposed {name}": array for name, array in as_numpy(trainer.superposition.state).items()}
     outcome |= {f"mask {name}": array for name, array in as_numpy(trainer.masking.masks).items()}
-    rows = ([row.as_dict() for row in rows] for rows in (trainer.metrics, trainer.tickets))
+    rows = (
+        [row.as_dict() for row in rows] for rows in (trainer.record.results.metrics, trainer.record.results.tickets)
+    )
     return position, outcome, *([*map(without_times, part)] for part in rows)
 
 

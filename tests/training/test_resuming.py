@@ -83,7 +83,7 @@ def test_a_stop_at_any_point_changes_nothing(tmp_path, dropout, explore_rate):
         with pytest.raises(Stopped):
             prepare(folder, signals=Signals(at), **settings).run()
         resumed = prepare(folder, resume=folder, **settings)
-        place = f"look {at}, epoch {resumed.epoch}, batch {resumed.batch}, batches done: {resumed.trained}"
+        place = f"look {at}, epoch {resumed.at.epoch}, batch {resumed.at.batch}, batches done: {resumed.at.trained}"
         if different := differing(whole, result(resumed, resumed.run())):
             wrong[place] = different
     assert not wrong, "\n".join(f"{place}: {what}" for place, what in wrong.items())
@@ -124,7 +124,7 @@ def test_a_finished_run_resumes_to_itself(tmp_path):
     whole = result(trainer, trainer.run())
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     again = prepare(tmp_path, resume=tmp_path)
-    assert again.epoch == again.plan.end_epoch
+    assert again.at.epoch == again.plan.end_epoch
     different = differing(whole, result(again, again.run()))
     assert not different
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
@@ -167,3 +167,19 @@ def test_a_signal_after_the_last_look_is_not_lost_and_not_a_crash(tmp_path, monk
     else:
         assert folder.summary.exists()
     assert load_torch(folder.checkpoint)["epoch"] == 6
+
+
+def test_a_checkpoint_has_the_entries_that_runs_of_earlier_versions_wrote(tmp_path):
+    trainer = prepare(tmp_path)
+    trainer.checkpoint.save()
+    assert set(load_torch(trainer.folder.checkpoint)) == {
+        "config", "epoch", "batch", "trained", "state_dict", "masks", "optimizer", "masking", "scaler", "gradients",
+        "superposition", "superposition_masks", "pretrain_acc", "metrics", "tickets", "seconds", "total_seconds",
+        "ranks",
+    }  # fmt: skip
+
+
+def test_no_entry_of_a_checkpoint_belongs_to_two_parts(tmp_path):
+    checkpoint = prepare(tmp_path, dataclasses.replace(PLAN, ema_decay=0.8)).checkpoint
+    names = [name for part in (checkpoint._at, *checkpoint._parts) for name in part.state_dict()]
+    assert len(names) == len(set(names)) == 16

@@ -65,13 +65,13 @@ def test_a_loss_that_turns_nan_stops_the_run_and_keeps_the_last_checkpoint(tmp_p
     plan = PLAN if masks else DENSE
     trainer = prepare(tmp_path, plan, masks, train=Batches(20, 8, shuffled=True, poison=poison))
     kept = {}
-    save = trainer.save_checkpoint
+    save = trainer.checkpoint.save
 
     def save_checkpoint():
         save()
         kept["bytes"] = trainer.folder.checkpoint.read_bytes()
 
-    trainer.save_checkpoint = save_checkpoint
+    trainer.checkpoint.save = save_checkpoint
     with pytest.raises(FaultError, match=f"epoch {epoch}, step {batch}") as fault:
         trainer.run()
     assert len(lines(trainer.folder.metrics)) == epoch
@@ -93,7 +93,7 @@ def test_weights_that_diverge_in_the_last_step_of_an_epoch_stop_the_run(tmp_path
 
     def train_batch(batch):
         step(batch)
-        if (trainer.epoch, trainer.batch) == (epoch, 2):
+        if (trainer.at.epoch, trainer.at.batch) == (epoch, 2):
             with torch.no_grad():
                 for parameter in trainer.model.parameters():
                     parameter.mul_(torch.nan)
@@ -130,13 +130,13 @@ def test_a_full_disk_is_told_and_what_stood_there_stays(tmp_path, name):
 def test_a_stop_on_a_full_disk_keeps_the_older_checkpoint(tmp_path):
     signals = Signals(14)
     trainer = prepare(tmp_path, signals=signals)
-    save = trainer.save_checkpoint
+    save = trainer.checkpoint.save
 
     def save_checkpoint():
         save()
         trainer.folder.checkpoint.with_name("checkpoint.pth.partial").symlink_to("/dev/full")
 
-    trainer.save_checkpoint = save_checkpoint
+    trainer.checkpoint.save = save_checkpoint
     with pytest.raises(FaultError, match="No space left"):
         trainer.run()
     whole = prepare(tmp_path / "whole")

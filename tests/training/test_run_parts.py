@@ -70,7 +70,7 @@ def test_cycles_alone_continue_pretraining_as_if_it_had_not_ended(tmp_path):
     )
     second.run()
     assert plain(whole.model.state_dict()) == plain(second.model.state_dict())
-    assert plain(whole.superposition) == plain(second.superposition)
+    assert plain(whole.superposition.state) == plain(second.superposition.state)
 
 
 def test_saved_epoch_of_the_pretrained_network_is_the_same_in_both_ways(tmp_path):
@@ -233,7 +233,7 @@ def test_a_run_names_every_code_and_machine_that_it_ran_on(tmp_path):
             output = Output(RunFolder(tmp_path), identity={"f": 1}, resume=folder, **here)
             trainer = experiment.prepare(recipe(), PLAN, sparse(), Runtime(amp="off"), output, Signals(at))
             with contextlib.ExitStack() as held:
-                experiment._open_folder(output, trainer, held)
+                experiment._open_folder(output, folder is not None, "sparse", held)
                 trainer.run()
         return json.loads((tmp_path / "config.json").read_text())
 
@@ -272,7 +272,7 @@ def test_the_last_superposition_is_what_a_longer_pruning_window_leaves(tmp_path)
 
 
 def test_a_checkpoint_holds_the_masks_once(tmp_path):
-    prepare(tmp_path).save_checkpoint()
+    prepare(tmp_path).checkpoint.save()
     saved = load_torch(tmp_path / "checkpoint.pth")
     for name, mask in saved["masks"].items():
         assert mask.data_ptr() == saved["masking"]["masks"][name].data_ptr()

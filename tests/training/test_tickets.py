@@ -127,7 +127,7 @@ def test_a_greedy_run_stopped_among_its_factors_equals_one_without_stops(tmp_pat
         with pytest.raises(Stopped):
             prepare(folder, plan, signals=Signals(at), dropout=0.4).run()
         resumed = prepare(folder, plan, resume=folder, dropout=0.4)
-        assert resumed.trained
+        assert resumed.at.trained
         assert not differing(whole, result(resumed, resumed.run()))
 
 
@@ -221,7 +221,7 @@ def test_the_test_set_is_touched_once_at_the_end(tmp_path, capsys):
     evaluate = Trainer.evaluate_superposition
     try:
         Trainer.evaluate_superposition = lambda self, source: (
-            touched_before.append((test.passes, len(self.tickets))) or evaluate(self, source)
+            touched_before.append((test.passes, len(self.record.results.tickets))) or evaluate(self, source)
         )
         summary = experiment.run(brought, PLAN, sparse(), Runtime(amp="off"), Output(folder, {}))
     finally:
@@ -285,5 +285,5 @@ def test_a_stop_while_the_moving_average_is_measured_changes_nothing(tmp_path):
         with pytest.raises(Stopped):
             prepare(folder, plan, signals=Signals(at), dropout=0.4).run()
         resumed = prepare(folder, plan, resume=folder, dropout=0.4)
-        assert resumed.epoch == 1
+        assert resumed.at.epoch == 1
         assert not differing(whole, result(resumed, resumed.run()))

@@ -1,0 +1,114 @@
+"""How a run starts: afresh, from trained weights, or where it was stopped."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sparselearning.process import distributed
+from sparselearning.process.errors import UsageError
+from sparselearning.process.files import load_torch
+from sparselearning.process.tensor_schema import check
+from sparselearning.sparse.sparse_init import SPARSE_INITS
+from sparselearning.training.checkpoint import HEAD, MARKS
+from sparselearning.training.plan import Plan
+from sparselearning.training.run_folder import RunFolder, find_checkpoint
+
+
+@dataclass(frozen=True)
+class Fresh:
+    """With the network's own first weights."""
+
+
+@dataclass(frozen=True)
+class FromWeights:
+    """A new run from trained weights.
+
+    Attributes:
+        saved: content of a file with weights.
+        source: the file.
+        with_training: it is a run's checkpoint, whose momentum, masks and step counter the run starts with as well.
+    """
+
+    saved: Mapping[str, Any]
+    source: Path
+    with_training: bool = False
+
+
+@dataclass(frozen=True)
+class Continue:
+    """This very run goes on.
+
+    Attributes:
+        saved: content of its checkpoint.
+        source: the file.
+    """
+
+    saved: Mapping[str, Any]
+    source: Path
+
+
+Start = Fresh | FromWeights | Continue
+
+
+def find_start(
+    resume: Path | None, folder: RunFolder, identity: Mapping[str, Any], plan: Plan, sparse_init: str | None
+) -> Start:
+    """Read what ``--resume`` names, and find out what it is to a run.
+
+    A finished run with flags that start from weights can be either: in its own folder it goes on; in another, its
+    weights are the start of a new run.
+
+    Args:
+        resume: a file, or a run's folder; None: nothing.
+        folder: of the run that starts.
+        identity: values that a checkpoint must share with the run that goes on from it.
+        plan: of the run.
+        sparse_init: how its first masks are drawn; None: dense training.
+
+    Raises:
+        UsageError: if it is nothing that this run can start from.
+        FaultError: if it cannot be read.
+    """
+    if resume is None:
+        return Fresh()
+    source = find_checkpoint(resume)
+    saved = load_torch(source)
+    is_checkpoint = not saved.keys().isdisjoint(MARKS)
+    if is_checkpoint:
+        check(saved, HEAD, source)
+    init = None if sparse_init is None else SPARSE_INITS[sparse_init]
+    takes_weights = not plan.pre_train or (init is not None and init.needs_trained_weights)
+    differing = _differing(saved["config"], identity) if is_checkpoint else []
+    if is_checkpoint and not differing:
+        in_place = RunFolder.of(resume).path.resolve() == folder.path.resolve()
+        if not takes_weights or saved["epoch"] != plan.end_epoch or in_place:
+            _check_processes(len(saved["ranks"]), resume)
+            return Continue(saved, source)
+    if takes_weights:
+        keeps_pattern = sparse_init in (None, "resume")
+        return FromWeights(saved, source, with_training=is_checkpoint and not plan.pre_train and keeps_pattern)
+    if not is_checkpoint:
+        raise UsageError(
+            f"{resume} is no checkpoint of a run: weights alone can start --cyclic_train without --pre_train, "
+            "or --sparse-init resume and prune_*"
+        )
+    raise UsageError(f"{resume} belongs to a run with other flags: {', '.join(differing)}")
+
+
+def _differing(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
+    """Values of this run that a checkpoint's run had otherwise, for people."""
+    return [
+        f"{name} ({there.get(name)} there, {value} here)"
+        for name, value in sorted(here.items())
+        if there.get(name) != value
+    ]
+
+
+def _check_processes(processes: int, resume: Path) -> None:
+    """Refuse to go on with another number of processes."""
+    if processes != distributed.world_size():
+        raise UsageError(
+            f"{resume} was written by {processes} process{'es' * (processes > 1)}: go on with as many, "
+            f"not {distributed.world_size()}"
+        )

@@ -1,0 +1,112 @@
+"""What --resume names is to a run: nothing, weights to start from, or itself."""
+
+import dataclasses
+import weakref
+
+import pytest
+import torch
+
+from helpers.small_runs import MASKABLE, PLAN, Signals, network, prepare, recipe, sparse
+from sparselearning.process.signals import Stopped
+from sparselearning.sparse import masking
+from sparselearning.training import experiment, start
+from sparselearning.training.engine import Trainer
+from sparselearning.training.experiment import Output
+from sparselearning.training.run_folder import RunFolder
+from sparselearning.training.runtime import Runtime
+from sparselearning.training.start import Continue, Fresh, FromWeights, find_start
+
+pytestmark = pytest.mark.usefixtures("no_waiting_for_the_disk")
+
+CYCLES = dataclasses.replace(PLAN, pre_train=False)
+END = PLAN.end_epoch
+
+
+def write(folder, epoch=None, lr=0.1):
+    """A run's checkpoint after so many epochs, as far as it is looked at; of no epoch, bare weights."""
+    folder.mkdir(exist_ok=True)
+    head = {"config": {"lr": lr}, "epoch": epoch, "masking": None, "ranks": [{}]}
+    torch.save({"state_dict": {}} | (head if epoch is not None else {}), folder / "checkpoint.pth")
+
+
+@pytest.mark.parametrize(
+    ("epoch", "lr", "plan", "init", "expected"),
+    [
+        (2, 0.1, PLAN, "ERK", Continue),
+        (END, 0.1, PLAN, None, Continue),
+        (3, 0.1, CYCLES, "resume", Continue),
+        (END, 0.1, CYCLES, "resume", "with training"),
+        (END, 0.1, PLAN, "prune_global", "weights"),
+        (2, 0.5, CYCLES, "resume", "with training"),
+        (2, 0.5, CYCLES, None, "with training"),
+        (2, 0.5, CYCLES, "prune_global", "weights"),
+        (2, 0.5, PLAN, "resume", "weights"),
+        (None, 0.1, CYCLES, "resume", "weights"),
+        (None, 0.1, PLAN, "prune_uniform", "weights"),
+    ],
+)
+def test_what_a_file_is_to_a_run_in_another_folder(tmp_path, epoch, lr, plan, init, expected):
+    write(tmp_path / "there", epoch, lr)
+    found = find_start(tmp_path / "there", RunFolder(tmp_path / "here"), {"lr": 0.1}, plan, init)
+    assert found.source == tmp_path / "there" / "checkpoint.pth"
+    assert found.saved["state_dict"] == {}
+    if expected is Continue:
+        assert isinstance(found, Continue)
+    else:
+        assert isinstance(found, FromWeights)
+        assert found.with_training == (expected == "with training")
+
+
+def test_a_finished_run_goes_on_in_its_own_folder(tmp_path):
+    write(tmp_path, END)
+    assert isinstance(find_start(tmp_path, RunFolder(tmp_path), {"lr": 0.1}, CYCLES, "resume"), Continue)
+
+
+def test_without_a_file_a_run_starts_afresh(tmp_path):
+    write(tmp_path, 2)
+    assert find_start(None, RunFolder(tmp_path), {"lr": 0.1}, PLAN, "ERK") == Fresh()
+
+
+def stopped(folder, plan=PLAN, **settings):
+    with pytest.raises(Stopped):
+        prepare(folder, plan, signals=Signals(14), **settings).run()
+
+
+@pytest.mark.parametrize("goes_on", [True, False])
+def test_masks_that_come_from_a_checkpoint_are_not_drawn_before(tmp_path, monkeypatch, goes_on):
+    stopped(tmp_path / "a")
+    monkeypatch.setattr(masking, "SPARSE_INITS", {"ERK": None, "resume": None})
+    other = {} if goes_on else {"plan": CYCLES, "flags": {"flags": "others"}}
+    trainer = prepare(tmp_path / "b", resume=tmp_path / "a", **other)
+    before = torch.load(tmp_path / "a" / "checkpoint.pth")["masking"]
+    assert all(torch.equal(trainer.masking.masks[name], before["masks"][name]) for name in MASKABLE)
+    assert trainer.masking.steps == before["steps"]
+
+
+def test_cycles_from_bare_weights_count_on_from_the_steps_of_pretraining(tmp_path):
+    torch.save(network(0.0).state_dict(), tmp_path / "weights.pth")
+    trainer = prepare(tmp_path / "run", CYCLES, resume=tmp_path / "weights.pth")
+    assert trainer.masking.steps == 2 * 3
+
+
+def test_the_file_that_a_run_went_on_from_is_not_held_in_memory(tmp_path, monkeypatch):
+    class Content(dict):
+        """A dictionary that can be watched."""
+
+    stopped(tmp_path)
+    read, run, watched = start.load_torch, Trainer.run, []
+
+    def load_torch(path):
+        content = Content(read(path))
+        watched.append(weakref.ref(content))
+        return content
+
+    def looking(trainer):
+        watched.append(watched[0]())
+        return run(trainer)
+
+    monkeypatch.setattr(start, "load_torch", load_torch)
+    monkeypatch.setattr(Trainer, "run", looking)
+    output = Output(RunFolder(tmp_path), {}, identity={"flags": "the same"}, resume=tmp_path)
+    experiment.run(recipe(), PLAN, sparse(), Runtime(amp="off"), output)
+    assert watched[1:] == [None]
