@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from sparselearning.execution import threads
+from sparselearning.execution import memory, threads
 from sparselearning.execution.kernels import contraction, correlate
 from sparselearning.execution.lists import Correlation, Grid, WeightList
 from sparselearning.execution.planes import PLANES, normalise, statistics
@@ -33,7 +33,7 @@ def empty_activations(images: int, channels: int, *plane: int) -> Tensor:
     strides = [images]
     for size in reversed(plane):
         strides.insert(0, strides[0] * size)
-    return torch.empty_strided((images, channels, *plane), (1, *strides))
+    return memory.empty((images, channels, *plane), (1, *strides))
 
 
 @dataclass(frozen=True)
@@ -352,10 +352,9 @@ class Norm:
         return {read.untyped_storage().data_ptr() for read in (self.lines, self.added) if read is not None}
 
     def write(self, outputs: Tensor, relu: bool) -> None:
-        """Do the pass."""
-        memory = outputs.untyped_storage()
-        if memory.nbytes() == 0:  # to resize is to copy
-            memory.resize_(4 * outputs.numel())
+        """Do the pass, into memory of its own if this very tensor has none yet."""
+        if outputs.untyped_storage().nbytes() == 0:
+            outputs.data = empty_activations(*outputs.shape)
         added = 0 if self.added is None else self.added.data_ptr()
         task = _planes_task(self.lines, scale=self.scale, shift=self.shift, outputs=outputs)
         task["added"], task["relu"] = added, relu
@@ -393,7 +392,7 @@ class BatchNorm(torch.autograd.Function):
         deviation = inverse.sqrt()
         scale = deviation if weight is None else deviation * weight.detach()
         shift = -mean * scale if bias is None else bias.detach() - mean * scale
-        outputs = empty_activations(inputs.shape[0], *inputs.shape[1:])
+        outputs = torch.empty_strided(inputs.shape, lines.movedim(-1, 0).stride())
         outputs.untyped_storage().resize_(0)
         norm = Norm(lines, scale, shift)
         context.sequel, context.uses_batch = norm.sequel, uses_batch
@@ -475,7 +474,8 @@ class Relu(torch.autograd.Function):
 def _through_relu(gradient: Tensor, outputs: Tensor) -> Tensor:
     if gradient.stride() != outputs.stride():
         gradient = image_last(gradient).movedim(-1, 0)
-    return torch.ops.aten.threshold_backward(gradient, outputs, 0)
+    through = memory.empty(outputs.shape, outputs.stride())
+    return torch.ops.aten.threshold_backward.grad_input(gradient, outputs, 0, grad_input=through)
 
 
 class ActiveGradient(torch.autograd.Function):

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from sparselearning.execution import memory
 from sparselearning.execution.functions import (
     ActiveGradient,
     ActiveWeights,
@@ -81,6 +82,7 @@ class SparseNetwork(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Whatever the model returns."""
+        memory.begin_pass()
         if torch.is_grad_enabled():
             self._lists[False].clear()
             self._pays.pop(False, None)
@@ -187,8 +189,8 @@ class _Watch(TorchFunctionMode):
 
     def write_before_a_change(self, arguments: Iterable[Tensor]) -> None:
         """Write what was put off and is still to read the memory of these arguments, which may now be written to."""
-        memory = {argument.untyped_storage().data_ptr() for argument in arguments} - {0}
-        reading = [held for held, norm in self.unwritten.values() if not memory.isdisjoint(norm.memory())]
+        written = {argument.untyped_storage().data_ptr() for argument in arguments} - {0}
+        reading = [held for held, norm in self.unwritten.values() if not written.isdisjoint(norm.memory())]
         self.write([held() for held in reading])
 
     def put_off(self, outputs: Tensor, norm: Norm) -> Tensor:

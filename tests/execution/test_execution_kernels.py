@@ -13,7 +13,6 @@ from sparselearning.execution import functions, threads
 from sparselearning.execution.functions import (
     ActiveWeights,
     BatchNorm,
-    Norm,
     Shape,
     SparseConvolution,
     empty_activations,
@@ -147,11 +146,6 @@ def test_results_do_not_depend_on_who_does_which_share(monkeypatch: pytest.Monke
             assert torch.equal(a, b)
 
 
-def write(outputs: Tensor, norm: Norm) -> Tensor:
-    norm.write(outputs.detach(), relu=False)
-    return outputs
-
-
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("affine", [True, False])
 def test_batch_norm_equals_pytorchs(training: bool, affine: bool) -> None:
@@ -168,7 +162,7 @@ def test_batch_norm_equals_pytorchs(training: bool, affine: bool) -> None:
             norms: list = []
             known = (None, None) if training else (mean, variance)
             outputs = BatchNorm.apply(x, *leaves, *known, 1e-5, lambda *norm, found=norms: found.extend(norm))
-            write(outputs, norms[0])
+            norms[0].write(outputs, relu=False)
         else:
             outputs = F.batch_norm(x, mean.clone(), variance.clone(), *leaves, training=training)
         outputs.backward(gradient)

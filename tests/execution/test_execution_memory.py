@@ -1,0 +1,69 @@
+"""Memory of activations is used anew once nobody reads it, and kept no longer than it serves."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+pytest.importorskip("numba")
+
+from sparselearning.execution import memory
+from sparselearning.execution.functions import empty_activations
+
+
+@pytest.fixture(autouse=True)
+def nothing_kept(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(memory, "LEAST", 8)
+    memory._free.clear()
+    yield
+    memory._free.clear()
+
+
+def test_memory_is_used_anew_once_no_tensor_is_left_of_it() -> None:
+    first = empty_activations(2, 3, 4, 5)
+    place, view = first.data_ptr(), first[1:]
+    del first
+    assert empty_activations(2, 3, 4, 5).data_ptr() != place  # the view still reads it
+    assert not any(block.data_ptr() == place for _, block in memory._free)
+    del view
+    assert empty_activations(2, 3, 4, 5).data_ptr() == place
+
+
+def test_autograd_holds_memory_for_its_backward_pass() -> None:
+    leaf = torch.ones(2, 3, 4, 5, requires_grad=True)
+    saved = empty_activations(2, 3, 4, 5).fill_(3)
+    product = leaf * saved
+    del saved
+    empty_activations(2, 3, 4, 5).fill_(7)
+    product.sum().backward()
+    assert torch.equal(leaf.grad, torch.full((2, 3, 4, 5), 3.0))
+
+
+@pytest.mark.parametrize(("numbers", "fits"), [(10, True), (16, True), (20, True), (9, False), (21, False)])
+def test_a_block_serves_what_is_not_less_than_half_of_it(numbers: int, fits: bool) -> None:
+    place = memory.empty([20], [1]).data_ptr()
+    again = memory.empty([numbers], [1])
+    assert (again.data_ptr() == place) == fits
+    assert again.shape == (numbers,)
+
+
+def test_the_smallest_block_that_fits_is_taken() -> None:
+    held = [memory.empty([numbers], [1]) for numbers in (20, 12, 16)]
+    place = held[2].data_ptr()
+    del held
+    assert memory.empty([14], [1]).data_ptr() == place
+
+
+def test_blocks_of_earlier_passes_make_room_for_other_sizes() -> None:
+    memory.empty([20], [1])
+    memory.empty([100], [1])
+    assert [block.numel() for _, block in memory._free] == [20, 100]  # one pass may need both again
+    memory.begin_pass()
+    memory.empty([100], [1])  # given back in this pass
+    memory.empty([50000], [1])
+    assert [block.numel() for _, block in memory._free] == [100, 50000]
+
+
+def test_small_tensors_are_left_to_pytorch() -> None:
+    memory.empty([7], [1])
+    assert not memory._free
