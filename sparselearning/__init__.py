@@ -1,5 +1,8 @@
 """Sparse training with masks, cheap tickets, and their superposition (Sup-tickets, Yin et al. 2022)."""
 
+from sparselearning.process import interrupts  # noqa: F401  first: from here on Ctrl-C is no traceback
+
+# isort: split
 from sparselearning.execution import sparse_execution, sparse_inference
 from sparselearning.process.errors import FaultError, UsageError
 from sparselearning.sparse.distributions import erk_densities

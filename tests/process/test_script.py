@@ -145,16 +145,35 @@ MODULES = [*(ROOT / "CIFAR").glob("*.py"), *(ROOT / "ImageNet").glob("*.py")]
 SCRIPTS = [path for path in MODULES if path.read_text().startswith("#!")]
 
 
-@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: f"{path.parent.name}/{path.name}")
-def test_an_interrupt_during_the_imports_of_a_script_needs_no_traceback(tmp_path, script):
+COMMANDS = ["sparselearning", *(f"sparselearning.{p.stem}" for p in (ROOT / "sparselearning").glob("[a-z]*.py"))]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [*([script] for script in SCRIPTS), *(["-m", command, "--help"] for command in COMMANDS), [f"-m{COMMANDS[-1]}"]],
+    ids=lambda words: str(words[0 if len(words) == 1 else 1]).removeprefix(str(ROOT)),
+)
+def test_an_interrupt_during_imports_needs_no_traceback(tmp_path, words):
     (tmp_path / "torch.py").write_text("import time\nprint('importing', flush=True)\ntime.sleep(60)")
     path = environment() | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
     pipe = subprocess.PIPE
-    with subprocess.Popen([sys.executable, script], env=path, stdout=pipe, stderr=pipe, text=True) as process:
+    with subprocess.Popen([sys.executable, *words], env=path, stdout=pipe, stderr=pipe, text=True) as process:
         assert process.stdout.readline() == "importing\n"
         process.send_signal(signal.SIGINT)
         assert process.communicate(timeout=30) == ("", "")
         assert process.returncode == 130
+
+
+@pytest.mark.parametrize("words", [["-c", "import sparselearning"], ["-m", "mine", "sparselearning.report"]])
+def test_programs_that_import_the_library_keep_their_interrupts(tmp_path, words):
+    (tmp_path / "torch.py").write_text(
+        "import os, signal\nprint(signal.getsignal(signal.SIGINT) is signal.default_int_handler)\nos._exit(0)"
+    )
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "__init__.py").write_text("import sparselearning")
+    path = environment() | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)]), "PYTHONUNBUFFERED": "1"}
+    ended = subprocess.run([sys.executable, *words], env=path, capture_output=True, text=True, timeout=PATIENCE)
+    assert ended.stdout == "True\n"
 
 
 ORPHAN = """
