@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     takes_over_masks = args.sparse and SPARSE_INITS[args.sparse_init].needs_trained_weights
     if args.iters > 1 and args.resume and args.pre_train and not takes_over_masks:
         raise UsageError("--resume goes on with one run: give its --seed in place of --iters")
-    for i in range(1 if args.show_layers else args.iters):
+    for i in range(1 if args.show_layers or args.dry_run else args.iters):
         one = copy.copy(args)
         one.seed = args.seed + i
         if args.save and args.iters > 1:
@@ -148,8 +148,7 @@ def run(args: argparse.Namespace, argv: Sequence[str] | None) -> None:
     values = flags.values(args)
     folder = RunFolder(flags.run_path(args, args.model, Path(args.data).stem, budget))
     config = {"command": flags.command(argv), **values, **provenance.environment(device), "network": recipe.network}
-    start = experiment.show_layers if args.show_layers else experiment.run
-    start(
+    flags.action(args)(
         recipe,
         flags.plan(args, budget, pretrain_lr(args, budget)),
         flags.sparse_training(args, len(recipe.sources.train), budget.total_epochs),

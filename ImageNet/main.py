@@ -83,8 +83,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             trainer, training=args.benchmark_training, inference=args.benchmark_inference, profile=args.prof
         )
     else:
-        start = experiment.show_layers if args.show_layers else experiment.run
-        start(recipe, plan, sparse, runtime, output)
+        flags.action(args)(recipe, plan, sparse, runtime, output)
 
 
 def set_up(args: argparse.Namespace, runtime: Runtime, device: torch.device) -> experiment.Recipe:
@@ -275,6 +274,9 @@ def check(args: argparse.Namespace, budget: EpochBudget) -> list[str]:
         raise UsageError("loss scaling is for float16: give --fp16 as well")
     if args.static_loss_scale and args.dynamic_loss_scale:
         raise UsageError("give one of --static-loss-scale and --dynamic-loss-scale")
+    looks = [flag for flag in ("--dry-run", "--show-layers") if getattr(args, flag[2:].replace("-", "_"))]
+    if looks and (args.evaluate or measures_only(args)):
+        raise UsageError(f"{looks[0]}, --evaluate and measuring speed each stop after it: give one of them")
     has_weights = args.resume is not None or args.pretrained_weights is not None
     if args.evaluate and not has_weights:
         raise UsageError("--evaluate needs weights: give --resume PATH or --pretrained-weights PATH")

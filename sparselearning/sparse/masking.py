@@ -434,12 +434,11 @@ class Masking:
         updates = self.updates_enabled and self.schedule.grows_at(self.steps + 1)
         return self.update_frequency if updates and GROWTH[self.growth].reads_gradient else None
 
-    def scheduled_density(self) -> float:
-        """Density that a gradual method prunes to at this step."""
+    def scheduled_density(self, step: int | None = None) -> float:
+        """Density that a gradual method prunes to at a step; without one, at the present one."""
         assert self.prune_end_step is not None
-        return gradual_density(
-            self.steps, self.prune_start_step, self.prune_end_step, self.init_density, self.final_density
-        )
+        at = self.steps if step is None else step
+        return gradual_density(at, self.prune_start_step, self.prune_end_step, self.init_density, self.final_density)
 
     @torch.no_grad()
     def apply_masks(self) -> None:

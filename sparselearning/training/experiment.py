@@ -17,19 +17,18 @@ from sparselearning.process import distributed
 from sparselearning.process.errors import UsageError, first_line
 from sparselearning.process.files import write_json
 from sparselearning.process.signals import Stopped, stop_signals
-from sparselearning.sparse.costs import layer_densities, layer_flops, overall_density
+from sparselearning.sparse.costs import layer_flops
 from sparselearning.sparse.distributions import active_count
-from sparselearning.sparse.layers import maskable_parameters
 from sparselearning.sparse.masking import Masking
 from sparselearning.sparse.sparse_init import SPARSE_INITS
 from sparselearning.sparse.superpose import batchnorms
-from sparselearning.sparse.topology import METHODS, REDISTRIBUTION, Layer, classifier, shrink_globally
+from sparselearning.sparse.topology import METHODS
 from sparselearning.training.data import Batch, Sources
 from sparselearning.training.engine import Trainer
 from sparselearning.training.networks import load_weights
 from sparselearning.training.passes import Passes, keeping_buffers
 from sparselearning.training.plan import Plan
-from sparselearning.training.progress import Progress, layer_table, print_notes, run_table
+from sparselearning.training.progress import Progress, print_notes, run_table
 from sparselearning.training.provenance import ENVIRONMENT
 from sparselearning.training.records import Summary
 from sparselearning.training.run_folder import RunFolder, find_checkpoint
@@ -164,7 +163,8 @@ def prepare(
     """
     first_masks = sparse.first_masks(plan) if sparse else None
     trainer_with = partial(_trainer, recipe, plan, sparse, runtime, output, stop_signal)
-    match start or _find_start(plan, sparse, output):
+    start = start or _find_start(plan, sparse, output)
+    match start:
         case Fresh():
             trainer = trainer_with(first_masks)
         case FromWeights(saved, source, with_training=False):
@@ -180,6 +180,8 @@ def prepare(
     if plan.update_bn and plan.cyclic_train and plan.budget.tickets and not batchnorms(recipe.model):
         print_notes("this network has no BatchNorm statistics: there is nothing for --update_bn to re-estimate")
     if trainer.masking:
+        if plan.explores_before(trainer.at.epoch) and not isinstance(start, Continue):
+            trainer.masking.check_can_explore()
         _check_budget(trainer.masking, plan)
         _note_density(trainer.masking, plan)
         _note_unfinished_pruning(trainer.masking, plan, len(recipe.sources.train))
@@ -241,8 +243,6 @@ def run(recipe: Recipe, plan: Plan, sparse: SparseTraining | None, runtime: Runt
         continues = isinstance(start, Continue)
         trainer = prepare(recipe, plan, sparse, runtime, output, stop_signal, start)
         del start  # a whole checkpoint, which the memory is not to hold until the end
-        if trainer.masking and plan.explores_before(trainer.at.epoch) and not continues:
-            trainer.masking.check_can_explore()
         if distributed.is_main() and trainer.masking:
             print(f"execution: {_execution(trainer)}", flush=True)
         distributed.on_main(lambda: _open_folder(output, continues, _execution(trainer), held))
@@ -254,42 +254,6 @@ def run(recipe: Recipe, plan: Plan, sparse: SparseTraining | None, runtime: Runt
         if stop_signal():  # it came too late to stop this run, but the next one is not to start
             raise Stopped(stop_signal(), output.folder.checkpoint)
     return summary
-
-
-def show_layers(recipe: Recipe, plan: Plan, sparse: SparseTraining | None, runtime: Runtime, output: Output) -> None:
-    """Print a table of the layers of a run, as it would start or go on; nothing is trained or written.
-
-    Raises:
-        UsageError: if what ``resume`` names does not fit.
-        FaultError: if it cannot be read.
-    """
-    masking = prepare(recipe, plan, sparse, runtime, output).masking
-    if not distributed.is_main():
-        return
-    shapes = {name: tuple(weight.shape) for name, weight in maskable_parameters(recipe.model).items()}
-    now = layer_densities(masking.masks) | {"all": masking.density()} if masking else {}
-    at_end = _densities_at_end(masking) if masking else {}
-    print(layer_table(shapes, layer_flops(recipe.model, recipe.sample_shape), now, at_end))
-    if masking and plan.cyclic_train and plan.budget.tickets:
-        print(f"superpositions are pruned to density {plan.final_density} over all masked layers, by magnitude")
-
-
-def _densities_at_end(masking: Masking) -> dict[str, float | None]:
-    """Density of every masked layer, and of ``all``, after the last update; None where the weights will decide."""
-    method, last = METHODS[masking.method], classifier(masking.masks)
-    layers = {
-        name: Layer(mask.flatten().float(), mask.flatten().clone(), is_classifier=name == last)
-        for name, mask in masking.masks.items()
-    }
-    if masking.updates_enabled and method.shrink:
-        method.shrink(list(layers.values()), masking.final_density)
-    found: dict[str, float | None] = dict(layer_densities({name: layer.mask for name, layer in layers.items()}))
-    total = overall_density(layer.mask for layer in layers.values())
-    prunes_anywhere = method.shrink is shrink_globally and total < masking.density()
-    redistributes = method.grows and REDISTRIBUTION[masking.redistribution] is not None
-    if masking.updates_enabled and (prunes_anywhere or redistributes):
-        found = dict.fromkeys(found)
-    return found | {"all": total}
 
 
 def _execution(trainer: Trainer) -> str:

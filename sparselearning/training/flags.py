@@ -20,6 +20,7 @@ from sparselearning.sparse.schedules import DECAYS
 from sparselearning.sparse.sparse_init import SPARSE_INITS
 from sparselearning.sparse.superpose import AVERAGING, chooses
 from sparselearning.sparse.topology import GROWTH, METHODS, PRUNE, REDISTRIBUTION, chosen_modes
+from sparselearning.training import experiment, preview
 from sparselearning.training.experiment import SparseTraining
 from sparselearning.training.plan import EpochBudget, Plan
 from sparselearning.training.records import flags_of
@@ -30,9 +31,10 @@ from sparselearning.training.trackers import TensorBoard, Tracker, WeightsAndBia
 # Flags that change where a run's files lie, what it shows, or how much it evaluates at a time, not what it computes
 # (but for rounding): a resumed run may differ in them. What `resume` names counts where it is a start.
 WITHOUT_EFFECT_ON_RESULTS = {
-    "benchmark_inference", "benchmark_training", "config", "data_dir", "demo", "evaluate", "gather_checkpoints",
-    "indicate_method", "iters", "keep_tickets", "local_rank", "log_interval", "master_port", "mgpu", "print_freq",
-    "prof", "resume", "save", "show_layers", "tensorboard", "test_batch_size", "wandb", "workers",
+    "benchmark_inference", "benchmark_training", "config", "data_dir", "demo", "dry_run", "evaluate",
+    "gather_checkpoints", "indicate_method", "iters", "keep_tickets", "local_rank", "log_interval", "master_port",
+    "mgpu", "print_freq", "prof", "resume", "save", "show_layers", "tensorboard", "test_batch_size", "wandb",
+    "workers",
 }  # fmt: skip
 
 
@@ -49,7 +51,7 @@ TICKETS = "cheap tickets and their superposition"
 FILES = "files and figures"
 SPEED = "devices, number formats, speed"
 EXAMPLES = {
-    LOOK: ("layers, densities and FLOPs of a sparse run", "--pre_train --sparse --final-prune-epoch 60 --show-layers"),
+    LOOK: ("what a sparse run would do", "--pre_train --sparse --final-prune-epoch 60 --dry-run"),
     DATA: ("dense training", "--pre_train"),
     TRAINING: ("dense training of twice the length", "--pre_train --lr 0.05 --multiplier 2"),
     MASKS: (
@@ -231,9 +233,15 @@ def group_of(parser: argparse.ArgumentParser, title: str) -> argparse._ArgumentG
 def add_run_flags(parser: argparse.ArgumentParser) -> None:
     """Flags about the run as a whole: seed, files, device, number formats."""
     group = group_of(parser, LOOK)
-    group.add_argument(
+    instead = group.add_mutually_exclusive_group()
+    instead.add_argument(
+        "--dry-run", action="store_true",
+        help="check data, flags, --resume and folder, print the plan (epochs, updates, density, FLOPs, time by "
+        "three steps), and stop; nothing is written",
+    )  # fmt: skip
+    instead.add_argument(
         "--show-layers", action="store_true",
-        help="print every layer's shape, density now and at the end, and FLOPs, in place of training",
+        help="print every layer's shape, density now and at the end, and FLOPs, and stop",
     )  # fmt: skip
     group.add_argument(
         "--config", type=path, metavar="FILE",
@@ -611,6 +619,13 @@ def runtime(args: argparse.Namespace) -> Runtime:
         deterministic=args.deterministic,
         static_loss_scale=getattr(args, "static_loss_scale", None),
     )
+
+
+def action(args: argparse.Namespace) -> Callable[..., object]:
+    """What a script does with a recipe, plan, masks, runtime and output: the run, or a look at it."""
+    if args.dry_run:
+        return preview.dry_run
+    return preview.show_layers if args.show_layers else experiment.run
 
 
 def trackers(args: argparse.Namespace, folder: RunFolder, config: Mapping[str, Any]) -> list[Tracker]:

@@ -8,7 +8,7 @@ import torch
 from torch.profiler import ProfilerActivity
 
 from sparselearning.process import distributed
-from sparselearning.training.data import Batch
+from sparselearning.training.data import Batch, BatchSource
 from sparselearning.training.engine import Trainer
 
 WARMUP_STEPS = 5
@@ -22,7 +22,7 @@ def measure(trainer: Trainer, *, training: bool, inference: bool, profile: bool)
         trainer.passes.network.train()
         resident = next(iter(trainer.sources.train.epoch(0)))
         _report("training step, one resident batch", trainer, itertools.repeat(resident), trainer.train_batch)
-        _report("training step, batches from the loader", trainer, _endless(trainer), trainer.train_batch)
+        _report("training step, batches from the loader", trainer, endless(trainer.sources.train), trainer.train_batch)
     if inference:
         trainer.passes.network.eval()
         resident = next(iter(trainer.sources.evaluation.epoch(0)))
@@ -31,21 +31,29 @@ def measure(trainer: Trainer, *, training: bool, inference: bool, profile: bool)
         _profile(trainer)
 
 
-def _endless(trainer: Trainer) -> Iterable[Batch]:
-    return itertools.chain.from_iterable(trainer.sources.train.epoch(epoch) for epoch in itertools.count())
+def endless(source: BatchSource) -> Iterable[Batch]:
+    """Batches of one epoch after the other."""
+    return itertools.chain.from_iterable(source.epoch(epoch) for epoch in itertools.count())
+
+
+def timed(
+    trainer: Trainer, batches: Iterable[Batch], step: Callable[[Batch], object], steps: int, warmup_steps: int = 1
+) -> tuple[float, int]:
+    """Seconds that so many steps take, getting their batches included, and their images; some before do not count."""
+    coming = iter(batches)
+    for batch in itertools.islice(coming, warmup_steps):
+        step(batch)
+    _wait(trainer)
+    images, began = 0, time.perf_counter()
+    for batch in itertools.islice(coming, steps):
+        step(batch)
+        images += len(batch.labels)
+    _wait(trainer)
+    return time.perf_counter() - began, images
 
 
 def _report(what: str, trainer: Trainer, batches: Iterable[Batch], step: Callable[[Batch], object]) -> None:
-    images = 0
-    began = 0.0
-    for number, batch in enumerate(itertools.islice(batches, WARMUP_STEPS + STEPS)):
-        if number == WARMUP_STEPS:
-            _wait(trainer)
-            began = time.perf_counter()
-        step(batch)
-        images += len(batch.labels) if number >= WARMUP_STEPS else 0
-    _wait(trainer)
-    seconds = time.perf_counter() - began
+    seconds, images = timed(trainer, batches, step, STEPS, WARMUP_STEPS)
     rate = distributed.world_size() * images / seconds
     if distributed.is_main():
         print(f"{what}: {rate:,.1f} images/s over {STEPS} steps ({1000 * seconds / STEPS:.1f} ms per step)")

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import IO, Any
 
 from sparselearning.process.errors import FaultError, UsageError
-from sparselearning.process.files import copy_file, lock_file, read_json
+from sparselearning.process.files import check_folder, copy_file, lock_file, read_json
 from sparselearning.process.schema import FlagValue, read
 from sparselearning.training.records import History, flags_of
+
+ELSEWHERE = "wait until it has ended, or name another folder with --save"
 
 
 def _stands_at(path: Path, file: IO[str]) -> bool:
@@ -89,10 +91,7 @@ class RunFolder:
                 os.write(file.fileno(), f"process {os.getpid()} on {socket.gethostname()}".encode())
             except BlockingIOError as error:
                 file.seek(0)
-                raise FaultError(
-                    f"{self.path} is in use by another run ({file.read()}): wait until it has ended, or name another "
-                    "folder with --save"
-                ) from error
+                raise FaultError(f"{self.path} is in use by another run ({file.read()}): {ELSEWHERE}") from error
             except OSError as error:
                 raise FaultError(f"cannot write into {self.path}: {error.strerror}") from error
             try:
@@ -102,15 +101,41 @@ class RunFolder:
                     with contextlib.suppress(OSError):  # Windows deletes no open file
                         self.lock.unlink()
 
-    def make_room(self) -> Path | None:
-        """Move an earlier run of the same name aside; return where it went. Other files in the folder stay."""
+    def check(self, goes_on: bool) -> None:
+        """Refuse a folder that a run could not begin in, and make nothing.
+
+        Args:
+            goes_on: the run goes on with an earlier one, which may be the one in the folder.
+
+        Raises:
+            FaultError: if another run is in it, or it cannot be written into.
+            UsageError: if what lies there is no run.
+        """
+        check_folder(self.path)
+        if self.is_in_use():
+            raise FaultError(f"{self.path} is in use by another run: {ELSEWHERE}")
+        if not goes_on:
+            self._holds_run()
+
+    def _holds_run(self) -> bool:
+        """Whether an earlier run lies there, and may be moved aside.
+
+        Raises:
+            UsageError: if it may not be, or what lies there is none.
+        """
         if not any(file.exists() for file in (self.metrics, self.summary, self.checkpoint)):
             if not self.config.exists():
-                return None
+                return False
             if "versions" not in self.read_config():
                 raise UsageError(f"{self.config} is no run's: name another folder for the run")
         if self.path.resolve() == Path.cwd():
             raise UsageError(f"{self.path} is the present folder, and not empty: name another one for the run")
+        return True
+
+    def make_room(self) -> Path | None:
+        """Move an earlier run of the same name aside; return where it went. Other files in the folder stay."""
+        if not self._holds_run():
+            return None
         number = 1
         while (aside := self.path.with_name(f"{self.path.name}.old-{number}")).exists():
             number += 1

@@ -206,8 +206,8 @@ def test_single_layers_stay_dense_or_start_at_their_own_density(script):
 
 
 def test_the_table_of_layers_is_all_that_show_layers_makes(script, capsys):
-    layers = "--sparse --init-density 0.5 --dense-layers fc --layer-density conv1=0.25 --iters 3"
-    assert script(BOTH, "--show-layers", layers) == 0
+    layers = "--sparse --init-density 0.5 --dense-layers fc --layer-density conv1=0.25 --iters 3 --update-frequency 1"
+    assert script(BOTH, "--final-prune-epoch 2 --show-layers", layers) == 0
     assert os.listdir() == []
     printed = capsys.readouterr().out
     *table, last = printed[printed.index("layer ") :].splitlines()
@@ -229,6 +229,9 @@ def test_the_table_of_layers_is_all_that_show_layers_makes(script, capsys):
         ("--sparse --method GMP_uniform --sparse-init uniform --final-density 0.25", "0.5000", "0.2500"),
         ("--sparse --method GraNet --sparse-init uniform --final-density 0.5", "0.5000", "0.5000"),
         ("--sparse --method GraNet --sparse-init uniform --fix", "0.5000", "0.5000"),
+        ("--sparse --method GraNet --sparse-init uniform --update-frequency 9999", "0.5000", "0.5000"),
+        # The cubic schedule at step 250 of 330: 0.05 + 0.45 (80/330)^3 = 0.0564, which is 8 of 144 weights.
+        ("--sparse --method GMP_uniform --sparse-init uniform --update-frequency 250", "0.5000", "0.0556"),
     ],
 )
 def test_densities_at_the_end_are_shown_where_they_are_known(script, capsys, flags, now, at_end):

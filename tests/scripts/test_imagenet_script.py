@@ -180,8 +180,9 @@ def test_a_run_goes_back_to_one_of_its_checkpoints(home, trained, tmp_path, epoc
             ["--sparse", "--dense-layers", "fc", "--show-layers"],
             ["layer4.1.conv2.weight", "512x512x3x3", "by magnitude"],
         ),
+        ([*SMALL, "--dry-run"], ["1 epoch of pre-training, then 2 cycles", "s a step", "saved_models"]),
     ],
-    ids=["benchmarks", "profile", "layers"],
+    ids=["benchmarks", "profile", "layers", "plan"],
 )
 def test_what_is_done_in_place_of_training_writes_nothing(home, tmp_path, monkeypatch, capsys, flags, printed):
     monkeypatch.setattr(profiling, "WARMUP_STEPS", 1)
@@ -227,6 +228,7 @@ CONTRADICTIONS = {
     "--fp16 --static-loss-scale 128 --dynamic-loss-scale": "one of --static-loss-scale and --dynamic-loss-scale",
     "--fp16": "float16 training needs a GPU",
     "--evaluate": "--evaluate needs weights",
+    "--prof --dry-run": "give one of them",
     "--sparse --method GraNet --init-density 0.5 --density 0.6": "--final-density 0.6, which is above it",
     "--re_explore": "--re_explore is about masks",
     "--sparse --growth momentum --momentum 0": "need a --momentum above 0",
@@ -263,7 +265,7 @@ def test_neither_part_is_nothing_to_do(home, capsys):
 def test_dense_training_names_the_given_flags_that_are_about_masks(capsys):
     assert run(*DENSE, "--density", 0.2, "--growth", "random", "nowhere") == 2
     note, _ = capsys.readouterr().err.splitlines()
-    assert note.endswith("without --sparse there is no effect of --density, --growth")
+    assert note.endswith("without --sparse there is no effect of --growth, --density")
 
 
 def test_missing_folders_are_named(home, tmp_path, monkeypatch, capsys):
