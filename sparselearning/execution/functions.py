@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from threading import Lock
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -21,6 +21,8 @@ from sparselearning.execution.kernels import contraction, correlate
 from sparselearning.execution.lists import Correlation, Grid, WeightList
 from sparselearning.execution.planes import PLANES, normalise, statistics
 from sparselearning.execution.planes import backward as planes_backward
+
+Made = TypeVar("Made")
 
 
 def image_last(activations: Tensor) -> Tensor:
@@ -123,15 +125,19 @@ class Shape:
 class _Kernel:
     """A correlation with its list of active weights, ready to be run on any memory.
 
-    Attributes:
+    Args:
+        correlation: what it does.
+        outputs, channels, taps: of the active weights, as the correlation counts them; int64 [n] each.
+        places: of each in the weight's memory.
         keeps_values: read the weights' values once for all, as they change no more.
     """
 
     def __init__(
-        self, correlation: Correlation, outputs: np.ndarray, channels: np.ndarray, taps: np.ndarray, places: np.ndarray
-    ) -> None:
+        self, correlation: Correlation, outputs: np.ndarray, channels: np.ndarray, taps: np.ndarray,
+        places: np.ndarray, keeps_values: bool,
+    ) -> None:  # fmt: skip
         self.correlation = correlation
-        self.keeps_values = False
+        self.keeps_values = keeps_values
         self.list = WeightList.of(correlation, outputs, channels, taps)
         self.places = torch.from_numpy(places[self.list.order])  # in the weight's memory
         self.task = correlation.task()
@@ -192,6 +198,19 @@ def _work(size: int) -> int:
     return _scratch.data_ptr()
 
 
+MOST_SIZES = 4
+"""Sizes of batches that a layer keeps its lists of active weights for."""
+
+
+def recent(kept: dict[Any, Made], key: Any, make: Callable[[], Made]) -> Made:
+    """What was made for a key, of which the last few are kept."""
+    made = kept.pop(key) if key in kept else make()
+    while len(kept) >= MOST_SIZES:
+        del kept[next(iter(kept))]
+    kept[key] = made
+    return made
+
+
 class ActiveWeights:
     """A layer's shape and active weights, and the lists that the kernels read, made when first needed.
 
@@ -226,41 +245,36 @@ class ActiveWeights:
         self._keeps_values = keeps_values
         rows, self._taps = np.divmod(positions, shape.kernel[0] * shape.kernel[1])
         self._outputs, self._channels = np.divmod(rows, shape.channels)
-        self._kernels: dict[Any, Any] = {}
+        self._forward: dict[Any, _Kernel] = {}
+        self._backward: dict[Any, list[tuple[_Kernel, int]]] = {}
         # Roughly how many there are decides how the work is cut, so that a changed mask finds most of it cut already.
         self._roughly = 1 << round(math.log2(max(len(self._taps), 1)))
 
     def forward(self, source: Grid) -> _Kernel:
         """For the output, and for the gradient of the weights."""
 
-        def make(shares: int) -> _Kernel:
+        def make() -> _Kernel:
+            shares = torch.get_num_threads()
             correlation = self.shape.forward(source, shares, self._roughly)
-            kernel = _Kernel(correlation, self._outputs, self._channels, self._taps, self._places)
-            kernel.keeps_values = self._keeps_values
-            return kernel
+            weights = self._outputs, self._channels, self._taps, self._places
+            return _Kernel(correlation, *weights, self._keeps_values)
 
-        return self._kernel(("forward", source), make)
+        return recent(self._forward, (source, torch.get_num_threads()), make)
 
     def backward(self, source: Grid) -> list[tuple[_Kernel, int]]:
         """For the gradient of the input: of each phase that a tap reaches the kernel, and where the phase begins."""
 
-        def make(shares: int) -> list[tuple[_Kernel, int]]:
-            kernels = []
+        def make() -> list[tuple[_Kernel, int]]:
+            shares, kernels = torch.get_num_threads(), []
             for correlation, taps, begin in self.shape.backward(source, shares, self._roughly):
                 number = np.full(self.shape.kernel[0] * self.shape.kernel[1], -1)
                 number[taps] = np.arange(len(taps))
                 there = number[self._taps] >= 0
                 weights = self._channels[there], self._outputs[there], number[self._taps[there]], self._places[there]
-                kernels.append((_Kernel(correlation, *weights), begin))
+                kernels.append((_Kernel(correlation, *weights, self._keeps_values), begin))
             return kernels
 
-        return self._kernel(("backward", source), make)
-
-    def _kernel(self, key: Any, make: Callable[[int], Any]) -> Any:
-        shares = torch.get_num_threads()
-        if (key, shares) not in self._kernels:
-            self._kernels[key, shares] = make(shares)
-        return self._kernels[key, shares]
+        return recent(self._backward, (source, torch.get_num_threads()), make)
 
 
 def _memory(tensor: Tensor) -> Tensor:

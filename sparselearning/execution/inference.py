@@ -22,6 +22,7 @@ from sparselearning.execution.functions import (
     Shape,
     empty_activations,
     image_last,
+    recent,
 )
 from sparselearning.execution.network import (
     POOLINGS,
@@ -33,8 +34,6 @@ from sparselearning.execution.network import (
 )
 from sparselearning.process.errors import UsageError
 
-MOST_SIZES = 4
-"""Sizes of batches that a layer keeps its lists of active weights for."""
 LARGEST_LINEAR_DENSITY = 0.5
 """Density of a linear layer up to which leaving out the other weights pays."""
 IMAGES_AT_ONCE = 8
@@ -270,12 +269,10 @@ class SparseLayer(nn.Module):
         return outputs if fits else _finish(outputs, added, relu)
 
     def _kernel(self, grid: Grid) -> Any:
-        key = grid, torch.get_num_threads()
-        if key not in self._kernels:
-            while len(self._kernels) >= MOST_SIZES:
-                del self._kernels[next(iter(self._kernels))]
-            self._kernels[key] = ActiveWeights.of_values(self.shape, self.active.positions).forward(grid)
-        return self._kernels[key]
+        def make() -> Any:
+            return ActiveWeights.of_values(self.shape, self.active.positions).forward(grid)
+
+        return recent(self._kernels, (grid, torch.get_num_threads()), make)
 
 
 class ScaledPlanes(nn.Module):

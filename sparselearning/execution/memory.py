@@ -17,7 +17,7 @@ LEAST = 1 << 18
 LARGEST_WASTE = 2
 """How many times too large a block may be, such as that of a whole batch for an epoch's last one."""
 
-_free: list[tuple[int, Tensor]] = []  # in which pass a block was given back, and the block
+_free: dict[int, list[tuple[int, Tensor]]] = {}  # by size: in which pass a block was given back, and the block
 _taking = Lock()
 _pass = 0
 
@@ -46,23 +46,21 @@ def empty(shape: Sequence[int], strides: Sequence[int]) -> Tensor:
 
 
 def _give_back(block: Tensor) -> None:
-    _free.append((_pass, block))  # without the lock, for this may interrupt who holds it
+    # Without the lock, for this may interrupt who holds it.
+    _free.setdefault(block.numel(), []).append((_pass, block))
 
 
 def _take(numbers: int) -> Tensor | None:
     """The smallest free block that does; of equal ones the last given back, which a cache may still hold."""
     with _taking:
-        fitting = [
-            (block.numel(), -place)
-            for place, (_, block) in enumerate(_free)
-            if numbers <= block.numel() <= LARGEST_WASTE * numbers
-        ]
-        return _free.pop(-min(fitting)[1])[1] if fitting else None
+        for size in (numbers, *sorted(_free)):
+            if numbers <= size <= LARGEST_WASTE * numbers and _free.get(size):
+                return _free[size].pop()[1]
+    return None
 
 
 def _drop_old() -> None:
     """Let go of the free blocks of earlier passes."""
     with _taking:
-        for place in reversed(range(len(_free))):
-            if _free[place][0] < _pass:
-                del _free[place]
+        for blocks in list(_free.values()):
+            blocks[:] = [(when, block) for when, block in blocks if when >= _pass]

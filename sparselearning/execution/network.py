@@ -6,7 +6,7 @@ and those that would lose the layout of activations, are replaced (:data:`REPLAC
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Generic
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,7 @@ from sparselearning.execution.functions import (
     ActiveWeights,
     AddToNorm,
     BatchNorm,
+    Made,
     Norm,
     Relu,
     ReluOfNorm,
@@ -75,10 +76,10 @@ class SparseNetwork(nn.Module):
                 )
         self._names: dict[Tensor, str] = {weight: name for name, weight in weights.items() if weight.dim() in (2, 4)}
         self._layer_flops = layer_flops
-        self._pays: dict[bool, tuple[Any, bool]] = {}
+        self._pays: dict[bool, _Latest[bool]] = {}
         # With gradients and without, of each layer. Those without are made anew after training: PyTorch's fused
         # optimizers do not tell when they write to a weight.
-        self._lists: dict[bool, dict[str, tuple[Any, ActiveWeights]]] = {True: {}, False: {}}
+        self._lists: dict[bool, dict[str, _Latest[ActiveWeights]]] = {True: {}, False: {}}
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Whatever the model returns."""
@@ -102,15 +103,15 @@ class SparseNetwork(nn.Module):
             return True
         if torch.is_grad_enabled() and self.wants_dense_gradients:
             return False  # dense gradients take the time of a dense step, and PyTorch has the layout for them
-        active = self._active_entries()
-        trains = torch.is_grad_enabled()
-        state = [(entries.data_ptr(), _version(entries)) for entries in active.values()]
-        if trains not in self._pays or self._pays[trains][0] != state:
-            dense = sum(self._layer_flops.values())
+        active, layer_flops = self._active_entries(), self._layer_flops
+
+        def pays() -> bool:
+            dense = sum(layer_flops.values())
             saving = layer_densities({name: entries for name, entries in active.items() if has_kernel(entries)})
-            share = inference_flops(self._layer_flops, saving) / dense if dense else 1.0
-            self._pays[trains] = state, share <= LARGEST_SHARE
-        return self._pays[trains][1]
+            return dense > 0 and inference_flops(layer_flops, saving) / dense <= LARGEST_SHARE
+
+        state = [_state(entries) for entries in active.values()]
+        return self._pays.setdefault(torch.is_grad_enabled(), _Latest()).of(state, pays)
 
     def _active_entries(self) -> Mapping[str, Tensor]:
         """By name, what is not zero where a weight is active: its mask in training, and else the weight itself.
@@ -135,11 +136,12 @@ class SparseNetwork(nn.Module):
         name = self._names[weight]
         entries = self._active_entries()[name]
         trains = torch.is_grad_enabled()
-        state = entries.data_ptr(), _version(entries), weight.stride(), shape, trains
-        if name not in self._lists[trains] or self._lists[trains][name][0] != state:
-            active = ActiveWeights(shape, entries.detach() != 0, weight.stride(), keeps_values=not trains)
-            self._lists[trains][name] = state, active
-        return self._lists[trains][name][1]
+        strides = weight.stride()
+
+        def make() -> ActiveWeights:
+            return ActiveWeights(shape, entries.detach() != 0, strides, keeps_values=not trains)
+
+        return self._lists[trains].setdefault(name, _Latest()).of((_state(entries), strides, shape), make)
 
     def with_active_gradient(self, weight: Tensor) -> Tensor:
         """The weight, for a layer that runs masked."""
@@ -148,9 +150,23 @@ class SparseNetwork(nn.Module):
         return ActiveGradient.apply(weight, self.masking.masks[self._names[weight]])
 
 
-def _version(entries: Tensor) -> Any:
+class _Latest(Generic[Made]):
+    """Something that is made anew once what it was made from has changed."""
+
+    def __init__(self) -> None:
+        self._state: Any = None
+        self._made: Made | None = None
+
+    def of(self, state: Any, make: Callable[[], Made]) -> Made:
+        """What was made of this state, which differs whenever there may be something else to make."""
+        if self._made is None or self._state != state:
+            self._state, self._made = state, make()
+        return self._made
+
+
+def _state(entries: Tensor) -> Any:
     """What differs after every change; tensors of inference mode count none, and may always have changed."""
-    return object() if entries.is_inference() else entries._version
+    return entries.data_ptr(), object() if entries.is_inference() else entries._version
 
 
 class _Watch(TorchFunctionMode):

@@ -176,3 +176,13 @@ def test_activations_lie_image_innermost() -> None:
     assert activations.shape == (5, 3, 2, 4)
     assert activations.stride() == (1, 40, 20, 5)
     assert image_last(activations).data_ptr() == activations.data_ptr()
+
+
+def test_lists_of_the_last_few_sizes_of_batches_are_kept() -> None:
+    weight = torch.ones(2, 3, 1, 1)
+    active = ActiveWeights(Shape(2, 3, (1, 1)), weight != 0, weight.stride())
+    first, second, *_ = [active.forward(Grid(4, 4, images)) for images in range(1, functions.MOST_SIZES + 1)]
+    assert active.forward(Grid(4, 4, 1)) is first  # the last one used
+    active.forward(Grid(4, 4, 99))
+    assert active.forward(Grid(4, 4, 1)) is first
+    assert active.forward(Grid(4, 4, 2)) is not second

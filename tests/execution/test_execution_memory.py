@@ -11,6 +11,10 @@ from sparselearning.execution import memory
 from sparselearning.execution.functions import empty_activations
 
 
+def free() -> list[torch.Tensor]:
+    return [block for blocks in memory._free.values() for _, block in blocks]
+
+
 @pytest.fixture(autouse=True)
 def nothing_kept(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(memory, "LEAST", 8)
@@ -24,7 +28,7 @@ def test_memory_is_used_anew_once_no_tensor_is_left_of_it() -> None:
     place, view = first.data_ptr(), first[1:]
     del first
     assert empty_activations(2, 3, 4, 5).data_ptr() != place  # the view still reads it
-    assert not any(block.data_ptr() == place for _, block in memory._free)
+    assert not any(block.data_ptr() == place for block in free())
     del view
     assert empty_activations(2, 3, 4, 5).data_ptr() == place
 
@@ -57,13 +61,13 @@ def test_the_smallest_block_that_fits_is_taken() -> None:
 def test_blocks_of_earlier_passes_make_room_for_other_sizes() -> None:
     memory.empty([20], [1])
     memory.empty([100], [1])
-    assert [block.numel() for _, block in memory._free] == [20, 100]  # one pass may need both again
+    assert [block.numel() for block in free()] == [20, 100]  # one pass may need both again
     memory.begin_pass()
     memory.empty([100], [1])  # given back in this pass
     memory.empty([50000], [1])
-    assert [block.numel() for _, block in memory._free] == [100, 50000]
+    assert [block.numel() for block in free()] == [100, 50000]
 
 
 def test_small_tensors_are_left_to_pytorch() -> None:
     memory.empty([7], [1])
-    assert not memory._free
+    assert not free()
