@@ -109,12 +109,14 @@ class Study:
         experiments: by name, in the order in which they run.
         seeds: of each.
         subset: of CIFAR-100; None: all of it.
+        analysis: flags of ``sparselearning.analyze``, for each run.
     """
 
     flags: str
     experiments: dict[str, Experiment]
     seeds: tuple[int, ...] = (41, 42, 43)
     subset: Subset | None = None
+    analysis: str = "--grid --points 3"
 
 
 def cycles_again(flags: str = "", without: Sequence[str] = ()) -> Experiment:
@@ -184,6 +186,7 @@ STUDIES = {
             "one-cycle-no-exploration-rate-0.05": cycles_again("--cycle 24 --lr_2 0.05", without=["--re_explore"]),
         },
         subset=Subset("cifar100-claim", classes=10, images_per_class=75, pixels=16, rest=slice(200)),
+        analysis="--grid --points 3 --on test --corruptions",
     ),
     "number-formats": Study(
         flags=f"{TICKETS} {SHORT} --model cifar_resnet_8 --epochs 4 --cycle 1 --cycle_rate 0.5 --final-prune-epoch 1",
@@ -224,8 +227,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             seeds = args.seeds or study.experiments[name].seeds or study.seeds
             sweep.main([*sweep_words(study, name, out, seeds, args.gpus), "--data", data, "--data-dir", str(data_dir)])
             for run in map(RunFolder, runs_under(out)):
-                if run.read_config()["seed"] in seeds and run.ticket(1).is_file() and not run.analysis.is_file():
-                    analyze.main([str(run.path), "--grid", "--points", "3"])
+                if run.read_config()["seed"] in seeds and run.ticket(0).is_file() and not run.analysis.is_file():
+                    analyze.main([str(run.path), *study.analysis.split()])
         collect(out, RESULTS / args.study / name)
     for page in filter(Path.is_file, PAGES):
         fill(page)

@@ -6,8 +6,7 @@ python -m sparselearning.analyze RUN --grid --corruptions --on test
 
 RUN is the folder of a run made with --keep-tickets; of plain training, which has no tickets, its network is measured.
 Nothing is trained. The tables that are printed, and pictures of them, also go to RUN/analysis/. It computes in one
-process: where a run had more, their shares of the batches that BatchNorm was re-estimated on are not put together
-again, and its superpositions come out equal but for rounding.
+process: of a run in several, which re-estimated BatchNorm on other batches, superpositions come out nearly equal.
 """
 
 import argparse

@@ -172,6 +172,7 @@ def test_an_experiment_runs_is_analysed_and_collected(tmp_path, monkeypatch):
     assert "CAA, BatchNorm averaged" in text
     config = json.loads((tmp_path / "results/cifar100/main/rigl/seed5/config.json").read_text())
     assert config["save"] == "study/cifar100/main/rigl/seed5"
+    assert (tmp_path / "results/cifar100/main/rigl-control/seed5/analysis/analysis.json").is_file()
 
     monkeypatch.setattr(sweep, "execute", lambda runs, *_: list(runs))
     study.main(["cifar100", "--collect"])
