@@ -1,24 +1,33 @@
 #!/usr/bin/env python3
-"""How fast training with active weights alone is on this CPU, beside dense and masked training.
+"""How fast training and prediction with active weights alone are on this CPU, beside what else there is.
 
-python benchmarks/sparse.py                                               five networks, batch 64, one thread
-python benchmarks/sparse.py --networks ResNet18 --densities 0.1 0.05 --threads 1 2 --out sparse.json --plot sparse.png
-python benchmarks/sparse.py --kernels                                     the kernels beside a straightforward one
+python benchmarks/sparse.py --out sparse.json --plot sparse.png             everything: some hours
+python benchmarks/sparse.py --networks ResNet18 --densities 0.1 0.05 --batches 64 --references dense
+python benchmarks/sparse.py --kernels                                       the kernels beside a straightforward one
+python benchmarks/sparse.py --quick                                         whether it runs, in seconds
 
-A row is one training step: forward, backward and optimizer, float32, ERK masks, on 32x32 images of noise. Both sides
-are measured in turn, A B A B …, after one round that warms up; the table shows medians, and in brackets the smallest
-and the largest of the rounds. Each row names the share of the dense FLOPs that the active weights need: no ratio can be
-less, unless the dense side is far from the processor's peak.
+Training: one step, forward, backward and optimizer, ERK masks, on 32x32 images of noise, beside a step of the dense
+network in float32, of the masked one, of the dense one in bfloat16, and of the dense one compiled; channels-last all.
+Memory: the most that a process has held after two steps, beside a masked one. Prediction: images per second beside
+onnxruntime with the dense network. All sides are measured in turn, A B C A B C …, after one round that warms up; the
+table shows medians, in brackets the smallest and the largest ratio of the rounds, and whether they reach their bars.
+Each case names the share of the dense FLOPs that the active weights need: no ratio of times can be less, unless the
+other side is far from the processor's peak.
 """
 
 import argparse
 import copy
 import itertools
 import json
+import multiprocessing
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -30,11 +39,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone runs wit
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "CIFAR"))
 
 from cifar_models import build_model
-from comparison import TITLES, Bar, Row, Side, alternate, line, markdown, plot
+from comparison import Bar, Row, Side, alternate, markdown, number, plot, spread
 
 from sparselearning import Masking
-from sparselearning.execution import sparse_execution
+from sparselearning.execution import sparse_execution, sparse_inference
 from sparselearning.execution.functions import ActiveWeights, Shape, SparseConvolution, empty_activations
+from sparselearning.export import to_onnx
 from sparselearning.process.files import check_output, write_json
 from sparselearning.process.script import run_script
 from sparselearning.sparse.costs import inference_flops, layer_densities, layer_flops
@@ -42,6 +52,7 @@ from sparselearning.training import flags
 from sparselearning.training.provenance import environment
 from sparselearning.training.runtime import Runtime
 
+REFERENCES = ("dense", "masked", "bf16", "compiled")
 NETWORKS = ("ResNet18", "ResNet50", "vgg16", "wrn-16-8", "cifar_resnet_20")
 CLASSES = 100
 SLIM = ("wrn-16-8", "cifar_resnet_20")
@@ -49,6 +60,11 @@ SLIM = ("wrn-16-8", "cifar_resnet_20")
 
 BARS = {0.1: Bar(0.65, 0.45), 0.05: Bar(0.40, 0.25), 0.02: Bar(0.28, 0.18)}
 BARS_OF_SLIM = BARS | {0.05: Bar(0.45, 0.30)}
+BAR_OF_MEMORY = Bar(1.05, 0.9)
+BAR_OF_PREDICTION = Bar(3, 5)
+BAR_BATCH, PREDICTION_BATCHES = 64, (1, 32)  # images; the bars of prediction are for ResNet50 at density 0.05
+
+COLUMNS = "  {:<29} {:>14} {:>14} {:>20}  {}"
 
 # Channels, outputs, kernel, rows, density: ResNet18's and ResNet50's layers that take the most time at density 0.05.
 LAYERS = (
@@ -74,36 +90,104 @@ def sgd(model: nn.Module) -> torch.optim.SGD:
     return torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9, fused=True)
 
 
-def training_rows(name: str, density: float, batch: int, reference: str, repeats: int) -> Iterator[Row]:
-    """One network's training step with active weights alone, beside the dense or masked one."""
-    torch.manual_seed(0)
-    images, labels = torch.randn(batch, 3, 32, 32), torch.randint(0, CLASSES, (batch,))
-    steps: dict[str, Callable[[], object]] = {}
-    model = build_model(name, CLASSES)
-    flops = layer_flops(model, images.shape[1:])
-    for side in ("sparse", reference):
-        one = copy.deepcopy(model).to(memory_format=torch.channels_last)
-        optimizer = sgd(one)
-        step: Callable[[], object] = optimizer.step
-        network: nn.Module = one
-        if side != "dense":
-            masking = Masking(optimizer, init_density=density, final_density=density, update_frequency=10**9)
-            masking.add_module(one)
-            step = lambda masking=masking: masking.step(keep_gradients=False)  # noqa: E731
-            share = inference_flops(flops, layer_densities(masking.masks)) / inference_flops(flops)
-            network = sparse_execution(one, masking) if side == "sparse" else one
-        batches = images.contiguous(memory_format=torch.channels_last)
-        steps[side] = lambda network=network, step=step, batches=batches: training_step(network, step, batches, labels)
+def images_and_labels(batch: int) -> tuple[Tensor, Tensor]:
+    """Noise, channels-last."""
+    images = torch.randn(batch, 3, 32, 32).contiguous(memory_format=torch.channels_last)
+    return images, torch.randint(0, CLASSES, (batch,))
+
+
+def step_of(side: str, dense: nn.Module, density: float, batch: int) -> Callable[[], object]:
+    """A training step of a copy of the network: sparse, masked, dense, dense in bfloat16, or dense and compiled."""
+    model = copy.deepcopy(dense).to(memory_format=torch.channels_last)
+    optimizer = sgd(model)
+    images, labels = images_and_labels(batch)
+    take_step: Callable[[], object] = optimizer.step
+    network: nn.Module = model
+    if side in ("sparse", "masked"):
+        masking = masked(model, optimizer, density)
+        take_step = lambda: masking.step(keep_gradients=False)  # noqa: E731
+        network = sparse_execution(model, masking) if side == "sparse" else model
+    elif side == "compiled":
+        network = torch.compile(model)  # type: ignore[assignment]
+
+    def step() -> None:
+        with torch.autocast("cpu", torch.bfloat16, enabled=side == "bf16"):
+            training_step(network, take_step, images, labels)
+
+    return step
+
+
+def masked(model: nn.Module, optimizer: torch.optim.Optimizer, density: float) -> Masking:
+    """ERK masks for a model."""
+    masking = Masking(optimizer, init_density=density, final_density=density, update_frequency=10**9)
+    masking.add_module(model)
+    return masking
+
+
+def name_of(model: nn.Module, name: str, density: float, batch: int) -> str:
+    """The case in a table: network, density, share of the FLOPs, batch, threads."""
+    twin = copy.deepcopy(model)
+    flops = layer_flops(twin, (3, 32, 32))
+    share = inference_flops(flops, layer_densities(masked(twin, sgd(twin), density).masks)) / inference_flops(flops)
     threads = torch.get_num_threads()
-    what = (
-        f"{name}, density {density:g} ({share:.3f} of the FLOPs), batch {batch}, {threads} thread{'s'[: threads > 1]}"
-    )
-    this, other = alternate([Side(step) for step in steps.values()], repeats, torch.device("cpu"))
-    row = Row.of_times(f"{what}, beside {reference}", this, other)
+    plural = "s"[: threads > 1]
+    return f"{name}, density {density:g}, {share:.3f} of the FLOPs, batch {batch}, {threads} thread{plural}"
+
+
+def training_rows(name: str, density: float, batch: int, references: Sequence[str], repeats: int) -> Iterator[Row]:
+    """One network's training step with active weights alone, beside the others; its memory beside the masked one's."""
+    torch.manual_seed(0)
+    model = build_model(name, CLASSES)
+    case = name_of(model, name, density, batch)
+    sides = [Side(step_of(side, model, density, batch)) for side in ("sparse", *references)]
+    this, *others = alternate(sides, repeats, torch.device("cpu"))
     bars = BARS_OF_SLIM if name in SLIM else BARS
-    if reference == "dense" and batch == 64 and density in bars:
-        row = Row(row.what, row.unit, row.this, row.reference, [bars[density]])
-    yield row
+    for reference, other in zip(references, others, strict=True):
+        has_bar = reference == "dense" and batch == BAR_BATCH and density in bars
+        row = Row.of_times(f"{case}: step beside {reference}", this, other)
+        yield replace(row, bars=[bars[density]] if has_bar else [])
+    if "masked" in references and Path("/proc/self/status").exists():
+        peaks = [peak_megabytes(side, name, density, batch) for side in ("sparse", "masked")]
+        bar = [BAR_OF_MEMORY] if batch == BAR_BATCH else []
+        yield Row(f"{case}: memory beside masked", "MB", [peaks[0]], [peaks[1]], bar)
+
+
+def peak_megabytes(side: str, name: str, density: float, batch: int) -> float:
+    """The most memory that a process of its own has held after two steps."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(_peak, side, name, density, batch, torch.get_num_threads()).result()
+
+
+def _peak(side: str, name: str, density: float, batch: int, threads: int) -> float:
+    torch.set_num_threads(threads)
+    step = step_of(side, build_model(name, CLASSES), density, batch)
+    step(), step()
+    lines = dict(entry.split(":") for entry in Path("/proc/self/status").read_text().splitlines())
+    return int(lines["VmHWM"].split()[0]) * 1024 / 1e6
+
+
+def prediction_rows(name: str, density: float, batch: int, repeats: int) -> Iterator[Row]:
+    """Prediction with active weights alone beside onnxruntime with the dense network, BatchNorms folded by either."""
+    import onnxruntime
+
+    torch.manual_seed(0)
+    model = build_model(name, CLASSES).eval()
+    case = name_of(model, name, density, batch)
+    content = to_onnx(model, (3, 32, 32))
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+    inputs = {session.get_inputs()[0].name: images_and_labels(batch)[0].contiguous().numpy()}
+    masked(model, sgd(model), density)
+    fast, images = sparse_inference(model), torch.from_numpy(*inputs.values())
+    calls = max(1, 32 // batch)
+    sides = [
+        Side(lambda: [fast(images) for _ in range(calls)], calls * batch),
+        Side(lambda: [session.run(None, inputs) for _ in range(calls)], calls * batch),
+    ]
+    row = Row.of_rates(f"{case}: prediction beside onnxruntime", *alternate(sides, repeats, torch.device("cpu")))
+    has_bar = name == "ResNet50" and density == 0.05 and batch in PREDICTION_BATCHES and torch.get_num_threads() == 1
+    yield replace(row, bars=[BAR_OF_PREDICTION] if has_bar else [])
 
 
 def straightforward(weight: Tensor, padded: Tensor, target: Tensor) -> Callable[[], object]:
@@ -180,7 +264,7 @@ def kernel_rows(batch: int, repeats: int) -> Iterator[Row]:
         gigaflops = 2e-9 * int(torch.count_nonzero(weight)) * rows * rows * batch
         samples = alternate([Side(this), Side(plain)], repeats, torch.device("cpu"))
         rates = [[gigaflops / seconds for seconds in side] for side in samples]
-        what = f"conv {size}x{size} {channels}→{outputs}, {rows}x{rows}, density {density:g}, batch {batch}"
+        what = f"conv {size}x{size} {channels}→{outputs}, {rows}x{rows}, density {density:g}, batch {batch}: forward"
         yield Row(what, "GFLOP/s", rates[0], rates[1], [Bar(1.5, 2.0)])
 
 
@@ -189,11 +273,20 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = flags.Parser(__doc__)
     parser.add_argument("--networks", nargs="+", default=NETWORKS, metavar="NAME", help="of the CIFAR script's")
     parser.add_argument(
-        "--densities", nargs="+", type=flags.density, default=[0.1, 0.05, 0.02], help="share of weights"
+        "--densities", nargs="+", type=flags.density, default=[0.2, 0.1, 0.05, 0.02, 0.01], help="share of weights"
     )
-    parser.add_argument("--batches", nargs="+", type=flags.positive, default=[64], help="images per step")
+    parser.add_argument("--batches", nargs="+", type=flags.positive, default=[1, 8, 64, 128], help="images per step")
+    parser.add_argument(
+        "--prediction-batches",
+        nargs="*",
+        type=flags.positive,
+        default=PREDICTION_BATCHES,
+        help="images; needs onnxruntime",
+    )
     parser.add_argument("--threads", nargs="+", type=flags.positive, default=[1], help="of PyTorch and of the kernels")
-    parser.add_argument("--references", nargs="+", choices=["dense", "masked"], default=["dense"], help="other side")
+    parser.add_argument(
+        "--references", nargs="*", choices=REFERENCES, default=REFERENCES, help="other sides of a training step"
+    )
     parser.add_argument("--kernels", action="store_true", help="measure single layers in place of networks")
     parser.add_argument("--repeats", type=flags.positive, default=3, help="rounds, besides the one that warms up")
     parser.add_argument("--out", type=flags.path, metavar="FILE.json", help="write all samples there")
@@ -201,7 +294,15 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         "--show", type=flags.path, metavar="FILE.json", help="measure nothing: print (and draw) such a file"
     )
     parser.add_argument("--plot", type=flags.path, metavar="FILE.png", help="draw the table there; needs matplotlib")
-    return parser.parse_args(argv)
+    parser.add_argument("--quick", action="store_true", help="a tiny network, few images, one round")
+    args = parser.parse_args(argv)
+    if args.quick:
+        args.networks, args.densities, args.repeats = ["cifar_resnet_8"], [0.1], 1
+        args.batches, args.prediction_batches, args.references = [2], [2], ["dense", "masked"]
+    if args.prediction_batches and not find_spec("onnxruntime"):
+        print("prediction is left out: it is measured beside onnxruntime, which is not installed", file=sys.stderr)
+        args.prediction_batches = []
+    return args
 
 
 def rows_of(args: argparse.Namespace) -> Iterator[Row]:
@@ -212,10 +313,22 @@ def rows_of(args: argparse.Namespace) -> Iterator[Row]:
             for batch in args.batches:
                 yield from kernel_rows(batch, args.repeats)
             continue
-        for name, batch, density, reference in itertools.product(
-            args.networks, args.batches, args.densities, args.references
-        ):
-            yield from training_rows(name, density, batch, reference, args.repeats)
+        for name, density in itertools.product(args.networks, args.densities):
+            for batch in args.batches if args.references else []:
+                yield from training_rows(name, density, batch, args.references, args.repeats)
+            for batch in args.prediction_batches:
+                yield from prediction_rows(name, density, batch, args.repeats)
+
+
+def lines_of(row: Row, before: Row | None) -> Iterator[str]:
+    """The row in a table of at most 100 columns, and first its case, unless that of the row before is the same."""
+    case, _, what = row.what.partition(": ")
+    if before is None or before.what.partition(": ")[0] != case:
+        yield case
+    sign = "≥" if row.is_rate else "≤"
+    verdicts = ", ".join(f"{sign} {bar.limit:g}: {row.verdict(bar)}" for bar in row.bars)
+    figures = [f"{number(median(side))} {row.unit}" for side in (row.this, row.reference)]
+    yield COLUMNS.format(what, *figures, spread(row.ratios), verdicts).rstrip()
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -235,15 +348,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     here = environment(device)
     command = shlex.join(["python", "benchmarks/sparse.py", *argv])
     head = f"{here['device']}; torch {here['versions']['torch']}; commit {here['commit']}"
-    print(head, line(TITLES), sep="\n\n", flush=True)
+    titles = COLUMNS.format("", "sparse", "the other", "ratio", "to reach")
+    print(head, titles, sep="\n\n", flush=True)
     results: dict[str, Any] = {"title": head, "command": command, "machine": here}
     rows: list[Row] = []
     for row in rows_of(args):
+        print(*lines_of(row, rows[-1] if rows else None), sep="\n", flush=True)
         rows.append(row)
-        print(line(row.cells()), flush=True)
         if args.out:
             write_json(args.out, results | {"rows": [row.as_json() for row in rows]})
-    print(markdown(rows))
     if args.plot:
         plot(rows, f"{head}\n{command}", args.plot)
 

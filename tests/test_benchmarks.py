@@ -191,16 +191,41 @@ class TestComparison:
         assert verdict in row.cells()[-1]
 
 
-def test_sparse_steps_and_kernels_are_measured_beside_their_references(tmp_path, monkeypatch, capsys):
+def test_sparse_steps_memory_prediction_and_kernels_are_measured_beside_their_references(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sparse, "LAYERS", [(5, 7, 3, 4, 0.5), (9, 4, 1, 4, 0.5)])
     threads = torch.get_num_threads()
-    tiny = ["--networks", "cifar_resnet_8", "--densities", "0.1", "--batches", "3", "--repeats", "1"]
     try:
-        sparse.main([*tiny, "--references", "dense", "masked", "--out", str(tmp_path / "steps.json")])
-        sparse.main([*tiny, "--kernels", "--out", str(tmp_path / "kernels.json")])
+        sparse.main(["--quick", "--out", str(tmp_path / "steps.json")])
+        table = capsys.readouterr().out.splitlines()
+        sparse.main(["--quick", "--kernels", "--out", str(tmp_path / "kernels.json")])
     finally:
         torch.set_num_threads(threads)
     steps, kernels = (json.loads((tmp_path / f"{name}.json").read_text())["rows"] for name in ("steps", "kernels"))
-    assert [row["what"].rpartition("beside ")[2] for row in steps] == ["dense", "masked"]
+    (case,) = {row["what"].partition(": ")[0] for row in steps}
+    assert case.startswith("cifar_resnet_8, density 0.1, 0.")
+    whats = ["step beside dense", "step beside masked"]
+    whats += ["memory beside masked"] * Path("/proc/self/status").exists()
+    whats += ["prediction beside onnxruntime"] * (importlib.util.find_spec("onnxruntime") is not None)
+    assert [row["what"].partition(": ")[2] for row in steps] == whats
+    assert all(line.strip().startswith(what) for line, what in zip(table[3:], [case, *whats], strict=True))
+    assert all(row["this"][0] > 0 < row["reference"][0] for row in steps)
     assert [row["unit"] for row in kernels] == ["GFLOP/s"] * 2
-    assert steps[0]["what"] in capsys.readouterr().out
+
+
+def test_the_table_of_sparse_steps_names_bars_and_fits_100_columns():
+    what = "cifar_resnet_20, density 0.05, 0.084 of the FLOPs, batch 128, 2 threads: "
+    slow = Row(what + "step beside compiled", "ms", [11234.5, 12345.6], [22345.6, 23456.7], [Bar(0.45, 0.3)])
+    rate = Row(what + "prediction beside onnxruntime", "images/s", [40000.0], [10000.0], [Bar(3, 5)])
+    lines = [*sparse.lines_of(slow, None), *sparse.lines_of(rate, slow)]
+    assert len(lines) == 3
+    assert lines[0] == what[:-2]
+    assert lines[1].endswith("≤ 0.45: FAIL")
+    assert lines[2].endswith("≥ 3: pass")
+    assert max(map(len, lines)) <= 100
+
+
+def test_only_bars_of_their_own_size_are_held(monkeypatch):
+    monkeypatch.setattr(sparse, "alternate", lambda sides, repeats, device: [[1.0], [2.0]])
+    for name, batch, limits in (("cifar_resnet_20", 64, [0.45]), ("vgg11", 64, [0.4]), ("vgg11", 2, [])):
+        (row,) = sparse.training_rows(name, 0.05, batch, ["dense"], 1)
+        assert [bar.limit for bar in row.bars] == limits
