@@ -140,10 +140,11 @@ class Checkpoint:
         passes: Passes,
         optimizer: torch.optim.Optimizer,
         masking: Masking | None,
+        *,
         superposition: Superposition,
         results: RunRecord,
         average: MovingAverage | None,
-        keep_all: bool = False,
+        keep_all: bool,
     ) -> None:
         self._folder = folder
         self._identity = dict(identity)

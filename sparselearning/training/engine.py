@@ -102,9 +102,19 @@ class Trainer:
         self.average = MovingAverage(passes.model, plan.ema_decay) if plan.ema_decay is not None else None
         self.record = RunRecord(passes, masking, maskable, plan, costs)
         self.checkpoint = Checkpoint(
-            folder, identity or {}, plan, self.at, self.batches, passes, optimizer, masking,
-            self.superposition, self.record, self.average, keep_checkpoints,
-        )  # fmt: skip
+            folder,
+            identity or {},
+            plan,
+            self.at,
+            self.batches,
+            passes,
+            optimizer,
+            masking,
+            superposition=self.superposition,
+            results=self.record,
+            average=self.average,
+            keep_all=keep_checkpoints,
+        )
 
     # ------------------------------------------------------------------------------------------ the loop
 

@@ -40,6 +40,33 @@ class EpochBudget:
         return cls(epochs - tickets * cycle_epochs, cycle_epochs, tickets)
 
 
+@dataclass(kw_only=True)
+class Position(Record):
+    """Where a run stands; the parts of the run share it. Its fields are entries of ``checkpoint.pth``.
+
+    Attributes:
+        epoch: that is going on, from 0; at the end of the run, the plan's ``end_epoch``.
+        batch: training batches of the epoch that are done.
+        trained: all of them are, and what follows them is not.
+    """
+
+    epoch: Count
+    batch: Count = 0
+    trained: bool = False
+
+    def next_epoch(self) -> None:
+        """Go on to the start of the next epoch."""
+        self.epoch, self.batch, self.trained = self.epoch + 1, 0, False
+
+    def state_dict(self) -> dict[str, Any]:
+        """Its entries of a checkpoint."""
+        return self.as_dict()
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        """Go to where a checkpoint was written."""
+        vars(self).update({name: saved[name] for name in vars(self)})
+
+
 @dataclass(frozen=True)
 class Plan:
     """When a run does what.
@@ -108,7 +135,7 @@ class Plan:
             return None
         return (epoch - self.budget.pretrain_epochs) // self.budget.cycle_epochs + 1
 
-    def is_superposed(self, at: "Position") -> bool:
+    def is_superposed(self, at: Position) -> bool:
         """Whether there is a superposition where a run is stopped; cycles alone begin one before their first batch."""
         start = self.budget.pretrain_epochs
         return at.epoch > start or (at.epoch == start and (self.first_epoch < start or at.batch > 0))
@@ -123,30 +150,3 @@ class Plan:
 
     def _in_cycle(self, epoch: int) -> int:
         return (epoch - self.budget.pretrain_epochs) % self.budget.cycle_epochs
-
-
-@dataclass(kw_only=True)
-class Position(Record):
-    """Where a run stands; the parts of the run share it. Its fields are entries of ``checkpoint.pth``.
-
-    Attributes:
-        epoch: that is going on, from 0; at the end of the run, the plan's ``end_epoch``.
-        batch: training batches of the epoch that are done.
-        trained: all of them are, and what follows them is not.
-    """
-
-    epoch: Count
-    batch: Count = 0
-    trained: bool = False
-
-    def next_epoch(self) -> None:
-        """Go on to the start of the next epoch."""
-        self.epoch, self.batch, self.trained = self.epoch + 1, 0, False
-
-    def state_dict(self) -> dict[str, Any]:
-        """Its entries of a checkpoint."""
-        return self.as_dict()
-
-    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
-        """Go to where a checkpoint was written."""
-        vars(self).update({name: saved[name] for name in vars(self)})
