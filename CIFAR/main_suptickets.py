@@ -27,7 +27,7 @@ from cifar_data import Data, check_data_name, data_help, load_data
 from cifar_models import build_model, model_names
 from torch import nn
 
-from sparselearning.process import distributed, launch
+from sparselearning.process import arguments, distributed, launch
 from sparselearning.process.errors import UsageError
 from sparselearning.process.script import run_script
 from sparselearning.process.seeding import seed_everything
@@ -85,47 +85,52 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def make_parser() -> flags.Parser:
+def make_parser() -> flags.RunParser:
     """All flags of this script."""
-    parser = flags.Parser(__doc__, start="--data digits --model cifar_resnet_8")
-    group = flags.group_of(parser, flags.LOOK)
+    parser = flags.RunParser(__doc__, start="--data digits --model cifar_resnet_8")
+    group = arguments.Group(parser, flags.LOOK, flags.NO_EFFECT)
     group.add_argument(
         "--demo", action="store_true", help=f"a complete small run on digits; puts before the other flags: {DEMO}"
     )
-    group = flags.group_of(parser, flags.DATA)
+    group = arguments.Group(parser, flags.DATA)
     group.add_argument("--data", default="cifar10", help=data_help())
-    group.add_argument("--data-dir", type=flags.path, default=Path("data"), metavar="DIR", help="where downloads go")
+    group = arguments.Group(parser, flags.DATA, flags.NO_EFFECT)
+    group.add_argument(
+        "--data-dir", type=arguments.path, default=Path("data"), metavar="DIR", help="where downloads go"
+    )
+    group = arguments.Group(parser, flags.DATA)
     group.add_argument("--model", default="vgg-like", help=f"one of {', '.join(model_names())}")
     group.add_argument(
-        "--valid_split", type=flags.below_one, default=0.0, metavar="SHARE",
+        "--valid_split", type=arguments.below_one, default=0.0, metavar="SHARE",
         help="hold out the last share of the training set and evaluate on it; the test set is used once, at the end",
     )  # fmt: skip
-    group = flags.group_of(parser, flags.TRAINING)
-    group.add_argument("--epochs", type=flags.positive, default=160, help="of the whole run, cycles included")
-    group.add_argument("--batch-size", type=flags.positive, default=128, help="images per step, over all processes")
+    group = arguments.Group(parser, flags.TRAINING)
+    group.add_argument("--epochs", type=arguments.positive, default=160, help="of the whole run, cycles included")
+    group.add_argument("--batch-size", type=arguments.positive, default=128, help="images per step, over all processes")
     group.add_argument("--optimizer", choices=OPTIMIZERS, default="sgd", help="rule that changes the weights")
-    group.add_argument("--lr", type=flags.non_negative_float, default=0.1, help="learning rate of pre-training")
+    group.add_argument("--lr", type=arguments.non_negative_float, default=0.1, help="learning rate of pre-training")
     group.add_argument(
         "--nolrsche", action="store_true", help="constant rate; without it, x0.1 at half and three quarters"
     )
-    group.add_argument("--momentum", type=flags.below_one, default=0.9, help="of SGD")
-    group.add_argument("--l2", type=flags.non_negative_float, default=5e-4, help="weight decay")
-    group.add_argument("--iters", type=flags.positive, default=1, help="runs, with seeds seed, seed + 1, …")
+    group.add_argument("--momentum", type=arguments.below_one, default=0.9, help="of SGD")
+    group.add_argument("--l2", type=arguments.non_negative_float, default=5e-4, help="weight decay")
+    group = arguments.Group(parser, flags.TRAINING, flags.NO_EFFECT, flags.OF_ONE_CALL)
+    group.add_argument("--iters", type=arguments.positive, default=1, help="runs, with seeds seed, seed + 1, …")
     flags.add_sparse_flags(parser)
     flags.add_ticket_flags(parser)
-    group = flags.group_of(parser, flags.TICKETS)
+    group = arguments.Group(parser, flags.TICKETS, flags.ABOUT_TICKETS)
     group.add_argument(
-        "--cycle_rate", type=flags.rate, default=0.2, help="share of the epochs for the cycles, cut to whole cycles"
+        "--cycle_rate", type=arguments.rate, default=0.2, help="share of the epochs for the cycles, cut to whole cycles"
     )
-    group = flags.group_of(parser, flags.FILES)
+    group = arguments.Group(parser, flags.FILES, flags.NO_EFFECT)
     group.add_argument(
-        "--log-interval", type=flags.positive, default=100, metavar="STEPS", help="steps between progress updates"
+        "--log-interval", type=arguments.positive, default=100, metavar="STEPS", help="steps between progress updates"
     )
-    group = flags.group_of(parser, flags.SPEED)
-    group.add_argument("--test-batch-size", type=flags.positive, default=128, help="images per evaluation step")
+    group = arguments.Group(parser, flags.SPEED, flags.NO_EFFECT)
+    group.add_argument("--test-batch-size", type=arguments.positive, default=128, help="images per evaluation step")
     group.add_argument(
         "--workers",
-        type=flags.non_negative,
+        type=arguments.non_negative,
         default=4,
         help="without effect, kept for old command lines: batches are made on the device",
     )
@@ -136,7 +141,8 @@ def make_parser() -> flags.Parser:
 
 def run(args: argparse.Namespace, argv: Sequence[str] | None) -> None:
     """Do one run of one seed."""
-    warnings = check(args) + flags.without_masks_note(args, make_parser().given(argv))
+    parser = make_parser()
+    warnings = check(args) + flags.without_masks_note(args, parser, argv)
     budget = EpochBudget.of_share(args.epochs * args.multiplier, args.cycle_rate, args.cycle)
     warnings += flags.check_budget(args, budget) + flags.pruning_window_warning(args, budget.pretrain_epochs)
     device, runtime = flags.runtime(args).start()
@@ -147,7 +153,10 @@ def run(args: argparse.Namespace, argv: Sequence[str] | None) -> None:
     recipe = set_up(args, runtime, device)
     values = flags.values(args)
     folder = RunFolder(flags.run_path(args, args.model, Path(args.data).stem, budget))
-    config = {"command": flags.command(argv), **values, **provenance.environment(device), "network": recipe.network}
+    config = {
+        "command": flags.command(argv), **values, **provenance.environment(device),
+        "network": recipe.network, "marks": flags.own_marks(parser),
+    }  # fmt: skip
     flags.action(args)(
         recipe,
         flags.plan(args, budget, pretrain_lr(args, budget)),
@@ -156,7 +165,7 @@ def run(args: argparse.Namespace, argv: Sequence[str] | None) -> None:
         experiment.Output(
             folder=folder,
             config=config,
-            identity=flags.identity(values),
+            identity=flags.identity(values, parser),
             resume=args.resume,
             log_interval=args.log_interval,
             keep_tickets=args.keep_tickets,

@@ -29,6 +29,7 @@ from typing import NamedTuple
 import main_suptickets
 
 from sparselearning import report
+from sparselearning.process import arguments
 from sparselearning.process.errors import FaultError, UsageError
 from sparselearning.process.files import check_output
 from sparselearning.process.script import run_script
@@ -111,10 +112,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Read what stands before ``--``."""
-    parser = flags.Parser(__doc__)
+    parser = arguments.Parser(__doc__)
     parser.usage = "%(prog)s --seeds N [N …] --methods NAME [NAME …] [options] -- FLAGS OF main_suptickets.py"
     parser.add_argument(
-        "--seeds", type=flags.seed, nargs="+", required=True, metavar="N", help="one run per seed and method"
+        "--seeds", type=arguments.seed, nargs="+", required=True, metavar="N", help="one run per seed and method"
     )
     parser.add_argument(
         "--methods", choices=METHODS, nargs="+", required=True, metavar="NAME", help=f"any of {', '.join(METHODS)}"
@@ -125,7 +126,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     )  # fmt: skip
     parser.add_argument(
         "--out",
-        type=flags.path,
+        type=arguments.path,
         default=Path("sweep"),
         metavar="DIR",
         help="run folders, DIR/NAME/seedN, and DIR/report",
@@ -191,7 +192,7 @@ def planned(method: str, seed: int, shared: Sequence[str], out: Path, control: b
         raise UsageError("--iters and --seeds both ask for several seeds: give --seeds alone")
     if args.sparse and "--sparse" not in words:
         raise UsageError(f"{method} cannot be had with --demo or --config of a sparse run: give its flags one by one")
-    _check_folder(run, flags.identity(flags.values(args)))
+    _check_folder(run, flags.identity(flags.values(args), main_suptickets.make_parser()))
     return run
 
 

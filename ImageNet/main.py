@@ -26,7 +26,7 @@ from imagenet_data import MEAN, STD, load_imagenet
 from imagenet_resnet import INITS, RESNETS, build_model, check_arch
 from torch import nn
 
-from sparselearning.process import distributed
+from sparselearning.process import arguments, distributed
 from sparselearning.process.errors import UsageError
 from sparselearning.process.files import load_torch
 from sparselearning.process.script import run_script
@@ -49,7 +49,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Train, or evaluate, or measure speed."""
     args = parse(argv)
     budget = epoch_budget(args)
-    warnings = check(args, budget) + flags.without_masks_note(args, make_parser().given(argv))
+    parser = make_parser()
+    warnings = check(args, budget) + flags.without_masks_note(args, parser, argv)
     if args.local_rank is not None:
         os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
     device, runtime = flags.runtime(args).start()
@@ -61,14 +62,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.pretrained_weights:
         load_weights(recipe.model, load_torch(args.pretrained_weights), args.pretrained_weights)
     values = flags.values(args)
-    config = {"command": flags.command(argv), **values, **provenance.environment(device), "network": recipe.network}
+    config = {
+        "command": flags.command(argv), **values, **provenance.environment(device),
+        "network": recipe.network, "marks": flags.own_marks(parser),
+    }  # fmt: skip
     plan = flags.plan(args, budget, pretrain_lr(args))
     sparse = flags.sparse_training(args, len(recipe.sources.train), budget.total_epochs)
     folder = RunFolder(flags.run_path(args, args.arch, Path(os.path.abspath(args.data)).name, budget))
     output = experiment.Output(
         folder=folder,
         config=config,
-        identity=flags.identity(values),
+        identity=flags.identity(values, parser),
         resume=args.resume,
         log_interval=args.print_freq,
         keep_tickets=args.keep_tickets,
@@ -132,12 +136,12 @@ def set_up(args: argparse.Namespace, runtime: Runtime, device: torch.device) -> 
     )
 
 
-def make_parser() -> flags.Parser:
+def make_parser() -> flags.RunParser:
     """All flags of this script."""
-    parser = flags.Parser(__doc__, start="DIR")
+    parser = flags.RunParser(__doc__, start="DIR")
     parser.usage = "python %(prog)s DIR [flags]"
-    parser.add_argument("data", type=flags.path, metavar="DIR", help="folder with train/CLASS/* and val/CLASS/*")
-    group = flags.group_of(parser, flags.DATA)
+    parser.add_argument("data", type=arguments.path, metavar="DIR", help="folder with train/CLASS/* and val/CLASS/*")
+    group = arguments.Group(parser, flags.DATA)
     group.add_argument(
         "--arch", default="resnet50", metavar="NAME",
         help="any classification network of torchvision, by its name there, such as vit_b_16 or mobilenet_v3_small",
@@ -147,64 +151,82 @@ def make_parser() -> flags.Parser:
         help=f"first convolutions of {', '.join(RESNETS)}: Kaiming normal by fan_out (classic) or fan_in (default: "
         f"{DEFAULT_INIT}); other networks start as torchvision's do",
     )  # fmt: skip
-    group.add_argument("--pretrained-weights", type=flags.path, metavar="PATH", help="first weights, from a saved .pth")
     group.add_argument(
-        "--train-crop-size", type=flags.positive, default=224, metavar="PIXELS",
+        "--pretrained-weights", type=arguments.path, metavar="PATH", help="first weights, from a saved .pth"
+    )
+    group.add_argument(
+        "--train-crop-size", type=arguments.positive, default=224, metavar="PIXELS",
         help="side of the random crop that is trained on; FLOPs are counted at this size",
     )  # fmt: skip
     group.add_argument(
-        "--val-resize-size", type=flags.positive, default=256, metavar="PIXELS",
+        "--val-resize-size", type=arguments.positive, default=256, metavar="PIXELS",
         help="shorter side that a validation image is scaled to",
     )  # fmt: skip
     group.add_argument(
-        "--val-crop-size", type=flags.positive, default=224, metavar="PIXELS",
+        "--val-crop-size", type=arguments.positive, default=224, metavar="PIXELS",
         help="side of the centre that is then cut out",
     )  # fmt: skip
     group.add_argument("--strict-data", action="store_true", help="stop at a damaged image, in place of skipping it")
-    group = flags.group_of(parser, flags.TRAINING)
+    group = arguments.Group(parser, flags.TRAINING)
     group.add_argument(
-        "--epochs", type=flags.positive, help="the whole run; must be the sum of both parts (default: that sum)"
+        "--epochs", type=arguments.positive, help="the whole run; must be the sum of both parts (default: that sum)"
     )
-    group.add_argument("-b", "--batch-size", type=flags.positive, default=64, help="images per step and process")
-    group.add_argument("--lr", type=flags.non_negative_float, default=0.1, help="learning rate of pre-training")
-    group.add_argument("--warmup", type=flags.non_negative, default=0, metavar="EPOCHS", help="linear warm-up")
-    group.add_argument("--first_m", type=flags.non_negative, default=30, metavar="EPOCH", help="rate x0.1 from here")
-    group.add_argument("--second_m", type=flags.non_negative, default=60, metavar="EPOCH", help="x0.1 again")
-    group.add_argument("--third_m", type=flags.non_negative, default=80, metavar="EPOCH", help="x0.1 again")
-    group.add_argument("--momentum", type=flags.below_one, default=0.9, help="of SGD")
-    group.add_argument("--wd", "--weight-decay", dest="wd", type=flags.non_negative_float, default=1e-4,
+    group.add_argument("-b", "--batch-size", type=arguments.positive, default=64, help="images per step and process")
+    group.add_argument("--lr", type=arguments.non_negative_float, default=0.1, help="learning rate of pre-training")
+    group.add_argument("--warmup", type=arguments.non_negative, default=0, metavar="EPOCHS", help="linear warm-up")
+    group.add_argument(
+        "--first_m", type=arguments.non_negative, default=30, metavar="EPOCH", help="rate x0.1 from here"
+    )
+    group.add_argument("--second_m", type=arguments.non_negative, default=60, metavar="EPOCH", help="x0.1 again")
+    group.add_argument("--third_m", type=arguments.non_negative, default=80, metavar="EPOCH", help="x0.1 again")
+    group.add_argument("--momentum", type=arguments.below_one, default=0.9, help="of SGD")
+    group.add_argument("--wd", "--weight-decay", dest="wd", type=arguments.non_negative_float, default=1e-4,
                         help="weight decay")  # fmt: skip
     group.add_argument(
         "--bn-weight-decay", action="store_true", help="decay weights and biases of BatchNorm and LayerNorm too"
     )
-    group.add_argument("--label-smoothing", type=flags.below_one, default=0.0, help="of the training loss")
+    group.add_argument("--label-smoothing", type=arguments.below_one, default=0.0, help="of the training loss")
     flags.add_sparse_flags(parser)
-    group = flags.group_of(parser, flags.MASKS)
+    group = arguments.Group(parser, flags.MASKS, flags.ABOUT_MASKS)
     group.add_argument(
-        "--density", type=flags.density,
+        "--density", type=arguments.density,
         help=f"budget: another name of --final-density (default of both: {FINAL_DENSITY})",
     )  # fmt: skip
     flags.add_ticket_flags(parser)
-    group = flags.group_of(parser, flags.TICKETS)
-    group.add_argument("--pretrain_epoch", type=flags.non_negative, default=88, metavar="EPOCHS", help="pre-training")
-    group.add_argument("--cyclic_epochs", type=flags.non_negative, default=12, metavar="EPOCHS", help="all cycles")
-    group = flags.group_of(parser, flags.FILES)
+    group = arguments.Group(parser, flags.TICKETS, flags.ABOUT_TICKETS)
     group.add_argument(
-        "-p", "--print-freq", type=flags.positive, default=10, metavar="STEPS", help="steps between progress updates"
+        "--pretrain_epoch", type=arguments.non_negative, default=88, metavar="EPOCHS", help="pre-training"
+    )
+    group.add_argument("--cyclic_epochs", type=arguments.non_negative, default=12, metavar="EPOCHS", help="all cycles")
+    group = arguments.Group(parser, flags.FILES, flags.NO_EFFECT)
+    group.add_argument(
+        "-p",
+        "--print-freq",
+        type=arguments.positive,
+        default=10,
+        metavar="STEPS",
+        help="steps between progress updates",
     )
     group.add_argument("--gather-checkpoints", action="store_true", help="keep the checkpoint of every epoch")
-    group = flags.group_of(parser, flags.SPEED)
-    group.add_argument("-j", "--workers", type=flags.non_negative, default=5, help="decoding processes per process")
-    group.add_argument("--static-loss-scale", type=flags.positive_float, help="fixed scale (default: adapted)")
+    group = arguments.Group(parser, flags.SPEED, flags.NO_EFFECT)
+    group.add_argument("-j", "--workers", type=arguments.non_negative, default=5, help="decoding processes per process")
+    group = arguments.Group(parser, flags.SPEED)
+    group.add_argument("--static-loss-scale", type=arguments.positive_float, help="fixed scale (default: adapted)")
     group.add_argument("--dynamic-loss-scale", action="store_true", help="scale adapted to the gradients: the default")
-    group.add_argument("--master_port", type=flags.positive, help="read by multiproc.py, which starts the processes")
+    group = arguments.Group(parser, flags.SPEED, flags.NO_EFFECT)
     group.add_argument(
-        "--local_rank", "--local-rank", type=flags.non_negative, help="number on this machine, from old launchers"
+        "--master_port", type=arguments.positive, help="read by multiproc.py, which starts the processes"
+    )
+    group = arguments.Group(parser, flags.SPEED, flags.NO_EFFECT, flags.OF_ONE_CALL)
+    group.add_argument(
+        "--local_rank", "--local-rank", type=arguments.non_negative, help="number on this machine, from old launchers"
     )
     flags.add_run_flags(parser)
-    group = parser.add_argument_group(
-        "in place of training", "how fast it would be:\npython %(prog)s DIR --benchmark-training --benchmark-inference"
+    measures = "in place of training"
+    parser.add_argument_group(
+        measures, "how fast it would be:\npython %(prog)s DIR --benchmark-training --benchmark-inference"
     )
+    group = arguments.Group(parser, measures, flags.NO_EFFECT)
     group.add_argument("--evaluate", action="store_true", help="evaluate --resume or --pretrained-weights and stop")
     group.add_argument("--prof", action="store_true", help="profile a few training steps and stop")
     group.add_argument("--benchmark-training", action="store_true", help="time training steps and stop")

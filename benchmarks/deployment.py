@@ -29,11 +29,11 @@ from cifar_models import build_model
 
 from sparselearning import Masking
 from sparselearning.export import save_sparse
+from sparselearning.process.arguments import Parser, path
 from sparselearning.process.files import check_output, write_json
 from sparselearning.process.script import run_script
 from sparselearning.sparse.distributions import active_count
 from sparselearning.sparse.layers import maskable_parameters
-from sparselearning.training.flags import Parser, path
 from sparselearning.training.provenance import environment
 
 DENSITIES = (0.2, 0.1, 0.05, 0.02)

@@ -45,10 +45,10 @@ from sparselearning import Masking
 from sparselearning.execution import sparse_execution, sparse_inference
 from sparselearning.execution.functions import ActiveWeights, Shape, SparseConvolution, empty_activations
 from sparselearning.export import to_onnx
+from sparselearning.process import arguments
 from sparselearning.process.files import check_output, write_json
 from sparselearning.process.script import run_script
 from sparselearning.sparse.costs import inference_flops, layer_densities, layer_flops
-from sparselearning.training import flags
 from sparselearning.training.provenance import environment
 from sparselearning.training.runtime import Runtime
 
@@ -270,30 +270,36 @@ def kernel_rows(batch: int, repeats: int) -> Iterator[Row]:
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Read the command line."""
-    parser = flags.Parser(__doc__)
+    parser = arguments.Parser(__doc__)
     parser.add_argument("--networks", nargs="+", default=NETWORKS, metavar="NAME", help="of the CIFAR script's")
     parser.add_argument(
-        "--densities", nargs="+", type=flags.density, default=[0.2, 0.1, 0.05, 0.02, 0.01], help="share of weights"
+        "--densities", nargs="+", type=arguments.density, default=[0.2, 0.1, 0.05, 0.02, 0.01], help="share of weights"
     )
-    parser.add_argument("--batches", nargs="+", type=flags.positive, default=[1, 8, 64, 128], help="images per step")
+    parser.add_argument(
+        "--batches", nargs="+", type=arguments.positive, default=[1, 8, 64, 128], help="images per step"
+    )
     parser.add_argument(
         "--prediction-batches",
         nargs="*",
-        type=flags.positive,
+        type=arguments.positive,
         default=PREDICTION_BATCHES,
         help="images; needs onnxruntime",
     )
-    parser.add_argument("--threads", nargs="+", type=flags.positive, default=[1], help="of PyTorch and of the kernels")
+    parser.add_argument(
+        "--threads", nargs="+", type=arguments.positive, default=[1], help="of PyTorch and of the kernels"
+    )
     parser.add_argument(
         "--references", nargs="*", choices=REFERENCES, default=REFERENCES, help="other sides of a training step"
     )
     parser.add_argument("--kernels", action="store_true", help="measure single layers in place of networks")
-    parser.add_argument("--repeats", type=flags.positive, default=3, help="rounds, besides the one that warms up")
-    parser.add_argument("--out", type=flags.path, metavar="FILE.json", help="write all samples there")
+    parser.add_argument("--repeats", type=arguments.positive, default=3, help="rounds, besides the one that warms up")
+    parser.add_argument("--out", type=arguments.path, metavar="FILE.json", help="write all samples there")
     parser.add_argument(
-        "--show", type=flags.path, metavar="FILE.json", help="measure nothing: print (and draw) such a file"
+        "--show", type=arguments.path, metavar="FILE.json", help="measure nothing: print (and draw) such a file"
     )
-    parser.add_argument("--plot", type=flags.path, metavar="FILE.png", help="draw the table there; needs matplotlib")
+    parser.add_argument(
+        "--plot", type=arguments.path, metavar="FILE.png", help="draw the table there; needs matplotlib"
+    )
     parser.add_argument("--quick", action="store_true", help="a tiny network, few images, one round")
     args = parser.parse_args(argv)
     if args.quick:

@@ -37,6 +37,7 @@ from cifar_data import DATASETS, TensorLoader, channel_statistics
 from cifar_models import build_model, model_names
 from comparison import COMMAND, TITLES, Bar, Row, Side, alternate, line, markdown, plot
 
+from sparselearning.process import arguments
 from sparselearning.process.errors import FaultError, UsageError
 from sparselearning.process.files import check_output, read_json, write_json
 from sparselearning.process.script import run_script
@@ -44,7 +45,7 @@ from sparselearning.sparse.layers import maskable_parameters
 from sparselearning.sparse.masking import Masking
 from sparselearning.sparse.superpose import AVERAGING, prune_to_density, superpose
 from sparselearning.sparse.topology import Layer, shrink_globally
-from sparselearning.training import experiment, flags
+from sparselearning.training import experiment
 from sparselearning.training.data import Batch, Sources
 from sparselearning.training.engine import Trainer
 from sparselearning.training.experiment import SparseTraining
@@ -474,23 +475,25 @@ def markdown_of(path: Path) -> str:
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Read the command line."""
-    parser = flags.Parser(__doc__)
+    parser = arguments.Parser(__doc__)
     parser.add_argument("--model", default="ResNet50", help=f"one of {model_names()}")
-    parser.add_argument("--classes", type=flags.positive, default=100, help="of the classifier")
-    parser.add_argument("--batch-size", type=flags.positive, default=128, help="images per step")
-    parser.add_argument("--density", type=flags.density, default=0.05, help="share of active weights")
-    parser.add_argument("--images", type=flags.positive, default=50_000, help="of the synthetic data set")
+    parser.add_argument("--classes", type=arguments.positive, default=100, help="of the classifier")
+    parser.add_argument("--batch-size", type=arguments.positive, default=128, help="images per step")
+    parser.add_argument("--density", type=arguments.density, default=0.05, help="share of active weights")
+    parser.add_argument("--images", type=arguments.positive, default=50_000, help="of the synthetic data set")
     default = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", choices=["cuda", "cpu"], default=default, help="where to compute")
-    parser.add_argument("--repeats", type=flags.positive, default=5, help="rounds, besides the one that warms up")
+    parser.add_argument("--repeats", type=arguments.positive, default=5, help="rounds, besides the one that warms up")
     parser.add_argument("--only", nargs="+", choices=CASES, default=list(CASES), metavar="NAME", help="what to measure")
     parser.add_argument(
         "--compile", action=argparse.BooleanOptionalAction, default=True, help="measure compiled networks too"
     )
-    parser.add_argument("--out", type=flags.path, metavar="FILE.json", help="write all samples there")
-    parser.add_argument("--plot", type=flags.path, metavar="FILE.png", help="draw the table there; needs matplotlib")
+    parser.add_argument("--out", type=arguments.path, metavar="FILE.json", help="write all samples there")
     parser.add_argument(
-        "--show", type=flags.path, metavar="FILE.json", help="measure nothing, print such a file in Markdown"
+        "--plot", type=arguments.path, metavar="FILE.png", help="draw the table there; needs matplotlib"
+    )
+    parser.add_argument(
+        "--show", type=arguments.path, metavar="FILE.json", help="measure nothing, print such a file in Markdown"
     )
     return parser.parse_args(argv)
 

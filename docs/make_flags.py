@@ -17,10 +17,10 @@ from unittest.mock import patch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from sparselearning.process.arguments import Parser  # noqa: E402
 from sparselearning.process.files import write_text  # noqa: E402  found once its folder is on the path
 from sparselearning.process.script import run_script  # noqa: E402
 from sparselearning.training.flags import (  # noqa: E402
-    Parser,
     add_run_flags,
     add_sparse_flags,
     add_ticket_flags,

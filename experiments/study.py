@@ -25,12 +25,12 @@ import cifar_data  # noqa: E402  found once its folder is on the path
 import sweep  # noqa: E402
 
 from sparselearning import analyze  # noqa: E402
+from sparselearning.process import arguments  # noqa: E402
 from sparselearning.process.errors import UsageError  # noqa: E402
 from sparselearning.process.files import check_output, copy_whole, write_json, write_text, write_whole  # noqa: E402
 from sparselearning.process.script import run_script  # noqa: E402
 from sparselearning.reporting.runs import find_runs, group_runs, read_run  # noqa: E402
 from sparselearning.reporting.tables import headline_table, markdown_report  # noqa: E402
-from sparselearning.training import flags  # noqa: E402
 from sparselearning.training.run_folder import RunFolder  # noqa: E402
 
 WORK = Path("study")
@@ -236,17 +236,19 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
-    parser = flags.Parser(__doc__)
+    parser = arguments.Parser(__doc__)
     parser.add_argument("study", choices=STUDIES, help=f"one of {', '.join(STUDIES)}")
     parser.add_argument("--data", default="cifar100", help="CIFAR-100: to be downloaded, or an .npz file of it")
-    parser.add_argument("--data-dir", type=flags.path, default=Path("data"), metavar="DIR", help="where downloads go")
+    parser.add_argument(
+        "--data-dir", type=arguments.path, default=Path("data"), metavar="DIR", help="where downloads go"
+    )
     parser.add_argument(
         "--gpus", nargs="+", metavar="ID",
         help="as for sweep.py; on a machine without, as many runs at a time as there are names",
     )  # fmt: skip
     names = sorted({name for study in STUDIES.values() for name in study.experiments})
     parser.add_argument("--only", nargs="+", choices=names, metavar="NAME", help=f"any of {', '.join(names)}")
-    parser.add_argument("--seeds", type=flags.seed, nargs="+", metavar="SEED", help="in place of the study's own")
+    parser.add_argument("--seeds", type=arguments.seed, nargs="+", metavar="SEED", help="in place of the study's own")
     parser.add_argument("--collect", action="store_true", help="run nothing, only gather what there is")
     args = parser.parse_args(argv)
     if args.collect and args.seeds:

@@ -6,8 +6,8 @@ python -m sparselearning --version
 from collections.abc import Sequence
 
 from sparselearning import __version__
+from sparselearning.process import arguments
 from sparselearning.process.script import run_script
-from sparselearning.training import flags
 
 COMMANDS = (
     "commands: python -m sparselearning.report (tables and pictures of runs), python -m sparselearning.analyze (what "
@@ -18,7 +18,7 @@ COMMANDS = (
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Print the version, or how to go on."""
-    parser = flags.Parser("Sparse training with masks, cheap tickets, and their superposition.", epilog=COMMANDS)
+    parser = arguments.Parser("Sparse training with masks, cheap tickets, and their superposition.", epilog=COMMANDS)
     parser.prog = "python -m sparselearning"
     parser.add_argument("--version", action="version", version=f"sparselearning {__version__}")
     parser.parse_args(argv)

@@ -14,6 +14,7 @@ import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
+from sparselearning.process import arguments
 from sparselearning.process.errors import UsageError
 from sparselearning.process.files import check_output, write_json
 from sparselearning.process.script import run_script
@@ -126,9 +127,9 @@ def main(argv: Sequence[str] | None = None, script: Script | None = None) -> Non
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line. What replaces a flag of the run is there only if it was given."""
-    parser = flags.Parser(__doc__)
+    parser = arguments.Parser(__doc__)
     parser.prog = "python -m sparselearning.analyze"
-    parser.add_argument("run", type=flags.path, metavar="RUN", help="folder of a run made with --keep-tickets")
+    parser.add_argument("run", type=arguments.path, metavar="RUN", help="folder of a run made with --keep-tickets")
     parser.add_argument(
         "--on", choices=["evaluation", "test"], default="evaluation",
         help="evaluation: measure on what the run evaluated on, the images that it held out (--valid_split) or else "
@@ -140,26 +141,28 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )  # fmt: skip
     again = parser.add_argument_group("superposing again", "what is not given is as it was in the run")
     again.add_argument(
-        "--tickets", type=flags.non_negative, nargs="+", metavar="N",
+        "--tickets", type=arguments.non_negative, nargs="+", metavar="N",
         help="superpose these, starting from the first; 0 is the pre-trained network; without it, all",
     )  # fmt: skip
     again.add_argument("--superposing_method", choices=AVERAGING, default=argparse.SUPPRESS, help="the average")
-    again.add_argument("--CIMA_factor", type=flags.rate, default=argparse.SUPPRESS, help="weight of a ticket in CIMA")
     again.add_argument(
-        "--final-density", type=flags.density, default=argparse.SUPPRESS, help="prune every superposition to this"
+        "--CIMA_factor", type=arguments.rate, default=argparse.SUPPRESS, help="weight of a ticket in CIMA"
+    )
+    again.add_argument(
+        "--final-density", type=arguments.density, default=argparse.SUPPRESS, help="prune every superposition to this"
     )
     again.add_argument(
         "--update_bn", action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS,
         help="re-estimate the superpositions' BatchNorm statistics on the training data",
     )  # fmt: skip
-    again.add_argument("--save-network", type=flags.path, metavar="FILE", help="write the last superposition there")
+    again.add_argument("--save-network", type=arguments.path, metavar="FILE", help="write the last superposition there")
     many = parser.add_argument_group("many averages at once")
     many.add_argument(
         "--grid", action="store_true",
         help="also measure, with and without BN, CAA, CIMA with each of --factors and, if images were held out, greedy",
     )  # fmt: skip
     many.add_argument(
-        "--factors", type=flags.rate, nargs="+", metavar="F", default=[0.1, 0.25, 0.5, 0.75, 0.9],
+        "--factors", type=arguments.rate, nargs="+", metavar="F", default=[0.1, 0.25, 0.5, 0.75, 0.9],
         help="CIMA's, for --grid",
     )  # fmt: skip
     lines = parser.add_argument_group("straight lines between networks")
@@ -175,7 +178,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     place = parser.add_argument_group("place", "what is not given is as it was in the run")
     place.add_argument("--data", default=argparse.SUPPRESS, help="the run's data set, if its file has moved")
     place.add_argument(
-        "--data-dir", type=flags.path, default=argparse.SUPPRESS, metavar="DIR", help="where downloads are"
+        "--data-dir", type=arguments.path, default=argparse.SUPPRESS, metavar="DIR", help="where downloads are"
     )
     place.add_argument("--no-cuda", action="store_true", default=argparse.SUPPRESS, help="compute on the CPU")
     return parser.parse_args(argv)
@@ -187,7 +190,7 @@ REPLACED = {"superposing_method", "CIMA_factor", "final_density", "update_bn", "
 
 def two_or_more(text: str) -> int:
     """Parse the number of points of a line."""
-    if (value := flags.positive(text)) < 2:
+    if (value := arguments.positive(text)) < 2:
         raise argparse.ArgumentTypeError("a line has two ends: it is a whole number of at least 2")
     return value
 

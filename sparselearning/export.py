@@ -25,12 +25,12 @@ import torch
 from torch import Tensor, nn
 
 from sparselearning.execution.folding import fold_batchnorms
+from sparselearning.process import arguments
 from sparselearning.process.errors import FaultError, UsageError
 from sparselearning.process.files import check_output, load_torch, write_bytes
 from sparselearning.process.schema import Count, Share
 from sparselearning.process.script import run_script
 from sparselearning.process.tensor_schema import check, mapping, record
-from sparselearning.training import flags
 from sparselearning.training.builders import build_network
 from sparselearning.training.networks import saved_state
 from sparselearning.training.run_folder import RunFolder
@@ -228,15 +228,18 @@ def _check_equal(what: str, found: Tensor, expected: Tensor) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Export one run or one saved network."""
-    parser = flags.Parser("Write a trained network's non-zero weights to a packed file, and the network as ONNX.")
+    parser = arguments.Parser("Write a trained network's non-zero weights to a packed file, and the network as ONNX.")
     parser.prog = "python -m sparselearning.export"
     parser.add_argument(
-        "run", type=flags.path, metavar="RUN", help="a run's folder, for its last superposition, or any .pth file in it"
+        "run",
+        type=arguments.path,
+        metavar="RUN",
+        help="a run's folder, for its last superposition, or any .pth file in it",
     )
-    parser.add_argument("output", type=flags.path, metavar="OUT.safetensors", help="packed file to write")
+    parser.add_argument("output", type=arguments.path, metavar="OUT.safetensors", help="packed file to write")
     parser.add_argument("--fold-bn", action="store_true", help="fold BatchNorms into the convolutions before them")
     parser.add_argument(
-        "--onnx", type=flags.path, metavar="OUT.onnx", help="also write the network, dense, for ONNX runtimes"
+        "--onnx", type=arguments.path, metavar="OUT.onnx", help="also write the network, dense, for ONNX runtimes"
     )
     args = parser.parse_args(argv)
     for path, suffix, mark in ((args.output, ".safetensors", '"format_version"'), (args.onnx, ".onnx", PRODUCER)):

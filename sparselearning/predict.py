@@ -28,11 +28,11 @@ from torch import Tensor, nn
 from sparselearning.execution import check_available, sparse_inference
 from sparselearning.execution.folding import fold_batchnorms
 from sparselearning.export import Packed, read_network, read_packed
+from sparselearning.process import arguments
 from sparselearning.process.errors import FaultError, UsageError
 from sparselearning.process.files import check_output, write_text
 from sparselearning.process.schema import Between, Ordinal, read
 from sparselearning.process.script import run_script
-from sparselearning.training import flags
 from sparselearning.training.builders import build_empty, build_network
 
 HEADER = ("image", "class", "probability")
@@ -49,17 +49,20 @@ def main(argv: Sequence[str] | None = None) -> None:
         UsageError: if the network or the images cannot be used, or a file stands in the output's place.
         FaultError: if a file is damaged or cannot be written.
     """
-    parser = flags.Parser(__doc__)
+    parser = arguments.Parser(__doc__)
     parser.prog = "python -m sparselearning.predict"
     parser.add_argument(
-        "network", type=flags.path, metavar="RUN_OR_FILE", help="a run's folder, a .pth file in it, or a packed file"
+        "network",
+        type=arguments.path,
+        metavar="RUN_OR_FILE",
+        help="a run's folder, a .pth file in it, or a packed file",
     )
     parser.add_argument(
-        "images", type=flags.path, metavar="IMAGES", help="an .npz file with x_test or x, or a folder of images"
+        "images", type=arguments.path, metavar="IMAGES", help="an .npz file with x_test or x, or a folder of images"
     )
-    parser.add_argument("--out", type=flags.path, metavar="FILE.csv", help="CSV file to write, in place of stdout")
-    parser.add_argument("--batch-size", type=flags.positive, default=32, metavar="N", help="images at a time")
-    parser.add_argument("--threads", type=flags.positive, metavar="N", help="threads (by default PyTorch's choice)")
+    parser.add_argument("--out", type=arguments.path, metavar="FILE.csv", help="CSV file to write, in place of stdout")
+    parser.add_argument("--batch-size", type=arguments.positive, default=32, metavar="N", help="images at a time")
+    parser.add_argument("--threads", type=arguments.positive, metavar="N", help="threads (by default PyTorch's choice)")
     parser.add_argument("--time", action="store_true", help="print images/s at batch 1 and at --batch-size to stderr")
     args = parser.parse_args(argv)
     if args.out:

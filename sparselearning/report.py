@@ -9,13 +9,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
+from sparselearning.process.arguments import Parser, path
 from sparselearning.process.errors import UsageError
 from sparselearning.process.files import check_output, write_text
 from sparselearning.process.script import run_script
 from sparselearning.reporting.page import MARK, html_report
 from sparselearning.reporting.runs import find_runs, group_runs, read_run
 from sparselearning.reporting.tables import DRAWN_BY, csv_of_runs, csv_table, latex_table, markdown_report
-from sparselearning.training.flags import Parser, path
 from sparselearning.training.progress import run_table
 
 PICTURES = ("curves", "schedules", "layers", "comparison")

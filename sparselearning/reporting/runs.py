@@ -25,6 +25,15 @@ Row = TypeVar("Row", EpochRow, TicketRow)
 FROM_TRAINED_WEIGHTS = {name for name, init in SPARSE_INITS.items() if init.needs_trained_weights}
 LONGEST_LABEL = 60
 """Characters of a group's label; those that would be longer are numbered."""
+MARKS_OF_EARLIER_SCRIPTS = {
+    flags.NO_EFFECT: [
+        "benchmark_inference", "benchmark_training", "data_dir", "demo", "evaluate", "gather_checkpoints", "iters",
+        "local_rank", "log_interval", "master_port", "mgpu", "print_freq", "prof", "test_batch_size", "workers",
+    ],
+    flags.ABOUT_MASKS: ["density"],
+    flags.ABOUT_TICKETS: ["cycle_rate", "cyclic_epochs", "pretrain_epoch"],
+}  # fmt: skip
+"""Of runs up to version 0.2.0, whose ``config.json`` has none."""
 SET_ASIDE = re.compile(r"\.old-\d+$")
 SEED_FOLDER = re.compile(r"(?<![^/\\])seed\d+(?![^/\\])")
 
@@ -286,10 +295,12 @@ def _effective_flags(run: Run) -> tuple[dict[str, Any], dict[str, Any]]:
 
     Epochs count as trained, however a script's flags divide them up.
     """
-    skipped = flags.WITHOUT_EFFECT_ON_RESULTS | {"seed", "indicate_method", "epochs"}
-    skipped |= set() if run.config.sparse else flags.SPARSE_FLAGS - {"sparse"}
+    marks = run.config.marks or MARKS_OF_EARLIER_SCRIPTS
+    skipped = flags.names_with(flags.NO_EFFECT, marks) | {"seed", "epochs"}
+    skipped |= set() if run.config.sparse else flags.names_with(flags.ABOUT_MASKS, marks) - {"sparse"}
+    about_tickets = flags.names_with(flags.ABOUT_TICKETS, marks)
     effective = {name: value for name, value in run.flags.items() if name not in skipped}
-    tickets = {name: value for name, value in effective.items() if name in flags.TICKET_FLAGS}
+    tickets = {name: value for name, value in effective.items() if name in about_tickets}
     recipe = {name: value for name, value in effective.items() if name not in tickets}
     recipe["epochs"] = run.metrics[-1].epoch + 1
     ticket_flags = {} if run.is_plain else tickets

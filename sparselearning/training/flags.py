@@ -1,18 +1,27 @@
 """The command-line flags that both scripts share, their checks, and what they mean to the library."""
 
 import argparse
-import os
-import re
 import shlex
-import shutil
 import sys
-import textwrap
 from collections.abc import Callable, Mapping, Sequence
-from difflib import get_close_matches
+from functools import cache
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from sparselearning import execution
+from sparselearning.process.arguments import (
+    Group,
+    Parser,
+    between_zero_and_one,
+    density,
+    marked,
+    non_negative,
+    non_negative_float,
+    path,
+    positive,
+    rate,
+    seed,
+)
 from sparselearning.process.errors import FaultError, UsageError
 from sparselearning.process.files import read_json
 from sparselearning.process.schema import FlagValue, read, shown
@@ -28,19 +37,14 @@ from sparselearning.training.run_folder import RunFolder
 from sparselearning.training.runtime import AMP, Runtime
 from sparselearning.training.trackers import TensorBoard, Tracker, WeightsAndBiases
 
-# Flags that change where a run's files lie, what it shows, or how much it evaluates at a time, not what it computes
-# (but for rounding): a resumed run may differ in them. What `resume` names counts where it is a start.
-WITHOUT_EFFECT_ON_RESULTS = {
-    "benchmark_inference", "benchmark_training", "config", "data_dir", "demo", "dry_run", "evaluate",
-    "gather_checkpoints", "indicate_method", "iters", "keep_tickets", "local_rank", "log_interval", "master_port",
-    "mgpu", "print_freq", "prof", "resume", "save", "show_layers", "tensorboard", "test_batch_size", "wandb",
-    "workers",
-}  # fmt: skip
+MARKS = NO_EFFECT, OF_ONE_CALL, ABOUT_MASKS, ABOUT_TICKETS = "no effect", "of one call", "about masks", "about tickets"
+"""Marks of flags.
 
-
-OF_ONE_CALL = {"config", "iters", "local_rank", "resume", "save"}
-"""Flags that ``--config`` does not take over: where a run's files were, what it went on from, how it was started."""
-
+``NO_EFFECT``: changes where a run's files lie, what it shows, or how much it evaluates at a time, not what it computes
+(but for rounding), so that a resumed run may differ in it. What ``--resume`` names counts where it is a start.
+``OF_ONE_CALL``: ``--config`` does not take it over: where files were, what a run went on from, how it was started.
+``ABOUT_MASKS``, ``ABOUT_TICKETS``: without effect on dense training, and on plain training.
+"""
 
 LOOK = "look before you train"
 DATA = "data and network"
@@ -74,134 +78,6 @@ EXAMPLES = {
     ),
 }
 """Groups of flags by what a person wants, in the order of ``--help``: what the example does, and its flags."""
-WIDEST = 100
-"""Columns that ``--help`` takes of a wider terminal."""
-WIDEST_CHOICES = 60
-
-
-class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Fits terminals: long lists of choices stand in the text, and commands break where a shell lets them."""
-
-    def __init__(self, prog: str) -> None:
-        super().__init__(prog, width=min(shutil.get_terminal_size().columns, WIDEST) - 2)
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        shows_default = action.default is not None and action.default is not False
-        text = super()._get_help_string(action) if shows_default else action.help
-        return f"one of {', '.join(action.choices or ())}: {text}" if _has_long_choices(action) else text
-
-    def _metavar_formatter(self, action: argparse.Action, default_metavar: str) -> Callable[[int], tuple[str, ...]]:
-        if _has_long_choices(action):
-            return lambda size: (default_metavar,) * size
-        return super()._metavar_formatter(action, default_metavar)
-
-    def _split_lines(self, text: str, width: int) -> list[str]:
-        return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)  # flags have hyphens
-
-    def _fill_text(self, text: str, width: int, indent: str) -> str:
-        prose, _, command = text.partition("\n")
-        filled = super()._fill_text(prose, width, indent)
-        if not command:
-            return filled
-        together = re.sub(r" (?!-)", "\N{NO-BREAK SPACE}", command)  # a flag and its value
-        room = width - len(indent) - len("   \\")
-        lines = textwrap.wrap(together, room, break_long_words=False, break_on_hyphens=False)
-        return f"{filled}\n{indent}" + f" \\\n{indent}  ".join(lines).replace("\N{NO-BREAK SPACE}", " ")
-
-
-def _has_long_choices(action: argparse.Action) -> bool:
-    return sum(len(choice) + 1 for choice in action.choices or ()) > WIDEST_CHOICES
-
-
-class Parser(argparse.ArgumentParser):
-    """Shows defaults in ``--help``, takes no abbreviations, and says what is wrong in one sentence.
-
-    Args:
-        doc: whose first line says what the script does; None where Python drops docstrings.
-        epilog: what ``--help`` ends with.
-        start: what the command lines of :data:`EXAMPLES` begin with, for scripts that train; None: of other scripts.
-    """
-
-    def __init__(self, doc: str | None, epilog: str | None = None, start: str | None = None) -> None:
-        super().__init__(
-            usage=None if start is None else "python %(prog)s [flags]",
-            description=doc.splitlines()[0] if doc else None,
-            epilog=epilog,
-            formatter_class=_Formatter,
-            allow_abbrev=False,
-        )
-        if start is not None:
-            for title, (does, example) in EXAMPLES.items():
-                self.add_argument_group(title, f"{does}:\npython %(prog)s {start} {example}")
-
-    def given(self, argv: Sequence[str] | None = None) -> dict[str, str]:
-        """The flags that a command line itself gives, whatever their values: name in the parsed arguments → flag."""
-        unset = object()
-        names = vars(self.parse_args(argv, argparse.Namespace(**{action.dest: unset for action in self._actions})))
-        return {
-            action.dest: action.option_strings[-1]
-            for action in self._actions
-            if action.option_strings and names[action.dest] is not unset
-        }
-
-    def error(self, message: str) -> NoReturn:
-        """Leave with one sentence and status 2; of a flag that there is none of, name the nearest."""
-        unknown = re.search(r"^unrecognized arguments: .*?(--?[a-zA-Z][^\s=]*)", message)
-        if unknown and (near := get_close_matches(unknown[1], self._option_string_actions, n=1)):
-            message += f"; did you mean {near[0]}?"
-        self.exit(2, f"{self.prog}: error: {message} (--help lists all flags)\n")
-
-
-def density(text: str) -> float:
-    """Parse a share of weights, in (0, 1]."""
-    return _number(text, float, lambda value: 0 < value <= 1, "a density lies in (0, 1]")
-
-
-def rate(text: str) -> float:
-    """Parse a share, in [0, 1]."""
-    return _number(text, float, lambda value: 0 <= value <= 1, "it lies in [0, 1]")
-
-
-def below_one(text: str) -> float:
-    """Parse a share, in [0, 1)."""
-    return _number(text, float, lambda value: 0 <= value < 1, "it lies in [0, 1)")
-
-
-def between_zero_and_one(text: str) -> float:
-    """Parse a number in (0, 1)."""
-    return _number(text, float, lambda value: 0 < value < 1, "it lies in (0, 1)")
-
-
-def non_negative_float(text: str) -> float:
-    """Parse a finite number, at least 0."""
-    return _number(text, float, lambda value: 0 <= value < float("inf"), "it is a number of at least 0")
-
-
-def positive_float(text: str) -> float:
-    """Parse a finite number above 0."""
-    return _number(text, float, lambda value: 0 < value < float("inf"), "it is a number above 0")
-
-
-def non_negative(text: str) -> int:
-    """Parse a whole number, at least 0."""
-    return _number(text, int, lambda value: value >= 0, "it is a whole number of at least 0")
-
-
-def seed(text: str) -> int:
-    """Parse a seed that every random generator takes, in [0, 2⁶³)."""
-    return _number(text, int, lambda value: 0 <= value < 2**63, "a seed is a whole number in [0, 2^63)")
-
-
-def positive(text: str) -> int:
-    """Parse a whole number, at least 1."""
-    return _number(text, int, lambda value: value >= 1, "it is a whole number of at least 1")
-
-
-def path(text: str) -> Path:
-    """Parse a path, in which a leading ``~`` is the user's home."""
-    if not text:
-        raise argparse.ArgumentTypeError("it is a path, not an empty text")
-    return Path(os.path.expanduser(text))  # as a text: Path takes ./~ for ~
 
 
 def layer_density(text: str) -> str:
@@ -213,42 +89,39 @@ def layer_density(text: str) -> str:
     return text
 
 
-def _number(text: str, kind: Callable[[str], Any], valid: Callable[[Any], bool], rule: str) -> Any:
-    try:
-        value = kind(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{rule}, not {text!r}") from None
-    if not valid(value):
-        raise argparse.ArgumentTypeError(f"{rule}, not {text}")
-    return value
+class RunParser(Parser):
+    """Parser of a script that trains: its flags stand in the groups of :data:`EXAMPLES`.
 
+    Args:
+        doc: as of :class:`Parser`.
+        start: what the command lines of the examples begin with.
+    """
 
-def group_of(parser: argparse.ArgumentParser, title: str) -> argparse._ArgumentGroup:
-    """The group of a parser's flags with this title; made if it is not there."""
-    return next((group for group in parser._action_groups if group.title == title), None) or parser.add_argument_group(
-        title
-    )
+    def __init__(self, doc: str | None, start: str) -> None:
+        super().__init__(doc, usage="python %(prog)s [flags]")
+        for title, (does, example) in EXAMPLES.items():
+            self.add_argument_group(title, f"{does}:\npython %(prog)s {start} {example}")
 
 
 def add_run_flags(parser: argparse.ArgumentParser) -> None:
     """Flags about the run as a whole: seed, files, device, number formats."""
-    group = group_of(parser, LOOK)
-    instead = group.add_mutually_exclusive_group()
-    instead.add_argument(
+    group = Group(parser, LOOK, NO_EFFECT).either()
+    group.add_argument(
         "--dry-run", action="store_true",
         help="check data, flags, --resume and folder, print the plan (epochs, updates, density, FLOPs, time by "
         "three steps), and stop; nothing is written",
     )  # fmt: skip
-    instead.add_argument(
+    group.add_argument(
         "--show-layers", action="store_true",
         help="print every layer's shape, density now and at the end, and FLOPs, and stop",
     )  # fmt: skip
+    group = Group(parser, LOOK, NO_EFFECT, OF_ONE_CALL)
     group.add_argument(
         "--config", type=path, metavar="FILE",
         help="take the flags of an earlier run from its config.json, but for --save and --resume; those on the command "
         "line count more",
     )  # fmt: skip
-    group = group_of(parser, TRAINING)
+    group = Group(parser, TRAINING)
     group.add_argument(
         "--multiplier",
         type=positive,
@@ -256,22 +129,24 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
         help="stretch all counts of epochs, milestones and warm-up among them, this many times, but for --cycle",
     )
     group.add_argument("--seed", type=seed, default=17, help="of weights, masks, data order and augmentation")
-    group = group_of(parser, TICKETS)
+    group = Group(parser, TICKETS)
     group.add_argument(
         "--ema", type=between_zero_and_one, metavar="DECAY",
         help="a baseline beside superposing: also measure, at the end, the exponential moving average of every step's "
         "weights, pruned to the budget and with BatchNorm re-estimated",
     )  # fmt: skip
-    group = group_of(parser, FILES)
+    group = Group(parser, FILES, NO_EFFECT)
     group.add_argument(
         "--indicate_method", default="Results", metavar="NAME", help="name of the run: in its path and in reports"
     )
+    group = Group(parser, FILES, NO_EFFECT, OF_ONE_CALL)
     group.add_argument("--save", type=path, metavar="DIR", help="where the run's files go, in place of saved_models/…")
     group.add_argument(
         "--resume", type=path, metavar="PATH",
         help="go on from a checkpoint.pth or a run's folder; for --cyclic_train alone and for --sparse-init resume "
         "and prune_*, any saved .pth to start from",
     )  # fmt: skip
+    group = Group(parser, FILES, NO_EFFECT)
     group.add_argument("--keep-tickets", action="store_true", help="save every ticket, in tickets/ of the run's folder")
     group.add_argument("--tensorboard", type=path, metavar="DIR", help="write TensorBoard scalars there as well")
     group.add_argument(
@@ -279,7 +154,7 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
         help="send curves, tickets, flags and summary to this project of Weights & Biases as well; with "
         "WANDB_MODE=offline in the environment they stay in a file",
     )  # fmt: skip
-    group = group_of(parser, SPEED)
+    group = Group(parser, SPEED)
     group.add_argument("--no-cuda", action="store_true", help="train on the CPU even if there is a GPU")
     group.add_argument(
         "--amp", choices=["auto", *AMP],
@@ -312,7 +187,7 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
 def add_sparse_flags(parser: argparse.ArgumentParser) -> None:
     """Flags of sparse training: masks, topology updates, densities."""
     methods = "; ".join(f"{name}: {method.about}" for name, method in METHODS.items())
-    group = group_of(parser, MASKS)
+    group = Group(parser, MASKS, ABOUT_MASKS)
     group.add_argument("--sparse", action="store_true", help="train with masks; without it training is dense")
     group.add_argument(
         "--sparse-init", choices=SPARSE_INITS, default="ERK",
@@ -335,7 +210,7 @@ def add_sparse_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--pruning-rate", type=rate, default=0.5, help="share of the trained weights that --sparse-init prune_* drops"
     )
-    group = group_of(parser, UPDATES)
+    group = Group(parser, UPDATES, ABOUT_MASKS)
     group.add_argument(
         "--method", choices=METHODS, default="GraNet", help=f"what happens at a topology update. {methods}"
     )
@@ -371,7 +246,7 @@ def add_sparse_flags(parser: argparse.ArgumentParser) -> None:
 
 def add_ticket_flags(parser: argparse.ArgumentParser) -> None:
     """Flags of cheap tickets and their superposition."""
-    group = group_of(parser, TICKETS)
+    group = Group(parser, TICKETS, ABOUT_TICKETS)
     group.add_argument("--pre_train", action="store_true", help="do the pre-training part of the run")
     group.add_argument("--cyclic_train", action="store_true", help="do the cycles, each of which ends in a ticket")
     group.add_argument("--cycle", type=positive, default=8, metavar="EPOCHS", help="length of a cycle")
@@ -386,12 +261,14 @@ def add_ticket_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--re_explore", action="store_true", help="start each cycle with one large prune-and-grow (--large-death-rate)"
     )
+    group = Group(parser, TICKETS, ABOUT_TICKETS, ABOUT_MASKS)
     group.add_argument(
         "--large-death-rate",
         type=rate,
         default=0.8,
         help="share of every layer's active weights that --re_explore moves",
     )
+    group = Group(parser, TICKETS, ABOUT_TICKETS)
     group.add_argument("--no_maskupdates", action="store_true", help="stop the periodic topology updates in the cycles")
     group.add_argument(
         "--superposing_method", choices=AVERAGING, default="CIMA",
@@ -405,15 +282,23 @@ def add_ticket_flags(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
-def _names(add_flags: Callable[[argparse.ArgumentParser], None]) -> set[str]:
-    parser = argparse.ArgumentParser()
-    add_flags(parser)
-    return set(vars(parser.parse_args([])))
+@cache
+def _shared() -> Parser:
+    """The flags that all scripts share."""
+    parser = Parser(None)
+    for add_flags in (add_run_flags, add_sparse_flags, add_ticket_flags):
+        add_flags(parser)
+    return parser
 
 
-SPARSE_FLAGS = _names(add_sparse_flags)
-TICKET_FLAGS = _names(add_ticket_flags) | {"cycle_rate", "cyclic_epochs", "pretrain_epoch"}
-"""Flags that have no effect on dense training, and on plain training; the last three are the scripts' own."""
+def own_marks(parser: argparse.ArgumentParser) -> dict[str, list[str]]:
+    """Mark to names of the flags that a script itself declares, for ``config.json``: reports do not see its parser."""
+    return {mark: sorted(marked(parser, mark) - marked(_shared(), mark)) for mark in MARKS}
+
+
+def names_with(mark: str, own: Mapping[str, Sequence[str]]) -> set[str]:
+    """Names of a run's flags that have a mark, its script's :func:`own_marks` among them."""
+    return marked(_shared(), mark).union(own.get(mark, ()))
 
 
 def check(args: argparse.Namespace, momentum_is_zero: bool, has_weights: bool) -> list[str]:
@@ -506,12 +391,12 @@ def check(args: argparse.Namespace, momentum_is_zero: bool, has_weights: bool) -
     return warnings
 
 
-def without_masks_note(args: argparse.Namespace, given: Mapping[str, str]) -> list[str]:
-    """Tell the user which of the flags that they gave (:meth:`Parser.given`) say nothing to dense training."""
+def without_masks_note(args: argparse.Namespace, parser: Parser, argv: Sequence[str] | None) -> list[str]:
+    """Tell the user which of the flags that they gave say nothing to dense training."""
     if args.sparse:
         return []
-    about_masks = SPARSE_FLAGS | {"density", "large_death_rate"}
-    if without_effect := [flag for name, flag in given.items() if name in about_masks]:
+    about_masks = marked(parser, ABOUT_MASKS)
+    if without_effect := [flag for name, flag in parser.given(argv).items() if name in about_masks]:
         return [f"training is dense: without --sparse there is no effect of {', '.join(without_effect)}"]
     return []
 
@@ -679,7 +564,8 @@ def take_over(parser: Parser, argv: Sequence[str]) -> None:
     known = {action.dest for action in parser._actions}
     if unknown := [name for name in kept if name not in known]:
         raise UsageError(f"--config {source}: this script has no flags {', '.join(map(shown, unknown))}")
-    taken = {name: value for name, value in kept.items() if name not in OF_ONE_CALL}
+    own = marked(parser, OF_ONE_CALL)
+    taken = {name: value for name, value in kept.items() if name not in own}
     parser.set_defaults(**restored(parser, taken, str(source)))
 
 
@@ -732,9 +618,10 @@ def values(args: argparse.Namespace) -> dict[str, Any]:
     return {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
 
 
-def identity(values: Mapping[str, Any]) -> dict[str, Any]:
+def identity(values: Mapping[str, Any], parser: argparse.ArgumentParser) -> dict[str, Any]:
     """The flags that a resumed run must share."""
-    return {name: value for name, value in values.items() if name not in WITHOUT_EFFECT_ON_RESULTS}
+    without_effect = marked(parser, NO_EFFECT)
+    return {name: value for name, value in values.items() if name not in without_effect}
 
 
 def command(argv: Sequence[str] | None) -> str:

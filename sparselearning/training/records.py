@@ -185,9 +185,15 @@ class Environment(Record):
 
 @dataclass(frozen=True, kw_only=True)
 class History(Environment):
-    """What ``config.json`` says beside the flags: where the run started, and where else it went on (``resumed``)."""
+    """What ``config.json`` says beside the flags.
+
+    Attributes:
+        resumed: where else the run went on.
+        marks: what its script says of the flags that it declares itself, see ``flags.own_marks``.
+    """
 
     resumed: list[Environment] = field(default_factory=list)
+    marks: dict[str, list[str]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)

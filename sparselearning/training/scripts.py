@@ -8,10 +8,10 @@ from typing import Any, Protocol, cast
 
 import torch
 
+from sparselearning.process.arguments import Parser
 from sparselearning.process.errors import UsageError
 from sparselearning.training.builders import find_module, import_as
 from sparselearning.training.experiment import Recipe
-from sparselearning.training.flags import Parser
 from sparselearning.training.runtime import Runtime
 
 NAME = "main_suptickets"

@@ -15,6 +15,7 @@ from sparselearning.reporting.tables import (
     latex_table,
     markdown_report,
 )
+from sparselearning.training import flags
 
 
 def test_labels_name_the_method_and_only_what_tells_groups_apart(tmp_path):
@@ -73,6 +74,19 @@ def test_flags_that_took_no_effect_part_no_runs(tmp_path):
     ]
     groups, _ = groups_of(*folders)
     assert [(group.label, group.seeds) for group in groups] == [("GraNet", [1, 2]), ("dense", [1, 2])]
+
+
+def test_what_a_script_says_of_its_own_flags_counts(tmp_path):
+    marks = {flags.NO_EFFECT: ["hue"], flags.ABOUT_MASKS: ["grain"], flags.ABOUT_TICKETS: ["pause"]}
+    values = [{"hue": 1, "grain": 1, "pause": 1}, {"hue": 2, "grain": 2, "pause": 2}]
+    folders = [
+        write_run(tmp_path / str(seed), tickets=0, seed=seed, sparse=False, marks=marks, **own)
+        for seed, own in enumerate(values)
+    ]
+    assert [group.seeds for group in groups_of(*folders)[0]] == [[0, 1]]
+    for seed, own in enumerate(values, start=2):
+        folders.append(write_run(tmp_path / str(seed), tickets=0, seed=seed, sparse=False, **own))
+    assert [group.seeds for group in groups_of(*folders)[0]] == [[0, 1], [2], [3]]
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from cifar_models import model_names
 
 from helpers.cifar import RUN, parse, run_cifar
 from helpers.commands import one_sentence
+from sparselearning.process.arguments import marked
 from sparselearning.sparse.schedules import DECAYS
 from sparselearning.sparse.sparse_init import SPARSE_INITS
 from sparselearning.sparse.superpose import AVERAGING
@@ -265,12 +266,49 @@ def test_values_of_the_flags_are_complete_and_plain():
 
 def test_a_resumed_run_may_move_but_not_change():
     def identity(call):
-        return flags.identity(flags.values(parse(RUN + call)))
+        return flags.identity(flags.values(parse(RUN + call)), main_suptickets.make_parser())
 
     first = identity("--save a --log-interval 5 --keep-tickets")
     assert first == identity("--save b --resume a --data-dir x --test-batch-size 7")
     for change in ("--seed 18", "--lr 0.2", "--model ResNet18", "--final-density 0.1", "--cyc_lr", "--amp bf16"):
         assert first != identity(change), change
+
+
+OWN_MARKS = {
+    main_suptickets: {
+        flags.NO_EFFECT: ["data_dir", "demo", "iters", "log_interval", "mgpu", "test_batch_size", "workers"],
+        flags.OF_ONE_CALL: ["iters"],
+        flags.ABOUT_MASKS: [],
+        flags.ABOUT_TICKETS: ["cycle_rate"],
+    },
+    imagenet_main: {
+        flags.NO_EFFECT: [
+            "benchmark_inference", "benchmark_training", "evaluate", "gather_checkpoints", "local_rank", "master_port",
+            "print_freq", "prof", "workers",
+        ],
+        flags.OF_ONE_CALL: ["local_rank"],
+        flags.ABOUT_MASKS: ["density"],
+        flags.ABOUT_TICKETS: ["cyclic_epochs", "pretrain_epoch"],
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("script", OWN_MARKS, ids=lambda script: script.__name__)
+def test_marks_by_hand(script):
+    parser = script.make_parser()
+    own = flags.own_marks(parser)
+    assert own == OWN_MARKS[script]
+    for mark in flags.MARKS:
+        assert flags.names_with(mark, own) == marked(parser, mark) | flags.names_with(mark, {})
+    assert flags.names_with(flags.NO_EFFECT, {}) == {
+        "config", "dry_run", "indicate_method", "keep_tickets", "resume", "save", "show_layers", "tensorboard", "wandb",
+    }  # fmt: skip
+    assert flags.names_with(flags.OF_ONE_CALL, {}) == {"config", "resume", "save"}
+    about_masks, about_tickets = (flags.names_with(mark, {}) for mark in (flags.ABOUT_MASKS, flags.ABOUT_TICKETS))
+    assert {"sparse", "growth", "final_density", "rm_first", "fix"} < about_masks
+    assert {"pre_train", "cycle", "update_bn", "superposing_method"} < about_tickets
+    assert about_masks & about_tickets == {"large_death_rate"}
+    assert not {"ema", "seed", "lr", "multiplier", "amp"} & (about_masks | about_tickets)
 
 
 def test_every_flag_is_looked_at(tiny_defaults, monkeypatch):
