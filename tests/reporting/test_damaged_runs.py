@@ -15,12 +15,7 @@ from sparselearning.process.errors import FaultError, UsageError
 from sparselearning.process.files import write_json
 from sparselearning.report import main
 from sparselearning.reporting.runs import group_runs, masked_weights, read_run
-from sparselearning.reporting.tables import (
-    csv_of_runs,
-    csv_table,
-    latex_table,
-    markdown_report,
-)
+from sparselearning.reporting.tables import csv_of_runs, csv_table, latex_table, markdown_report
 from sparselearning.training import experiment, flags
 from sparselearning.training.progress import run_table
 from sparselearning.training.run_folder import RunFolder

@@ -10,11 +10,7 @@ import pytest
 from helpers.written_runs import FLAGS, groups_of, write_run
 from sparselearning.process.errors import FaultError
 from sparselearning.reporting.runs import LONGEST_LABEL, find_runs, legend, read_run
-from sparselearning.reporting.tables import (
-    csv_table,
-    latex_table,
-    markdown_report,
-)
+from sparselearning.reporting.tables import csv_table, latex_table, markdown_report
 from sparselearning.training import flags
 
 

@@ -8,8 +8,7 @@ import pytest
 from PIL import Image
 
 from helpers.cifar import MODEL, SPARSE, WHOLE_METHOD, run_cifar, stop_in, write_npz
-from helpers.imagenet import CLASSES, SCRIPTS, TRAIN_IMAGES, VAL_IMAGES
-from helpers.images import write_images
+from helpers.imagenet import NUM_CLASSES, SCRIPTS, TRAIN_IMAGES, VAL_IMAGES, write_images
 
 
 @pytest.fixture(scope="session")
@@ -76,10 +75,10 @@ def home(tmp_path_factory):
     home = tmp_path_factory.mktemp("home")
     numbers = np.random.default_rng(0)
     for split, count in (("train", TRAIN_IMAGES), ("val", VAL_IMAGES)):
-        for label in range(CLASSES):
+        for label in range(NUM_CLASSES):
             folder = home / "imagenet2012" / split / f"n{label}"
             folder.mkdir(parents=True)
-            for number in range(count // CLASSES):
+            for number in range(count // NUM_CLASSES):
                 pixels = numbers.integers(0, 120, (36, 48, 3), dtype=np.uint8) + np.uint8(30 * label)
                 Image.fromarray(pixels).save(folder / f"{number}.JPEG")
     scripts = home / "clone" / "ImageNet"

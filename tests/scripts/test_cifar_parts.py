@@ -6,17 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from helpers.cifar import (
-    BOTH,
-    RUN_FILES,
-    SPARSE,
-    TOTAL,
-    WHOLE_METHOD,
-    maskable,
-    non_zeros,
-    outcome,
-    previous,
-)
+from helpers.cifar import BOTH, RUN_FILES, SPARSE, TOTAL, WHOLE_METHOD, maskable, non_zeros, outcome, previous
 from helpers.commands import one_sentence
 from helpers.comparing import lines, plain, tree, without_times
 from helpers.tensors import active

@@ -11,12 +11,9 @@ import sys
 
 import pytest
 import torch
-from imagenet_data import (
-    FolderLoader,
-    ImageFiles,
-)
+from imagenet_data import FolderLoader, ImageFiles
 
-from helpers.images import SIZE, assert_same, load
+from helpers.imagenet import SIZE, assert_same, load
 from helpers.processes import marked_processes, on_linux, wait_until
 from sparselearning.process.errors import FaultError
 
@@ -65,7 +62,7 @@ def test_workers_are_not_forked_from_a_process_that_may_have_threads(image_folde
 
 PASS = """
 import signal, sys
-from helpers.images import load
+from helpers.imagenet import load
 received = []
 for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
     signal.signal(number, lambda number, _: received.append(number))

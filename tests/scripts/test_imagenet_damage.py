@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from helpers.images import CLASSES, collect, load
+from helpers.imagenet import CLASSES, collect, load
 from sparselearning.process.errors import FaultError, UsageError
 
 # --- damaged images

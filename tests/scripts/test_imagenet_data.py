@@ -8,20 +8,13 @@ import imagenet_data
 import numpy as np
 import pytest
 import torch
-from imagenet_data import (
-    ImageFiles,
-    evaluation_view,
-    load_imagenet,
-    load_rgb,
-    rank_share,
-    training_view,
-)
+from imagenet_data import ImageFiles, evaluation_view, load_imagenet, load_rgb, rank_share, training_view
 from PIL import Image
 from torch.utils.data import DistributedSampler
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
-from helpers.images import CLASSES, SIZE, assert_same, collect, flat, load, write_images, write_same
+from helpers.imagenet import CLASSES, SIZE, assert_same, collect, flat, load, write_images, write_same
 from sparselearning.process.errors import UsageError
 
 # --- what a batch looks like

@@ -14,7 +14,7 @@ from torchvision.models._api import BUILTIN_MODELS
 
 from helpers.commands import exit_code
 from helpers.comparing import assert_identical, lines, results
-from helpers.imagenet import CLASSES, SCRIPTS, TRAIN_IMAGES
+from helpers.imagenet import NUM_CLASSES, SCRIPTS, TRAIN_IMAGES
 from helpers.tensors import active
 from sparselearning import export
 from sparselearning.process.files import load_torch
@@ -72,7 +72,7 @@ def test_other_networks_of_torchvision(narrow_vit, home, tmp_path, capsys, arch)
     assert 0 < summary["inference_flops_of_dense"] < summary["training_flops_of_dense"] < 1
 
     recipe = whole.read_config()["network"]
-    assert recipe["arguments"] == {"arch": arch, "num_classes": CLASSES, "image_size": 32}
+    assert recipe["arguments"] == {"arch": arch, "num_classes": NUM_CLASSES, "image_size": 32}
     export.main([str(whole.path), str(tmp_path / "packed.safetensors"), "--fold-bn"])
     packed, metadata = export.load_sparse(tmp_path / "packed.safetensors")
     folded = export.fold_batchnorms(export.build_network(recipe, superposition["state_dict"], whole.previous))
@@ -87,7 +87,7 @@ def test_sizes_of_images(home, tmp_path):
     assert config["network"]["input_shape"] == [3, 48, 48]
     assert config["network"]["arguments"]["image_size"] == 32
     with torch.device("meta"):
-        flops = layer_flops(build_model("resnet18", CLASSES), (3, 32, 32))
+        flops = layer_flops(build_model("resnet18", NUM_CLASSES), (3, 32, 32))
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["inference_flops"] == sum(flops.values())
 
 
