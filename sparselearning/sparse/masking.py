@@ -20,7 +20,7 @@ from sparselearning.process.tensor_schema import Check, all_of, conform, inside,
 from sparselearning.sparse.distributions import active_count, nonzero_counts
 from sparselearning.sparse.layers import EMBEDDINGS, fixed_densities, maskable_parameters
 from sparselearning.sparse.optimizer_state import KEEPS_ZEROS, DenseMomentum, has_momentum, per_weight_state, take_step
-from sparselearning.sparse.schedules import DECAYS, UpdateSchedule, gradual_density
+from sparselearning.sparse.schedules import DECAYS, UpdateSchedule, check_densities, check_window, gradual_density
 from sparselearning.sparse.sparse_init import SPARSE_INITS, InitSettings
 from sparselearning.sparse.topology import (
     GROWTH,
@@ -125,16 +125,10 @@ class Masking:
         if reads_momentum and not has_momentum(optimizer):
             raise UsageError("the chosen modes read momentum, and this optimizer has none above 0")
         if METHODS[method].shrink:
-            if final_density > init_density:
-                raise UsageError(
-                    f"{method} prunes from init_density to final_density, and {final_density} is above {init_density}"
-                )
+            check_densities(method, init_density, final_density)
             if prune_end_step is None:
                 raise UsageError(f"{method} needs prune_end_step, the step at which final_density is reached")
-            if prune_end_step < prune_start_step:
-                raise UsageError(
-                    f"pruning cannot end at step {prune_end_step}, before it starts at step {prune_start_step}"
-                )
+            check_window(prune_start_step, prune_end_step)
         self.optimizer = optimizer
         self.method = method
         self.prune = prune

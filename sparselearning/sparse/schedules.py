@@ -7,6 +7,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from sparselearning.process.errors import UsageError
+
 MIN_COSINE_PRUNE_RATE = 0.005
 
 
@@ -60,6 +62,28 @@ def gradual_density(step: int, start: int, end: int, initial: float, final: floa
         return initial
     remaining = 1.0 - (step - start) / (end - start)
     return final + (initial - final) * remaining**3
+
+
+def check_window(start: int, end: int, unit: str = "step") -> None:
+    """Refuse gradual pruning that ends before it starts; ``unit`` is what messages count in.
+
+    Raises:
+        UsageError: if it does.
+    """
+    if end < start:
+        raise UsageError(f"pruning cannot end at {unit} {end}, before it starts at {unit} {start}")
+
+
+def check_densities(
+    method: str, initial: float, final: float, names: tuple[str, str] = ("init_density", "final_density")
+) -> None:
+    """Refuse gradual pruning to a higher density; ``names`` are what messages call the two.
+
+    Raises:
+        UsageError: if ``final`` is above ``initial``.
+    """
+    if final > initial:
+        raise UsageError(f"{method} prunes from {names[0]} {initial} to {names[1]} {final}, which is above it")
 
 
 def cyclic_lr(t: float, lr_1: float, lr_2: float) -> float:

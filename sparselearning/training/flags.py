@@ -25,7 +25,7 @@ from sparselearning.process.arguments import (
 from sparselearning.process.errors import FaultError, UsageError
 from sparselearning.process.files import read_json
 from sparselearning.process.schema import FlagValue, read, shown
-from sparselearning.sparse.schedules import DECAYS
+from sparselearning.sparse.schedules import DECAYS, check_densities, check_window
 from sparselearning.sparse.sparse_init import SPARSE_INITS
 from sparselearning.sparse.superpose import AVERAGING, chooses
 from sparselearning.sparse.topology import GROWTH, METHODS, PRUNE, REDISTRIBUTION, chosen_modes
@@ -356,16 +356,9 @@ def check(args: argparse.Namespace, momentum_is_zero: bool, has_weights: bool) -
     modes = chosen_modes(args.prune, args.growth, args.redistribution)
     if momentum_is_zero and any(mode.reads_momentum for mode in modes):
         raise UsageError("--growth and --redistribution by momentum need a --momentum above 0")
-    if args.final_prune_epoch < args.init_prune_epoch:
-        raise UsageError(
-            f"pruning cannot end at epoch {args.final_prune_epoch}, before it starts at epoch {args.init_prune_epoch}"
-        )
+    check_window(args.init_prune_epoch, args.final_prune_epoch, unit="epoch")
     if METHODS[args.method].shrink:
-        if args.final_density > args.init_density:
-            raise UsageError(
-                f"{args.method} prunes from --init-density {args.init_density} to --final-density "
-                f"{args.final_density}, which is above it"
-            )
+        check_densities(args.method, args.init_density, args.final_density, ("--init-density", "--final-density"))
         if args.init_density == args.final_density and METHODS[args.method].grows:
             warnings.append(
                 f"{args.method} has nothing to prune at --init-density = --final-density = {args.final_density}: "
