@@ -260,13 +260,21 @@ class Trainer:
         with self.passes.borrowing(self.superposition.so_far):
             return self.evaluate(source)
 
-    def _evaluate_average(self, average: MovingAverage) -> tuple[float, float | None]:
-        """Accuracy of the moving average, pruned to the budget, its BatchNorm re-estimated; that on the test set."""
-        pruned, _ = self.superposition.prune(average.state())
+    def _finish_average(self, average: MovingAverage) -> tuple[float, float | None]:
+        """Prune the moving average to the budget, re-estimate its BatchNorm, and write it.
+
+        Returns:
+            Its accuracy, and that on the test set.
+        """
+        pruned, masks = self.superposition.prune(average.state())
         with begun_anew(self.device), self.passes.borrowing(pruned):
             self.passes.re_estimate_bn(self.stops.batches(self.sources.train_once))
+            finished = self.passes.state()
             _, accuracy = self.evaluate()
-            return accuracy, None if self.sources.test is None else self.evaluate(self.sources.test)[1]
+            test_accuracy = None if self.sources.test is None else self.evaluate(self.sources.test)[1]
+        if distributed.is_main():
+            SavedNetwork(finished, masks, self.at.epoch).write(self.folder.ema)
+        return accuracy, test_accuracy
 
     def _summary(self) -> Summary:
         """Of the run, which is at its end; the test set is touched here, and nowhere else."""
@@ -274,7 +282,7 @@ class Trainer:
         if self.sources.test is not None:
             _, test_acc = self.evaluate_superposition(self.sources.test)
         if self.average is not None:
-            ema_acc, ema_test_acc = self._evaluate_average(self.average)
+            ema_acc, ema_test_acc = self._finish_average(self.average)
         summary = self.record.summary(self.superposition.so_far)
         return replace(summary, test_acc=test_acc, ema_acc=ema_acc, ema_test_acc=ema_test_acc)
 

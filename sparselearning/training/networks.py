@@ -17,7 +17,7 @@ from sparselearning.sparse.superpose import State, differing_entries
 
 @dataclass(frozen=True)
 class SavedNetwork:
-    """What ``model_current.pth``, ``model_previous.pth`` and ``tickets/ticket_N.pth`` hold.
+    """What ``model_current.pth``, ``model_previous.pth``, ``model_ema.pth`` and ``tickets/ticket_N.pth`` hold.
 
     Attributes:
         state_dict: the network's weights and statistics.

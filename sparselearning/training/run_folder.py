@@ -36,6 +36,7 @@ class RunFolder:
         self.checkpoint = path / "checkpoint.pth"
         self.current = path / "model_current.pth"
         self.previous = path / "model_previous.pth"
+        self.ema = path / "model_ema.pth"
         self.analysis = path / "analysis" / "analysis.json"
         self.wandb_id = path / "wandb_id.txt"
         self.lock = path / ".lock"

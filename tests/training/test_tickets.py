@@ -34,6 +34,7 @@ from sparselearning.sparse.superpose import AVERAGING
 from sparselearning.training import experiment
 from sparselearning.training.engine import Trainer
 from sparselearning.training.experiment import Output
+from sparselearning.training.networks import SavedNetwork
 from sparselearning.training.plan import EpochBudget
 from sparselearning.training.progress import run_table
 from sparselearning.training.run_folder import RunFolder
@@ -262,6 +263,11 @@ def test_the_moving_average_is_pruned_and_measured_as_the_result_is(tmp_path, pl
     for name, entry in trainer.average.average.items():
         if "running" not in name:
             torch.testing.assert_close(entry, average[name], rtol=1e-5, atol=1e-6)
+    written = SavedNetwork.read(trainer.folder.ema)
+    assert written.epoch == 6
+    assert set(written.masks) == set(MASKABLE if masks else ())
+    for name, entry in written.state_dict.items():
+        torch.testing.assert_close(entry, model.state_dict()[name], rtol=1e-4, atol=1e-5)
     print(run_table(summary, tmp_path))
     assert f"moving average{summary.ema_acc:18.2%}" in capsys.readouterr().out
 
