@@ -187,11 +187,14 @@ def planned(method: str, seed: int, shared: Sequence[str], out: Path, control: b
     run = Run(f"{folder.path.parent.name} seed {seed}", words, folder)
 
     args = main_suptickets.parse(words)
+    for switch in METHOD_SWITCHES:
+        if getattr(args, switch.removeprefix("--")) and switch not in words:
+            raise UsageError(
+                f"{method} cannot be had with --demo or --config of a run with {switch}: give its flags one by one"
+            )
     main_suptickets.check(args)
     if args.iters > 1:
         raise UsageError("--iters and --seeds both ask for several seeds: give --seeds alone")
-    if args.sparse and "--sparse" not in words:
-        raise UsageError(f"{method} cannot be had with --demo or --config of a sparse run: give its flags one by one")
     _check_folder(run, flags.identity(flags.values(args), main_suptickets.make_parser()))
     return run
 

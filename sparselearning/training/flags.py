@@ -543,6 +543,8 @@ def run_path(args: argparse.Namespace, model: str, data: str, budget: EpochBudge
 def take_over(parser: Parser, argv: Sequence[str]) -> None:
     """Let the flags of the run that ``--config`` names, if it is there, be the parser's defaults.
 
+    What the parser takes by its place may then be left out, too.
+
     Raises:
         UsageError: if there is no such file, or it has entries that are no flags of this parser.
         FaultError: if it is damaged.
@@ -560,6 +562,9 @@ def take_over(parser: Parser, argv: Sequence[str]) -> None:
     own = marked(parser, OF_ONE_CALL)
     taken = {name: value for name, value in kept.items() if name not in own}
     parser.set_defaults(**restored(parser, taken, str(source)))
+    for action in parser._actions:
+        if not action.option_strings and action.dest in taken:
+            action.nargs, action.required = "?", False
 
 
 def of_run(parser: Parser, kept: Mapping[str, Any], source: str) -> argparse.Namespace:

@@ -110,6 +110,20 @@ def test_a_method_wins_over_what_all_runs_share(method, expected):
     assert args["save"] == Path("out") / method / "seed41"
 
 
+def config_of(path, *flags_of_run):
+    """A file as a run with these flags leaves it."""
+    path.write_text(json.dumps(flags.values(main_suptickets.parse([*SHARED, *flags_of_run]))))
+    return ["--config", str(path)]
+
+
+def test_a_method_wins_over_the_flags_of_an_earlier_run(tmp_path):
+    shared = config_of(tmp_path / "config.json", "--method", "GMP", "--lr", "0.3", "--seed", "5", "--save", "there")
+    assert vars(parsed("rigl", shared=shared)) | {"config": None} == vars(
+        parsed("rigl", shared=[*SHARED, "--lr", "0.3"])
+    )
+    assert parsed("rigl", shared=[*shared, "--lr", "0.2"]).lr == 0.2
+
+
 def test_every_run_gets_its_own_seed():
     shared = [*SHARED, "--resume", "before/seed{seed}/checkpoint.pth"]
     assert parsed("granet", shared=shared).resume == Path("before/seed41/checkpoint.pth")
@@ -266,6 +280,14 @@ def test_a_folder_with_a_run_of_other_flags_is_left_alone(out):
 def test_flags_that_contradict_stop_it_before_anything_runs(out, method, shared, message):
     with pytest.raises(UsageError, match=message):
         run_sweep(out, "--seeds", 7, "--methods", "set", method, shared=shared)
+    assert not journal(out)
+
+
+@pytest.mark.parametrize(("of", "method"), [("--sparse", "dense"), ("--fix", "rigl")])
+def test_a_switch_of_an_earlier_run_that_contradicts_the_method_is_told(out, tmp_path, of, method):
+    shared = config_of(tmp_path / "config.json", *(["--fix", "--method", "DST"] if of == "--fix" else []))
+    with pytest.raises(UsageError, match=f"{method} cannot be had with .*{of}"):
+        run_sweep(out, "--seeds", 7, "--methods", method, shared=shared)
     assert not journal(out)
 
 

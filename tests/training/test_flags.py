@@ -16,6 +16,7 @@ from cifar_models import model_names
 from helpers.cifar import RUN, parse, run_cifar
 from helpers.commands import one_sentence
 from sparselearning.process.arguments import marked
+from sparselearning.process.errors import UsageError
 from sparselearning.sparse.schedules import DECAYS
 from sparselearning.sparse.sparse_init import SPARSE_INITS
 from sparselearning.sparse.superpose import AVERAGING
@@ -231,12 +232,59 @@ def test_pruning_window_in_steps_and_the_multiplier():
 
 
 def test_flags_come_from_a_config_and_the_command_line_counts_more(tmp_path):
-    path = tmp_path / "config.json"
     first = parse(RUN + "--lr 0.3 --dense-layers fc conv1 --ema 0.9 --no-tf32 --save there --iters 3 --seed 5")
-    path.write_text(json.dumps({"command": "x", "versions": {}, "commit": None, **flags.values(first)}))
+    path = config_of(tmp_path / "config.json", first)
     again = parse(f"--config {path} --seed 6")
     expected = vars(first) | {"save": None, "iters": 1, "seed": 6, "config": path}
     assert vars(again) == expected
+
+
+def config_of(path, args):
+    path.write_text(json.dumps({"command": "x", "versions": {}, "commit": None, **flags.values(args)}))
+    return path
+
+
+def test_the_presets_of_the_demo_count_more_than_a_config(tmp_path):
+    path = config_of(tmp_path / "config.json", parse("--pre_train --epochs 3 --lr 0.3 --momentum 0.5"))
+    given = parse(f"--config {path} --demo --momentum 0.7")
+    assert (given.epochs, given.data, given.lr, given.momentum) == (parse("--demo").epochs, "digits", 0.3, 0.7)
+
+
+def test_the_demo_again_from_its_config(tmp_path):
+    path = config_of(tmp_path / "config.json", parse("--demo --seed 3"))
+    assert vars(parse(f"--config {path}")) == vars(parse("--demo --seed 3")) | {"config": path}
+
+
+IMAGENET = (
+    "photos --arch resnet18 -c fanin --pre_train --sparse --density 0.2 --pretrain_epoch 5 --cyclic_epochs 4 --cycle 2 "
+    "--wd 0.001 --local_rank 0 --resume there"
+)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ("", {}),
+        ("slides", {"data": Path("slides")}),  # the folder comes from there too, unless one is given
+        ("--final-density 0.3", {"density": 0.3, "final_density": 0.3}),  # one budget, one of whose names is given
+        ("--density 0.3", {"density": 0.3, "final_density": 0.3}),
+        ("--pretrain_epoch 7", {"pretrain_epoch": 7, "epochs": 11}),
+        ("--cyclic_epochs 6 photos", {"cyclic_epochs": 6, "epochs": 11}),
+    ],
+)
+def test_imagenet_from_a_config(tmp_path, changes, expected):
+    first = imagenet_main.parse(shlex.split(IMAGENET))
+    path = config_of(tmp_path / "config.json", first)
+    again = imagenet_main.parse(shlex.split(f"--config {path} {changes}"))
+    unasked = {"config": path, "local_rank": None, "resume": None}
+    assert vars(again) == vars(first) | unasked | expected
+    imagenet_main.check(again, imagenet_main.epoch_budget(again))
+
+
+def test_a_config_of_the_other_script_names_what_does_not_fit(tmp_path):
+    path = config_of(tmp_path / "config.json", parse(RUN))
+    with pytest.raises(UsageError, match=r"this script has no flags .*'cycle_rate'"):
+        imagenet_main.parse(["photos", "--config", str(path)])
 
 
 def test_dense_training_has_neither_masks_nor_a_budget():

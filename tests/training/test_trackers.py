@@ -7,15 +7,17 @@ import sys
 import types
 from pathlib import Path
 
-import main_suptickets
 import pytest
 
+from helpers.cifar import run_cifar, stop_in
+from helpers.commands import one_sentence
+from helpers.processes import wait_until
 from sparselearning.process.errors import FaultError, UsageError
-from sparselearning.process.script import run_script
-from sparselearning.training.engine import Trainer
 from sparselearning.training.progress import Progress
 from sparselearning.training.records import EpochRow, Summary, TicketRow
 from sparselearning.training.trackers import TensorBoard, WeightsAndBiases
+
+pytestmark = pytest.mark.usefixtures("workplace")
 
 CONFIG = {"command": "python /home/x/main.py", "indicate_method": "rigl", "seed": 3, "data": "/home/x/c.npz", "lr": 0.1}
 EPOCH = EpochRow(
@@ -33,22 +35,8 @@ RUN = (
 )
 
 
-@pytest.fixture(autouse=True)
-def _workplace(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-
-
 def script(*words):
-    try:
-        run_script(lambda: main_suptickets.main([*RUN.split(), *words]))
-    except SystemExit as leaving:
-        return leaving.code
-    return 0
-
-
-def told(capsys):
-    (sentence,) = (line for line in capsys.readouterr().err.splitlines() if not line.startswith("note: "))
-    return sentence
+    return run_cifar(" ".join([RUN, *words]))
 
 
 class Service:
@@ -156,7 +144,7 @@ def test_a_missing_package_is_told_before_anything_is_trained(monkeypatch, capsy
     monkeypatch.setitem(sys.modules, module, types.ModuleType(module) if what == "folder" else None)
     flag = "wandb" if what == "folder" else what
     assert script(f"--{flag}", "there") == 2
-    assert f"--{flag} needs another package: pip install {flag}" in told(capsys)
+    assert f"--{flag} needs another package: pip install {flag}" in one_sentence(capsys.readouterr().err)
     assert os.listdir() == []
 
 
@@ -194,29 +182,17 @@ def test_a_run_offline(monkeypatch):
     assert script() == 0
     Path("run").rename("alone")
     with monkeypatch.context() as context:
-        stop_after(context, steps=2)
+        stop_in(context, 2, signal.SIGTERM)
         assert script("--wandb", "tickets") == 143
     assert script("--wandb", "tickets", "--resume", "run") == 0
     assert Path("run/model_previous.pth").read_bytes() == Path("alone/model_previous.pth").read_bytes()
     name = Path("run/wandb_id.txt").read_text()
-    records = [path.read_bytes() for path in sorted(Path("wandb").glob(f"offline-run-*/run-{name}.wandb"))]
-    assert len(records) == 2
-    assert all(word in record for word in (b"lenet-300-100", b"Results-seed3", b"eval_acc") for record in records)
-    for word in (b"ticket/superposed_acc", b"final_acc"):
-        assert [word in record for record in records] == [False, True]
-
-
-def stop_after(monkeypatch, steps):
-    """Let a SIGTERM come in a step of the run, counted from 1."""
-    train_batch, done = Trainer.train_batch, []
-
-    def train_and_count(self, batch):
-        train_batch(self, batch)
-        done.append(batch)
-        if len(done) == steps:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    monkeypatch.setattr(Trainer, "train_batch", train_and_count)
+    files = sorted(Path("wandb").glob(f"offline-run-*/run-{name}.wandb"))
+    whole = [{b"lenet-300-100", b"Results-seed3", b"eval_acc"}, {b"ticket/superposed_acc", b"final_acc", b"eval_acc"}]
+    assert len(files) == len(whole)
+    for file, words in zip(files, whole, strict=True):  # which W&B's own process may still be writing
+        wait_until(lambda file=file, words=words: all(word in file.read_bytes() for word in words), 60)
+    assert b"final_acc" not in files[0].read_bytes()
 
 
 # ------------------------------------------------------------------------------------------------------ TensorBoard
