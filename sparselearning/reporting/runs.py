@@ -33,7 +33,7 @@ MARKS_OF_EARLIER_SCRIPTS = {
     flags.ABOUT_MASKS: ["density"],
     flags.ABOUT_TICKETS: ["cycle_rate", "cyclic_epochs", "pretrain_epoch"],
 }  # fmt: skip
-"""Of runs up to version 0.2.0, whose ``config.json`` has none."""
+"""Of runs of earlier versions, whose ``config.json`` has none."""
 SET_ASIDE = re.compile(r"\.old-\d+$")
 SEED_FOLDER = re.compile(r"(?<![^/\\])seed\d+(?![^/\\])")
 

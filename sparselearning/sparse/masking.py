@@ -690,7 +690,7 @@ def _fingerprint(mask: Tensor) -> Tensor:
 
 
 def _of_this_version(state: Any) -> Any:
-    """A :meth:`Masking.state_dict`, also of versions up to 0.2.0, where every mode had a threshold."""
+    """A :meth:`Masking.state_dict`, also of earlier versions, where every mode had a threshold."""
     if isinstance(state, Mapping) and "threshold" in state and "prune_state" not in state:
         return {**state, "prune_state": {"threshold": state["threshold"]}}
     return state
