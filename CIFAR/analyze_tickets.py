@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Ask a run of main_suptickets.py about its tickets: ``python -m sparselearning.analyze`` under its first name.
+"""Ask a run about its tickets: ``python -m sparselearning.analyze`` under its first name, for early runs too.
 
 python3 analyze_tickets.py RUN
 """
@@ -20,7 +20,7 @@ from sparselearning.process.script import run_script
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Analyse one run."""
-    analyze.main(argv, script=main_suptickets)
+    analyze.main(argv, otherwise=main_suptickets)
 
 
 if __name__ == "__main__":

@@ -50,12 +50,12 @@ MADE_BY = "analyze_tickets.py"
 """What ``--save-network`` writes says so: the name that this command had at first."""
 
 
-def main(argv: Sequence[str] | None = None, script: Script | None = None) -> None:
+def main(argv: Sequence[str] | None = None, otherwise: Script | None = None) -> None:
     """Analyse one run.
 
     Args:
         argv: the command line.
-        script: that the run was made with; None: the one that its ``config.json`` leads to.
+        otherwise: script of runs whose ``config.json`` leads to none, as those of early versions.
 
     Raises:
         UsageError: if there is no such run, or it cannot be asked this.
@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None, script: Script | None = None) -> Non
     given = parse(argv)
     if given.save_network:
         check_output(given.save_network, MADE_BY)
-    run, script, args = rebuilt_flags(given, script)
+    run, script, args = rebuilt_flags(given, otherwise)
     folder = run.folder
     device, runtime = flags.runtime(args).start()
     recipe = script.set_up(args, runtime, device)
@@ -195,7 +195,7 @@ def two_or_more(text: str) -> int:
     return value
 
 
-def rebuilt_flags(given: argparse.Namespace, script: Script | None) -> tuple[Run, Script, argparse.Namespace]:
+def rebuilt_flags(given: argparse.Namespace, otherwise: Script | None) -> tuple[Run, Script, argparse.Namespace]:
     """Find the run and its script, and return its flags, those that the user gives anew in their place.
 
     Raises:
@@ -207,7 +207,8 @@ def rebuilt_flags(given: argparse.Namespace, script: Script | None) -> tuple[Run
         raise UsageError(f"{given.run} holds {len(found)} runs: name one, such as {found[0]}")
     run = read_run(found[0])
     source = run.folder.config
-    script = script or script_of(run.folder.read_config(), source)
+    config = run.folder.read_config()
+    script = otherwise if otherwise and "network" not in config else script_of(config, source)
     parser = script.make_parser()
     anew = {name: value for name, value in flags.values(given).items() if name in REPLACED}
     known = {action.dest for action in parser._actions}

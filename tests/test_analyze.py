@@ -67,8 +67,8 @@ def run(finished, tmp_path, monkeypatch):
     return shutil.copytree(finished, tmp_path / "run", ignore=shutil.ignore_patterns("analysis"))
 
 
-def analyse(run, *words, script=None):
-    analyze.main([str(run), "--points", "2", *map(str, words)], script)
+def analyse(run, *words):
+    analyze.main([str(run), "--points", "2", *map(str, words)])
     return json.loads((run / "analysis" / "analysis.json").read_text())
 
 
@@ -276,7 +276,12 @@ def test_tickets_of_a_dense_run_are_not_pruned_and_all_pairs_have_lines(run):
     assert final["density"] > DENSITY
 
 
-def test_the_first_name_of_the_command_still_works(run):
+def test_the_first_name_of_the_command_still_works_on_early_runs_too(run):
+    config = json.loads((run / "config.json").read_text())
+    del config["network"]
+    (run / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UsageError, match="does not lead to the script"):
+        analyse(run)
     analyze_tickets.main([str(run), "--points", "2"])
     assert json.loads((run / "analysis" / "analysis.json").read_text())["same_as_run"]
 
@@ -308,6 +313,11 @@ def test_an_imagenet_run_is_analysed_alike(photographs):
     assert accuracies(results)["superposition 1"] == summary["final_acc"]
     assert [row["superposing_method"] for row in results["grid"]] == ["CAA", *["CIMA"] * 5]
     assert all(row["corrupted"].keys() == {"noise", "blur", "contrast"} for row in results["networks"])
+
+
+def test_the_first_name_of_the_command_knows_imagenet_runs_too(photographs, capsys):
+    analyze_tickets.main([str(photographs), "--points", "2"])
+    assert "8 images of the test set" in capsys.readouterr().out
 
 
 def test_a_flag_that_the_runs_script_does_not_have(photographs):
@@ -386,6 +396,7 @@ def test_damaged_flags_are_named_or_harmless(run, monkeypatch):
     def stop_before_the_tickets(folder):
         raise Reached
 
+    monkeypatch.setattr(analyze, "script_of", lambda config, source: main_suptickets)
     monkeypatch.setattr(main_suptickets, "load", load_once)
     monkeypatch.setattr(analyze, "kept_tickets", stop_before_the_tickets)
     path = run / "config.json"
@@ -395,7 +406,7 @@ def test_damaged_flags_are_named_or_harmless(run, monkeypatch):
             continue
         path.write_text(damaged)
         with pytest.raises((Reached, FaultError, UsageError)) as caught:
-            analyse(run, script=main_suptickets)
+            analyse(run)
         if caught.type is not Reached:
             refused += 1
             sentence = str(caught.value)
