@@ -138,12 +138,12 @@ class _Kernel:
     ) -> None:  # fmt: skip
         self.correlation = correlation
         self.keeps_values = keeps_values
-        self.list = WeightList.of(correlation, outputs, channels, taps)
-        self.places = torch.from_numpy(places[self.list.order])  # in the weight's memory
+        weights = WeightList.of(correlation, outputs, channels, taps)
+        self.places = torch.from_numpy(places[weights.order])  # in the weight's memory
+        self._lists = weights.offsets, weights.entries, weights.entry_starts  # kept, for the task has their addresses
         self.task = correlation.task()
-        self.task["offsets"] = self.list.offsets.ctypes.data
-        self.task["entries"] = self.list.entries.ctypes.data
-        self.task["entry_starts"] = self.list.entry_starts.ctypes.data
+        for name, numbers in zip(("offsets", "entries", "entry_starts"), self._lists, strict=True):
+            self.task[name] = numbers.ctypes.data
         self._values: Tensor | None = None
 
     def correlate(
