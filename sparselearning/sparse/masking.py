@@ -358,7 +358,7 @@ class Masking:
 
     @torch.no_grad()
     def truncate_weights(self, prune_rate: float | None = None) -> None:
-        """Prune and grow once, now, on the gradients at hand; the density stays as it is.
+        """Explore connections (``--re_explore``): prune and grow once, now, on the gradients at hand, at equal density.
 
         Args:
             prune_rate: share of each layer's active weights to remove, in [0, 1]; by default the scheduled one.

@@ -117,7 +117,7 @@ class Checkpoint:
 
     Args:
         folder: of the run.
-        identity: values that a checkpoint must share with the run that goes on from it.
+        identity: values that a checkpoint must share with the run that goes on from it (``flags.identity``).
         plan: of the run.
         at: where it stands.
         batches: training batches of an epoch.

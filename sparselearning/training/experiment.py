@@ -86,7 +86,7 @@ class Output:
     Attributes:
         folder: the run's folder.
         config: content of ``config.json``.
-        identity: the part of it that a resumed run must share.
+        identity: the part of it that a resumed run must share (``flags.identity``).
         resume: where to start from.
         log_interval: batches between looks at the running loss.
         keep_tickets: write every ticket to a file of its own.

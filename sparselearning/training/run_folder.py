@@ -1,4 +1,4 @@
-"""Where a run keeps its files."""
+"""The files in a run's folder; where the folder itself lies, ``flags.run_path`` says."""
 
 import contextlib
 import os

@@ -62,7 +62,7 @@ def find_start(
     Args:
         resume: a file, or a run's folder; None: nothing.
         folder: of the run that starts.
-        identity: values that a checkpoint must share with the run that goes on from it.
+        identity: values that a checkpoint must share with the run that goes on from it (``flags.identity``).
         plan: of the run.
         sparse_init: how its first masks are drawn; None: dense training.
 
