@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Do the runs of RESULTS.md, keep what they say in results/, and fill in the tables of RESULTS.md and README.md.
+"""Do the runs of RESULTS.md, keep what they say in results/, and fill in the tables of the pages and their picture.
 
 python3 experiments/study.py cifar100-10k            # some hours of a CPU
 python3 experiments/study.py cifar100 --gpus 0 1     # the README's lines for ResNet50, one run per GPU at a time
@@ -24,18 +24,19 @@ sys.path[:0] = [str(ROOT / "CIFAR"), str(ROOT)]
 import cifar_data  # noqa: E402  found once its folder is on the path
 import sweep  # noqa: E402
 
-from sparselearning import analyze  # noqa: E402
+from sparselearning import analyze, report  # noqa: E402
 from sparselearning.process import arguments  # noqa: E402
 from sparselearning.process.errors import UsageError  # noqa: E402
 from sparselearning.process.files import check_output, copy_whole, write_json, write_text, write_whole  # noqa: E402
 from sparselearning.process.script import run_script  # noqa: E402
-from sparselearning.reporting.runs import find_runs, group_runs, read_run  # noqa: E402
+from sparselearning.reporting.runs import Group, find_runs, group_runs, read_run  # noqa: E402
 from sparselearning.reporting.tables import headline_table, markdown_report  # noqa: E402
 from sparselearning.training.run_folder import RunFolder  # noqa: E402
 
 WORK = Path("study")
 RESULTS = Path("results")
-PAGES = [Path("RESULTS.md"), Path("README.md")]
+DRAWN = Path("RESULTS.md")
+PAGES = [DRAWN, Path("README.md"), Path("docs/results-appendix.md")]
 
 
 class Experiment(NamedTuple):
@@ -211,7 +212,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run a study's experiments, one after the other.
 
     Raises:
-        UsageError: if the data are not CIFAR-100.
+        UsageError: if the data are not CIFAR-100, or matplotlib is missing.
         FaultError: if they cannot be read, or runs failed.
     """
     args = parse(argv)
@@ -232,6 +233,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         collect(out, RESULTS / args.study / name)
     for page in filter(Path.is_file, PAGES):
         fill(page)
+    if DRAWN.is_file() and (settings := gains(DRAWN.read_text())):
+        plots = report.drawing()
+        plots.save(plots.gains(settings), RESULTS / "gains")
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -341,9 +345,24 @@ def filled(text: str) -> str:
     return re.sub(f"<!-- {command} -->.*?<!-- end -->", table, text, flags=re.DOTALL)
 
 
+def gains(text: str) -> dict[str, list[Group]]:
+    """What the picture of a page shows: the runs of each ``headline``, under the heading that it stands below."""
+    settings: dict[str, list[Group]] = {}
+    title = ""
+    for match in re.finditer(r"^#+ (?P<title>.*)$|<!-- headline (?P<folders>[^>]*?) -->", text, re.MULTILINE):
+        title = match["title"] or title
+        if there := [path for path in map(Path, (match["folders"] or "").split()) if path.is_dir()]:
+            settings.setdefault(title, []).extend(_groups(there)[0])
+    return settings
+
+
+def _groups(folders: Sequence[Path]) -> tuple[list[Group], list[str]]:
+    return group_runs([read_run(path) for path in find_runs(folders)])
+
+
 def _report(folders: Sequence[Path], kind: str) -> str:
     """What ``python -m sparselearning.report FOLDER…`` tabulates, or its headline."""
-    groups, left_out = group_runs([read_run(path) for path in find_runs(folders)])
+    groups, left_out = _groups(folders)
     return headline_table(groups) if kind == "headline" else markdown_report(groups, left_out)
 
 

@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--no-plots", action="store_true", help="tables only; needs no matplotlib")
     args = parser.parse_args(argv)
-    plots = None if args.no_plots else _plots()
+    plots = None if args.no_plots else drawing()
     runs = [read_run(path) for path in find_runs(args.runs)]
     single = runs[0] if len(runs) == 1 else None
     out = args.out or (single.folder.path / "report" if single else Path("report"))
@@ -93,8 +93,8 @@ def check_out(folder: Path) -> None:
         check_output(folder / name, mark)
 
 
-def _plots() -> ModuleType:
-    """The module that draws.
+def drawing() -> ModuleType:
+    """The module that draws, ``reporting.plots``.
 
     Raises:
         UsageError: without matplotlib.

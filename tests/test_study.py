@@ -151,6 +151,31 @@ def test_a_headline_shows_runs_with_tickets_beside_their_control_by_hand(tmp_pat
     assert study.filled(once) == once
 
 
+def test_the_picture_shows_each_headline_under_its_heading(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a", "b", "c"):
+        write_run(tmp_path / f"results/{name}/seed1", indicate_method=name)
+    text = "## One\n<!-- headline results/a results/gone -->\n## None\n<!-- report results/c -->\n### Two\n"
+    settings = study.gains(text + "<!-- headline results/b -->\n<!-- headline results/c results/b -->\n")
+    assert {title: [group.label for group in groups] for title, groups in settings.items()} == {
+        "One": ["a"],
+        "Two": ["b", "c", "b"],
+    }
+
+
+def test_each_claim_is_one_sentence_whose_number_stands_where_it_links_to():
+    text = (ROOT / "RESULTS.md").read_text()
+    claims = re.findall(r"^\d\. (.*?)(?=^\d\. |\n\n)", text, re.DOTALL | re.MULTILINE)[:5]
+    for claim in claims:
+        sentence, page, anchor = re.fullmatch(r"(.*)\(\[table\]\((.*)#(.*)\)\)\.", claim.strip(), re.DOTALL).groups()
+        (number,) = re.findall(r"[\d.]+ ± [\d.]+", sentence)
+        linked = (ROOT / page).read_text() if page else text
+        sections = re.split(r"^#+ ", linked, flags=re.MULTILINE)
+        (section,) = [one for one in sections if one.partition("\n")[0].lower().replace(" ", "-") == anchor]
+        assert f"{number} " in section, claim
+    assert len(claims) == 5
+
+
 def test_an_experiment_runs_is_analysed_and_collected(tmp_path, monkeypatch):
     """One experiment from its command line to RESULTS.md, on a few images; then nothing is left to do."""
     labels = np.arange(50_000) % 100
@@ -165,8 +190,11 @@ def test_an_experiment_runs_is_analysed_and_collected(tmp_path, monkeypatch):
         seeds=(5, 6), subset=study.Subset("part", 100, images_per_class=10),
     )  # fmt: skip
     monkeypatch.setitem(study.STUDIES, "cifar100", small)
-    (tmp_path / "RESULTS.md").write_text("<!-- report results/cifar100/main -->\n<!-- end -->\n")
+    (tmp_path / "RESULTS.md").write_text(
+        "<!-- report results/cifar100/main -->\n<!-- end -->\n<!-- headline results/cifar100/main -->\n<!-- end -->\n"
+    )
     study.main(["cifar100", "--seeds", "5", "--data", str(tmp_path / "all.npz")])
+    assert (tmp_path / "results/gains.png").is_file()
     text = (tmp_path / "RESULTS.md").read_text()
     assert "| rigl, plain" in text
     assert "CAA, BatchNorm averaged" in text
@@ -190,7 +218,7 @@ def test_results_say_what_the_kept_files_say(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     for page in study.PAGES:
         assert study.filled(page.read_text()) == page.read_text()
-    text = Path("RESULTS.md").read_text()
+    text = Path("docs/results-appendix.md").read_text()
     folders = re.search(r"<!-- report ([^>]*?) -->", text)[1].split()
     report.main([*folders, "--out", str(tmp_path), "--no-plots"])
     assert (tmp_path / "results.md").read_text() in text

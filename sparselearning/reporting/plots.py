@@ -3,7 +3,7 @@
 import io
 import math
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocato
 
 from sparselearning.process.files import write_bytes
 from sparselearning.reporting.runs import Group, Run, legend, masked_weights
-from sparselearning.reporting.tables import COLUMNS, DRAWN_BY
+from sparselearning.reporting.tables import COLUMNS, DRAWN_BY, GAIN_OVER_PLAIN
 from sparselearning.sparse.costs import layer_densities, overall_density
 from sparselearning.sparse.distributions import erk_densities
 from sparselearning.sparse.schedules import cyclic_lr
@@ -299,6 +299,40 @@ def comparison(groups: Sequence[Group]) -> Figure:
     _legend_above(figure, axes)
     if notes:
         _notes_below(figure, notes)
+    return figure
+
+
+@style.context(STYLE)
+def gains(settings: Mapping[str, Sequence[Group]]) -> Figure:
+    """Gain over plain training, in points, of every group that has a control: mean, two standard errors, every seed.
+
+    Args:
+        settings: groups by what they have in common. Bars clear of zero are more than two standard errors from it.
+    """
+    rows: list[tuple[str, Group | None]] = []
+    for title, groups in settings.items():
+        rows.append((title, None))
+        rows += [(f"{group.label} (n = {len(group.runs)})", group) for group in groups if group.control]
+    diamond: dict[str, Any] = {"color": GREEN, "marker": "D", "capsize": 3, "markersize": 4.5}
+    figure = Figure(figsize=(WIDTH, 1.2 + 0.22 * len(rows)))
+    axes = figure.subplots()
+    for place, (_, group) in enumerate(rows):
+        if group is None or (spread := GAIN_OVER_PLAIN.spread(group)) is None:
+            continue
+        error = None if spread.std is None else 2 * spread.std / math.sqrt(len(group.runs))
+        axes.errorbar(spread.mean, place, xerr=error, **diamond)
+        singles = [single for run in group.runs if (single := GAIN_OVER_PLAIN.value(group, run)) is not None]
+        axes.plot(singles, [place] * len(singles), ".", color=VERMILION, markersize=3.5, zorder=3)
+    axes.errorbar([], [], xerr=[], label="mean ± two standard errors", **diamond)
+    axes.plot([], [], ".", color=VERMILION, label="one seed")
+    axes.axvline(0, color=BLUE, linestyle="--", linewidth=1, label="plain training")
+    axes.set_yticks(range(len(rows)), [label for label, _ in rows], parse_math=False)
+    for tick, (_, group) in zip(axes.get_yticklabels(), rows, strict=True):
+        tick.set_fontweight("bold" if group is None else "normal")
+    axes.grid(visible=False, axis="y")
+    axes.tick_params(axis="y", length=0)
+    axes.set(ylim=(len(rows) - 0.4, -0.6), xlabel="gain over plain training [points]")
+    _legend_above(figure, axes)
     return figure
 
 

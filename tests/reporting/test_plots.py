@@ -87,6 +87,21 @@ def test_the_comparison_has_a_bar_where_there_is_a_deviation(plots, study):
     assert [bar.has_xerr for bar in axes.containers] == [True, False, True, False, True, True, False]
 
 
+def test_gains_over_plain_training_by_hand(plots, tmp_path):
+    """90 and 80 % against 80 and 76 %: 10 and 4 points, so 7 ± 4.24, whose two standard errors are 6 points."""
+    for seed, final, plain in ((1, 0.9, 0.8), (2, 0.8, 0.76)):
+        write_run(tmp_path / f"tickets{seed}", final, seed=seed)
+        write_run(tmp_path / f"plain{seed}", plain, tickets=0, seed=seed)
+    alone = write_run(tmp_path / "alone", method="DST")
+    groups, _ = groups_of(*find_runs([tmp_path]))
+    [axes] = plots.gains({"digits": groups, "others": groups_of(alone)[0]}).axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["digits", "GraNet (n = 2)", "others"]
+    (bar,) = [container for container in axes.containers if container.get_label() != "mean ± two standard errors"]
+    ((start, _), (end, _)) = bar[2][0].get_segments()[0]
+    assert (start, end) == pytest.approx((1, 13))
+    assert list(axes.lines[3].get_xdata()) == pytest.approx([10, 4])
+
+
 def test_labels_of_many_groups_keep_apart_and_within_the_picture(plots, tmp_path):
     folders = [
         write_run(tmp_path / str(i), indicate_method="my $name$ " + "x" * i, data=f"data/{i}/" + "y" * 50, seed=i)
