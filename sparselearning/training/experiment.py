@@ -283,8 +283,19 @@ def _mask(recipe: Recipe, plan: Plan, sparse: SparseTraining, first_masks: str |
         dense_layers=sparse.dense_layers,
         layer_densities=sparse.layer_densities if init and init.shares_density else {},
     )
+    if first_masks == "snip":
+        _note_empty_layers(masking)
     recipe.optimizer.zero_grad()
     return masking
+
+
+def _note_empty_layers(masking: Masking) -> None:
+    """Tell the user which layers saliency leaves nothing of, as where a network starts with a classifier of zeros."""
+    if empty := [name for name, count in masking.active_counts().items() if not count]:
+        print_notes(
+            f"snip leaves no weight active in {len(empty)} of {len(masking.masks)} masked layers, {empty[-1]} among "
+            "them: where a network's last weights start at zero, as in vision transformers, so does every saliency"
+        )
 
 
 def _check_budget(masking: Masking, plan: Plan) -> None:

@@ -54,6 +54,15 @@ def narrow_vit(monkeypatch):
     monkeypatch.setitem(BUILTIN_MODELS, "vit_b_16", vit_b_16)
 
 
+def test_snip_says_that_it_cannot_rank_a_vision_transformer(narrow_vit, home, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    flags = "--arch vit_b_16 -b 4 -j 0 --no-cuda --sparse --method DST --sparse-init snip --show-layers"
+    assert run(*shlex.split(flags), home / "imagenet2012") == 0
+    assert "snip leaves no weight active in" in capsys.readouterr().err
+    assert run(*shlex.split(flags.replace("vit_b_16", "resnet18")), home / "imagenet2012") == 0
+    assert "snip leaves" not in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("arch", ["mobilenet_v3_small", "vit_b_16"])
 def test_other_networks_of_torchvision(narrow_vit, home, tmp_path, capsys, arch):
     """Trained, superposed, resumed bit by bit though they drop out units, costed, and exported."""
