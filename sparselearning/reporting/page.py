@@ -141,10 +141,8 @@ def _table(heading: str, cells: Cells) -> str:
     header, *rows = cells
     head = _row(header, '<th scope="col"><button>', "</button></th>")
     body = "".join(_row(row, "<td>", "</td>") for row in rows)
-    title = f"<h2>{_text(heading)}</h2>\n" if heading else ""
-    return (
-        f'{title}<div class="wide" tabindex="0"><table>\n<thead>{head}</thead>\n<tbody>\n{body}</tbody></table></div>'
-    )
+    table = f"<table>\n<thead>{head}</thead>\n<tbody>\n{body}</tbody></table>"
+    return f'<h2>{_text(heading)}</h2>\n<div class="wide" tabindex="0">{table}</div>'
 
 
 def _picture(name: str, svg: str) -> str:
