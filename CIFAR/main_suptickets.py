@@ -175,7 +175,7 @@ def run(args: argparse.Namespace, argv: Sequence[str] | None) -> None:
 
 
 def check(args: argparse.Namespace) -> list[str]:
-    """Refuse contradictory flags; return warnings about doubtful ones.
+    """Refuse contradictory flags; return warnings about suspicious ones.
 
     Raises:
         UsageError: one sentence about the first contradiction.

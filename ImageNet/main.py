@@ -277,7 +277,7 @@ def epoch_budget(args: argparse.Namespace) -> EpochBudget:
 
 
 def check(args: argparse.Namespace, budget: EpochBudget) -> list[str]:
-    """Refuse contradictory flags; return warnings about doubtful ones.
+    """Refuse contradictory flags; return warnings about suspicious ones.
 
     Raises:
         UsageError: one sentence about the first contradiction.

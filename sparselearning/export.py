@@ -47,7 +47,7 @@ def save_sparse(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str, 
     """Write a state dict, with only the non-zero values of whatever becomes smaller so.
 
     Args:
-        path: written whole or not at all.
+        path: written atomically.
         state: tensors of any type and device; not changed.
         metadata: anything that JSON holds, to come back from :func:`load_sparse`.
 

@@ -42,7 +42,7 @@ def write_whole(path: Path, write: Callable[[IO[bytes]], None]) -> None:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file, whole or not at all."""
+    """Write a file atomically."""
 
     def write(file: IO[bytes]) -> None:
         file.write(content)
@@ -51,7 +51,7 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file of text in UTF-8, whole or not at all."""
+    """Write a file of text in UTF-8 atomically."""
     write_bytes(path, text.encode())
 
 
@@ -104,7 +104,7 @@ def save_torch(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def copy_whole(source: Path, path: Path) -> None:
-    """Copy a file, whole or not at all."""
+    """Copy a file atomically."""
     with source.open("rb") as original:
         write_whole(path, lambda file: shutil.copyfileobj(original, file))
 

@@ -1,4 +1,4 @@
-"""Check what a file holds before it is believed: the types, ranges and entries that a dataclass declares.
+"""Check what a file holds before it is used: the types, ranges and entries that a dataclass declares.
 
 A damaged file ends in one sentence that names the file and the entry. What a dataclass does not declare is passed
 over, so that files of later versions, which may hold more, stay readable.

@@ -1,4 +1,4 @@
-"""Check what a file of tensors holds before it is believed.
+"""Check what a file of tensors holds before it is used.
 
 To the types that :mod:`sparselearning.process.schema` reads come tensors, and dictionaries whose entries the network at
 hand decides. A kind is one of those types, or a function of a value and of where it stands that raises

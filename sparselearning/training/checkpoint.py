@@ -1,6 +1,6 @@
 """``checkpoint.pth``: all that a run needs to go on bit by bit, collected from its parts and given back to them.
 
-Nothing of a file is believed before every entry has been checked.
+Nothing of a file is used before every entry has been checked.
 """
 
 import time

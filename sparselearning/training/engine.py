@@ -49,7 +49,7 @@ class Trainer:
         folder: where files go.
         progress: what to show.
         layer_flops: dense forward FLOPs per sample of each layer, to compute costs from.
-        log_interval: batches between looks at the running loss.
+        log_interval: batches between reads of the running loss.
         keep_tickets: write every ticket to a file of its own.
         keep_checkpoints: write a checkpoint after every epoch, and keep them all.
         identity: values that a checkpoint must share with the run that resumes it (``flags.identity``).

@@ -88,7 +88,7 @@ class Output:
         config: content of ``config.json``.
         identity: the part of it that a resumed run must share (``flags.identity``).
         resume: where to start from.
-        log_interval: batches between looks at the running loss.
+        log_interval: batches between reads of the running loss.
         keep_tickets: write every ticket to a file of its own.
         keep_checkpoints: keep the checkpoint of every epoch.
         trackers: where figures go as well.

@@ -302,7 +302,7 @@ def names_with(mark: str, own: Mapping[str, Sequence[str]]) -> set[str]:
 
 
 def check(args: argparse.Namespace, momentum_is_zero: bool, has_weights: bool) -> list[str]:
-    """Refuse contradictory flags before anything is trained or written; return warnings about doubtful ones.
+    """Refuse contradictory flags before anything is trained or written; return warnings about suspicious ones.
 
     Args:
         args: the command line.

@@ -30,7 +30,7 @@ class SavedNetwork:
     epoch: int
 
     def write(self, path: Path, made_by: str | None = None) -> None:
-        """Write the file, whole or not at all; ``made_by`` is its mark for ``files.check_output``."""
+        """Write the file atomically; ``made_by`` is its mark for ``files.check_output``."""
         save_torch(path, ({"made_by": made_by} if made_by else {}) | vars(self))
 
     @classmethod

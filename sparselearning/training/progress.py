@@ -19,7 +19,7 @@ SECONDS_BETWEEN_LINES = 60
 
 
 def print_notes(*sentences: str) -> None:
-    """Tell the user, once for all ranks, what is doubtful but not an error."""
+    """Tell the user, once for all ranks, what is suspicious but not an error."""
     if distributed.is_main():
         for sentence in sentences:
             print(f"note: {sentence}", file=sys.stderr)
