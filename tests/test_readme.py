@@ -71,7 +71,8 @@ def test_the_page_of_flags_is_what_the_parsers_say():
 
 @pytest.mark.parametrize("page", ["README.md", *(page for page in PAGES if page.startswith("docs/"))])
 def test_flags_in_the_text_are_flags(page):
-    scripts = (path.read_text() for folder in ("benchmarks", "experiments") for path in (ROOT / folder).glob("*.py"))
+    folders = ("benchmarks", "examples", "experiments")
+    scripts = (path.read_text() for folder in folders for path in (ROOT / folder).glob("*.py"))
     known = set(re.findall(r"--[a-zA-Z][\w-]*", PAGES["docs/flags.md"] + "".join(scripts))) | OF_OTHER_PROGRAMS
     named = re.findall(r"`(--[a-zA-Z][\w-]*)", PAGES[page])
     assert set(named) <= known
@@ -210,7 +211,7 @@ def test_what_masks_save_is_what_was_measured():
     """The table of docs/speed.md, and the figure that README quotes from it."""
     cells: dict[str, list[str]] = {}
     for row in json.loads((ROOT / "results/speed/sparse-1-thread.json").read_text())["rows"]:
-        network, flops = re.match(r"(\S+), density \S+ \((\S+) of the FLOPs\)", row["what"]).groups()
+        network, flops = re.match(r"(\S+), density \S+, (\S+) of the FLOPs", row["what"]).groups()
         cells.setdefault(network, []).append(f"{row['ratio']['median']:.2f} ({flops})")
     for network, ratios in cells.items():
         assert f"| {network} | {' | '.join(ratios)} |" in PAGES["docs/speed.md"]
