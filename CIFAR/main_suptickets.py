@@ -72,6 +72,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         one.seed = args.seed + i
         if args.save and args.iters > 1:
             one.save = args.save / f"seed{one.seed}"
+        if args.tensorboard and args.iters > 1:
+            one.tensorboard = args.tensorboard / f"seed{one.seed}"
         run(one, argv)
 
 

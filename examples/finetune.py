@@ -108,7 +108,10 @@ def accuracy(model: nn.Module) -> float:
 
 torch.manual_seed(args.seed)
 model = get_model(args.arch, weights="DEFAULT" if args.pretrained else None)
-name, head = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, nn.Linear)][-1]
+linear = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, nn.Linear)]
+if not linear:
+    parser.error(f"{args.arch} does not end with a linear layer")
+name, head = linear[-1]
 model.set_submodule(name, nn.Linear(head.in_features, classes))
 model.to(device)
 

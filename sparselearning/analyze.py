@@ -47,7 +47,7 @@ from sparselearning.training.progress import print_notes
 from sparselearning.training.scripts import Script, script_of
 
 MADE_BY = "analyze_tickets.py"
-"""What ``--save-network`` writes says so: the name that this command had at first."""
+"""What ``--save-network`` writes says so: the former name of this command."""
 
 
 def main(argv: Sequence[str] | None = None, otherwise: Script | None = None) -> None:

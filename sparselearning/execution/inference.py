@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from sparselearning.execution import memory
 from sparselearning.execution.folding import called_module, fold_batchnorms
 from sparselearning.execution.functions import (
     ActiveWeights,
@@ -87,6 +88,7 @@ class SparseInference(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Whatever the model returns in evaluation mode."""
+        memory.begin_pass()
         size = IMAGES_AT_ONCE * torch.get_num_threads()
         with torch.no_grad():
             if self.by_image and not kwargs and len(args) == 1 and args[0].dim() == 4 and len(args[0]) > size:

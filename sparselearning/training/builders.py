@@ -24,6 +24,7 @@ def network_builder(function: Builder) -> Builder:
     """Mark a function as one that builds networks from plain arguments, given by keyword.
 
     Of what a ``config.json`` or a packed file names, which may come from anywhere, nothing else is called.
+    The module that it names is imported, though: use what others made only beside code that you trust.
     """
     BUILDERS[builder_name(function)] = function
     return function

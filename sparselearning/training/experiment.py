@@ -236,7 +236,8 @@ def run(recipe: Recipe, plan: Plan, sparse: SparseTraining | None, runtime: Runt
         FaultError: if training or the disk fails, or another run is using the folder.
         Stopped: on a stop signal, after writing the checkpoint.
     """
-    if distributed.restarts() and output.resume is None and output.folder.checkpoint.exists():
+    restarted = distributed.restarts() and output.resume is None
+    if restarted and distributed.broadcast_object(output.folder.checkpoint.exists()):  # rank 0's, which wrote it
         output = replace(output, resume=output.folder.path)
     with stop_signals() as stop_signal, ExitStack() as held:
         start = _find_start(plan, sparse, output)

@@ -32,7 +32,7 @@ class RunRecord:
     Attributes:
         results: what goes into the run's files.
         tally: of this rank in this epoch.
-        costs: the same.
+        costs: what training has cost in this epoch.
     """
 
     def __init__(

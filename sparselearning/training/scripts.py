@@ -57,7 +57,7 @@ def script_of(config: Mapping[str, Any], source: Path) -> Script:
 def _folder_of(module: str) -> Path | None:
     """Folder that a top-level module or package lies in; None if there is none. Nothing is imported."""
     spec = find_module(module) if module.isidentifier() else None
-    if spec is None or spec.origin is None:
+    if spec is None or not spec.has_location or spec.origin is None:
         return None
     origin = Path(spec.origin)
     return origin.parent.parent if spec.submodule_search_locations else origin.parent

@@ -4,9 +4,11 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from torch import nn
 
 pytest.importorskip("numba")
 
+from sparselearning import sparse_inference
 from sparselearning.execution import memory
 from sparselearning.execution.functions import empty_activations
 
@@ -66,6 +68,14 @@ def test_blocks_of_earlier_passes_make_room_for_other_sizes() -> None:
     memory.empty([100], [1])  # given back in this pass
     memory.empty([50000], [1])
     assert [block.numel() for block in free()] == [100, 50000]
+
+
+def test_predictions_of_other_sizes_make_room_for_each_other() -> None:
+    fast = sparse_inference(nn.Sequential(nn.Conv2d(2, 4, 3), nn.Conv2d(4, 2, 3)))
+    for rows in (6, 60, 10, 100, 14, 140):
+        fast(torch.ones(1, 2, rows, rows))
+    least = min(block.numel() for block in free())
+    assert least > 2 * 12 * 12  # those of images of 14 rows and fewer are gone
 
 
 def test_small_tensors_are_left_to_pytorch() -> None:

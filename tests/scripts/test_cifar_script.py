@@ -141,6 +141,12 @@ def test_several_seeds_one_after_the_other(script):
         assert json.loads(Path("runs", folder, "config.json").read_text())["seed"] == seed
 
 
+def test_several_seeds_have_curves_of_their_own(script):
+    pytest.importorskip("tensorboard")
+    assert script(WHOLE_METHOD, "--iters 2 --seed 5 --save runs --tensorboard curves") == 0
+    assert sorted(os.listdir("curves")) == ["seed5", "seed6"]
+
+
 def test_digits_are_learned(script):
     call = "--data digits --model lenet-300-100 --batch-size 64 --final-density 0.1 --update-frequency 10"
     assert script(WHOLE_METHOD, call, "--save run") == 0
