@@ -29,8 +29,10 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     """Hide GPUs, from child processes too: bits are compared, and the other tests are about the CPU.
 
-    Hangups get their default meaning back, which ``nohup`` takes from a process and all its children.
+    Hangups and interrupts get their default meaning back, which ``nohup`` and ``&`` take from a process and all its
+    children.
     """
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     if hasattr(signal, "SIGHUP"):
         signal.signal(signal.SIGHUP, signal.SIG_DFL)
     if not config.getoption("--gpu"):

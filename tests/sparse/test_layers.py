@@ -328,7 +328,7 @@ CONTRADICTIONS = [
     ("come to 96 active weights.*to 64", {"layer_densities": {"deep": 1.0, "conv": 1.0}}),
     ("come to 2 active weights.*to 64.*32 weights", {"layer_densities": {"deep": 0.01, "conv": 0.04}}),
     ("come to 65 active weights.*to 64", {"layer_densities": {"deep": 0.51, "conv": 0.5, "fc": 0.5}}),
-    ("sparse_init ERK, uniform: 'GMP'", {"sparse_init": "GMP", "layer_densities": {"fc": 0.1}}),
+    ("sparse_init ERK, uniform, not for 'GMP'", {"sparse_init": "GMP", "layer_densities": {"fc": 0.1}}),
 ]  # fmt: skip
 
 

@@ -248,7 +248,7 @@ def test_names_of_the_files(tmp_path):
     names = {path.name for name, path in vars(folder).items() if name != "path"}
     assert names == {
         "config.json", "metrics.jsonl", "tickets.jsonl", "summary.json", "checkpoint.pth", "model_current.pth",
-        "model_previous.pth", "analysis.json", ".lock",
+        "model_previous.pth", "model_ema.pth", "analysis.json", "wandb_id.txt", ".lock",
     }  # fmt: skip
     assert folder.ticket(3).parent == tmp_path / "tickets"
 

@@ -148,13 +148,12 @@ def test_cycles_alone_after_another_optimizer(tmp_path, growth_before, growth):
     first = prepare(tmp_path / "a", pretraining, MASKING | {"growth": growth_before}, flags={"optimizer": "sgd"})
     first.run()
     plan, masks = dataclasses.replace(PLAN, pre_train=False), MASKING | {"growth": growth}
-    second = prepare(
-        tmp_path / "b", plan, masks, resume=first.folder.checkpoint, flags={"optimizer": "adam"}, optimizer="adam"
-    )
+    adam = {"resume": first.folder.checkpoint, "flags": {"optimizer": "adam"}, "optimizer": "adam"}
     if growth == "momentum":  # there is none to explore by before the first step
-        with pytest.raises(UsageError, match="before the first optimizer step"):
-            second.run()
+        with pytest.raises(UsageError, match="explores by momentum, and there is none yet"):
+            prepare(tmp_path / "b", plan, masks, **adam)
     else:
+        second = prepare(tmp_path / "b", plan, masks, **adam)
         second.run()
         assert len(lines(second.folder.tickets)) == 2
 
