@@ -33,7 +33,7 @@ from sparselearning.process.script import run_script
 from sparselearning.process.seeding import seed_everything
 from sparselearning.sparse.schedules import milestone_lr
 from sparselearning.sparse.sparse_init import SPARSE_INITS
-from sparselearning.training import experiment, flags, provenance
+from sparselearning.training import experiment, flags
 from sparselearning.training.builders import builder_name
 from sparselearning.training.data import Sources
 from sparselearning.training.plan import EpochBudget
@@ -153,26 +153,13 @@ def run(args: argparse.Namespace, argv: Sequence[str] | None) -> None:
         print(runtime.description(device), flush=True)
 
     recipe = set_up(args, runtime, device)
-    values = flags.values(args)
     folder = RunFolder(flags.run_path(args, args.model, Path(args.data).stem, budget))
-    config = {
-        "command": flags.command(argv), **values, **provenance.environment(device),
-        "network": recipe.network, "marks": flags.own_marks(parser),
-    }  # fmt: skip
     flags.action(args)(
         recipe,
         flags.plan(args, budget, pretrain_lr(args, budget)),
         flags.sparse_training(args, len(recipe.sources.train), budget.total_epochs),
         runtime,
-        experiment.Output(
-            folder=folder,
-            config=config,
-            identity=flags.identity(values, parser),
-            resume=args.resume,
-            log_interval=args.log_interval,
-            keep_tickets=args.keep_tickets,
-            trackers=flags.trackers(args, folder, config),
-        ),
+        flags.output(args, parser, argv, folder, recipe.network, device, args.log_interval),
     )
 
 

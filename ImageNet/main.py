@@ -32,7 +32,7 @@ from sparselearning.process.files import load_torch
 from sparselearning.process.script import run_script
 from sparselearning.process.seeding import derive_seed, seed_everything
 from sparselearning.sparse.schedules import milestone_lr
-from sparselearning.training import experiment, flags, profiling, provenance
+from sparselearning.training import experiment, flags, profiling
 from sparselearning.training.builders import builder_name
 from sparselearning.training.data import Sources
 from sparselearning.training.networks import load_weights
@@ -61,24 +61,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     recipe = set_up(args, runtime, device)
     if args.pretrained_weights:
         load_weights(recipe.model, load_torch(args.pretrained_weights), args.pretrained_weights)
-    values = flags.values(args)
-    config = {
-        "command": flags.command(argv), **values, **provenance.environment(device),
-        "network": recipe.network, "marks": flags.own_marks(parser),
-    }  # fmt: skip
     plan = flags.plan(args, budget, pretrain_lr(args))
     sparse = flags.sparse_training(args, len(recipe.sources.train), budget.total_epochs)
     folder = RunFolder(flags.run_path(args, args.arch, Path(os.path.abspath(args.data)).name, budget))
-    output = experiment.Output(
-        folder=folder,
-        config=config,
-        identity=flags.identity(values, parser),
-        resume=args.resume,
-        log_interval=args.print_freq,
-        keep_tickets=args.keep_tickets,
-        trackers=flags.trackers(args, folder, config),
-        keep_checkpoints=args.gather_checkpoints,
-    )
+    output = flags.output(args, parser, argv, folder, recipe.network, device, args.print_freq)
+    output = dataclasses.replace(output, keep_checkpoints=args.gather_checkpoints)
     if args.evaluate:
         evaluate(recipe, plan, runtime, output)
     elif measures_only(args):

@@ -173,26 +173,16 @@ def _cells(groups: Sequence[Group], plus_minus: str, nothing: str, among: Sequen
     return [["method", "n", *(column.title for column in columns)], *rows]
 
 
-def markdown_table(groups: Sequence[Group]) -> str:
-    """Mean ± sample standard deviation of each group, to be read as it is or rendered."""
-    return _markdown(_cells(groups, " ± ", "-"))
-
-
 def headline_table(groups: Sequence[Group]) -> str:
     """Groups with tickets, each beside its control, in the columns of :data:`HEADLINE`."""
-    return _markdown(_cells([group for group in groups if group.ticket_flags], " ± ", "-", HEADLINE))
-
-
-def averages_table(groups: Sequence[Group]) -> str:
-    """How good kept tickets, their ensemble and other averages are, where ``sparselearning.analyze`` measured them.
-
-    One table per measure: accuracy; negative log-likelihood and calibration; accuracy on corrupted pictures.
-    """
-    return "\n".join(map(_markdown, _averages_cells(groups).values()))
+    return markdown(_cells([group for group in groups if group.ticket_flags], " ± ", "-", HEADLINE))
 
 
 def _averages_cells(groups: Sequence[Group]) -> dict[str, Cells]:
-    """Heading to table."""
+    """How good kept tickets, their ensemble and other averages are, where ``sparselearning.analyze`` measured them.
+
+    A table per measure, by heading: accuracy; negative log-likelihood and calibration; accuracy on corrupted pictures.
+    """
     looked_at = [group for group in groups if _is_analysed(group)]
     titles = dict.fromkeys(title for group in looked_at for run in group.runs for title in _averages(run))
     parts = {run.analysis.evaluated_on.part for group in looked_at for run in group.runs if run.analysis}
@@ -205,12 +195,8 @@ def _averages_cells(groups: Sequence[Group]) -> dict[str, Cells]:
     return tables
 
 
-def differences_table(groups: Sequence[Group]) -> str:
-    """How far apart kept tickets are, the network that they start from included, where that was measured."""
-    return _markdown(_differences_cells(groups))
-
-
 def _differences_cells(groups: Sequence[Group]) -> Cells:
+    """How far apart kept tickets are, the network that they start from included, where that was measured."""
     looked_at = [group for group in groups if _is_analysed(group)]
     return _column_per_group("between tickets, the first network included", looked_at, DIFFERENCES)
 
@@ -359,7 +345,8 @@ DIFFERENCES = (
 )
 
 
-def _markdown(cells: Cells) -> str:
+def markdown(cells: Cells) -> str:
+    """A table that can be read as it is or rendered; nothing of no cells."""
     if not cells:
         return ""
     rows = [[one_line(cell).replace("|", r"\|") for cell in row] for row in cells]
@@ -447,7 +434,7 @@ def _csv(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 
 def markdown_report(groups: Sequence[Group], left_out: Sequence[str] = ()) -> str:
     """The tables, and what one must know to read them."""
-    tables = map(_markdown, report_cells(groups).values())
+    tables = map(markdown, report_cells(groups).values())
     return "\n".join(tables) + "\n" + "".join(f"- {one_line(note)}\n" for note in report_notes(groups, left_out))
 
 

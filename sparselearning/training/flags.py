@@ -8,6 +8,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from sparselearning import execution
 from sparselearning.process.arguments import (
     Group,
@@ -29,7 +31,7 @@ from sparselearning.sparse.schedules import DECAYS, check_densities, check_windo
 from sparselearning.sparse.sparse_init import SPARSE_INITS
 from sparselearning.sparse.superpose import AVERAGING, chooses
 from sparselearning.sparse.topology import GROWTH, METHODS, PRUNE, REDISTRIBUTION, chosen_modes
-from sparselearning.training import experiment, preview
+from sparselearning.training import experiment, preview, provenance
 from sparselearning.training.experiment import SparseTraining
 from sparselearning.training.plan import EpochBudget, Plan
 from sparselearning.training.records import flags_of
@@ -519,6 +521,45 @@ def trackers(args: argparse.Namespace, folder: RunFolder, config: Mapping[str, A
     if args.wandb is not None:
         found.append(WeightsAndBiases(args.wandb, folder.wandb_id, config))
     return found
+
+
+def output(
+    args: argparse.Namespace,
+    parser: argparse.ArgumentParser,
+    argv: Sequence[str] | None,
+    folder: RunFolder,
+    network: Mapping[str, Any],
+    device: torch.device,
+    log_interval: int,
+) -> experiment.Output:
+    """What a run writes and shows.
+
+    Args:
+        args: parsed by ``parser``.
+        parser: of the script.
+        argv: the command line; None: that of the program.
+        folder: of the run.
+        network: how it is built again (``Recipe.network``).
+        device: that is computed on.
+        log_interval: batches between reads of the running loss.
+
+    Raises:
+        UsageError, FaultError: as :func:`trackers` does.
+    """
+    known = values(args)
+    config = {
+        "command": command(argv), **known, **provenance.environment(device),
+        "network": network, "marks": own_marks(parser),
+    }  # fmt: skip
+    return experiment.Output(
+        folder=folder,
+        config=config,
+        identity=identity(known, parser),
+        resume=args.resume,
+        log_interval=log_interval,
+        keep_tickets=args.keep_tickets,
+        trackers=trackers(args, folder, config),
+    )
 
 
 def run_path(args: argparse.Namespace, model: str, data: str, budget: EpochBudget) -> Path:

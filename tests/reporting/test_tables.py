@@ -8,14 +8,27 @@ import pytest
 from helpers.written_runs import groups_of, rows_of, write_analysis, write_run
 from sparselearning.reporting.runs import find_runs
 from sparselearning.reporting.tables import (
-    averages_table,
+    MEASURES,
     csv_of_runs,
     csv_table,
-    differences_table,
     latex_table,
+    markdown,
     markdown_report,
-    markdown_table,
+    report_cells,
 )
+
+
+def markdown_table(groups):
+    return markdown(report_cells(groups)["Results"])
+
+
+def averages_table(groups):
+    cells = report_cells(groups)
+    return "\n".join(markdown(cells[measure.heading]) for measure in MEASURES if measure.heading in cells)
+
+
+def differences_table(groups):
+    return markdown(report_cells(groups).get("How far kept tickets are apart", []))
 
 
 def test_means_deviations_and_gains_by_hand(study):
