@@ -3,7 +3,6 @@
 import math
 import weakref
 from collections.abc import Mapping, Sequence
-from functools import cache
 from numbers import Real
 from typing import Any
 from warnings import warn
@@ -33,6 +32,7 @@ from sparselearning.sparse.topology import (
     classifier,
     prune_and_grow,
 )
+from sparselearning.sparse.zeroing import Zeroing
 
 HOOKS: weakref.WeakKeyDictionary[torch.optim.Optimizer, weakref.finalize] = weakref.WeakKeyDictionary()
 """What removes the hook that a Masking has put on an optimizer."""
@@ -161,6 +161,7 @@ class Masking:
         self._tracks_momentum = GROWTH[growth].reads_momentum
         self._dense_momentum = DenseMomentum(optimizer)
         self._ever_active: dict[str, Tensor] = {}
+        self._zero = Zeroing()
 
     # ------------------------------------------------------------------------------------------ public API
 
@@ -439,9 +440,11 @@ class Masking:
         """Zero every inactive weight and its optimizer state, in place."""
         for name, weight in self._parameters.items():
             self._dense_momentum.keep(name, weight, self.masks[name])
-            states = [state for _, state in per_weight_state(self.optimizer, weight)]
-            zero_inactive([weight, *states], self.masks[name])
+        self._zero(((name, self._weight_and_state(weight)) for name, weight in self._parameters.items()), self.masks)
         self._versions = self._weight_versions()
+
+    def _weight_and_state(self, weight: nn.Parameter) -> list[Tensor]:
+        return [weight, *(state for _, state in per_weight_state(self.optimizer, weight))]
 
     def _weight_versions(self) -> list[int]:
         """Counters that PyTorch raises whenever something writes into the weights (but by way of ``.data``)."""
@@ -449,9 +452,8 @@ class Masking:
 
     def mask_gradients(self) -> None:
         """Zero the gradient of every inactive weight, in place."""
-        for name, weight in self._parameters.items():
-            if weight.grad is not None:
-                zero_inactive([weight.grad], self.masks[name])
+        gradients = ((name, weight.grad) for name, weight in self._parameters.items())
+        self._zero(((name, [gradient]) for name, gradient in gradients if gradient is not None), self.masks)
 
     def state_dict(self) -> dict[str, Any]:
         """A copy of everything that changes during training: masks, counters, record of exploration, modes."""
@@ -636,32 +638,6 @@ def _links(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> list[tup
                 module = module.get_submodule(name)
             links[id(module), last] = module._parameters, last, parameter
     return list(links.values())
-
-
-BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-def zero_inactive(tensors: Sequence[Tensor], mask: Tensor) -> None:
-    """Set ``tensors`` to exactly zero where ``mask`` is false, in place; all have its shape.
-
-    Whatever stands there, infinities and NaN included, becomes +0.
-    """
-    factors: dict[torch.dtype, Tensor] = {}
-    for tensor in tensors:
-        if tensor.device.type != "cpu":
-            torch.where(mask, tensor, _zero(tensor.device, tensor.dtype), out=tensor)
-            continue
-        # On a CPU, multiplying bit patterns by 0 or 1 takes half the time of `where` or `masked_fill`.
-        bits = BITS[tensor.element_size()]
-        if bits not in factors:
-            factors[bits] = mask.to(bits)
-        tensor.view(bits).mul_(factors[bits])
-
-
-@cache
-def _zero(device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Made once: on a GPU, making it anew for every layer would be as many kernel launches again."""
-    return torch.zeros((), device=device, dtype=dtype)
 
 
 def _flat(tensor: Tensor, reference: Tensor) -> Tensor:

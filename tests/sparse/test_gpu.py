@@ -137,6 +137,39 @@ def test_a_plain_step_has_no_wait(gpu, optimizer, growth, fp16, keep_gradients):
     assert not counts.waits, counts.waits
 
 
+@pytest.mark.parametrize("keep_gradients", [True, False])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_masks_of_many_layers_take_one_kernel_of_a_plain_step(gpu, optimizer, keep_gradients):
+    model, masking = make(CUDA, optimizer)
+    for number in range(3):
+        backward(model, number)
+        with gpu.counting() as counts:
+            masking.step(keep_gradients=keep_gradients)
+    assert len(masking.masks) == 10
+    of_the_optimizer = {"_fused_sgd_", "_fused_adam_", "_foreach_add_"}
+    assert sum(launches for name, launches in counts.launches.items() if name not in of_the_optimizer) == 1
+
+
+@pytest.mark.parametrize("change", ["an update", "by hand", "another tensor"])
+def test_steps_after_a_change_of_masks_follow_the_new_ones(gpu, change):
+    model, masking = make(CUDA, update_frequency=2)
+    backward(model)
+    masking.step(keep_gradients=False)
+    before = {name: mask.clone() for name, mask in masking.masks.items()}
+    for name, mask in before.items():
+        if change == "by hand":
+            masking.masks[name].copy_(~mask)
+        elif change == "another tensor":
+            masking.masks[name] = ~mask
+    masking.apply_masks()
+    for _ in range(3):
+        backward(model)
+        masking.step(keep_gradients=False)
+    assert any(not torch.equal(mask, before[name]) for name, mask in masking.masks.items())
+    for name, weight in masking.parameters.items():
+        assert not weight.detach().masked_fill(masking.masks[name], 0).any(), name
+
+
 def same_gradients(*models):
     """Give networks on different devices the very same gradients."""
     backward(models[0])
