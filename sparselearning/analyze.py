@@ -5,8 +5,9 @@ python -m sparselearning.analyze RUN --superposing_method CAA --tickets 1 2 3 --
 python -m sparselearning.analyze RUN --grid --corruptions --on test
 
 RUN is the folder of a run made with --keep-tickets; of plain training, which has no tickets, its network is measured.
-Nothing is trained. The tables that are printed, and pictures of them, also go to RUN/analysis/. It computes in one
-process: of a run in several, which re-estimated BatchNorm on other batches, superpositions come out nearly equal.
+So is the moving average of the weights, of runs with --ema. Nothing is trained. The tables that are printed, and
+pictures of them, also go to RUN/analysis/. It computes in one process: of a run in several, which re-estimated
+BatchNorm on other batches, superpositions come out nearly equal.
 """
 
 import argparse
@@ -18,7 +19,7 @@ from sparselearning.process import arguments
 from sparselearning.process.errors import UsageError
 from sparselearning.process.files import check_output, write_json
 from sparselearning.process.script import run_script
-from sparselearning.reporting.analysis import Analysis, EvaluatedOn, Settings
+from sparselearning.reporting.analysis import MOVING_AVERAGE, Analysis, EvaluatedOn, Settings
 from sparselearning.reporting.analysis_tables import (
     grid_table,
     layers_table,
@@ -89,7 +90,8 @@ def main(argv: Sequence[str] | None = None, otherwise: Script | None = None) -> 
     if given.save_network:
         SavedNetwork(final.state, final.masks, final.epoch + 1).write(given.save_network, MADE_BY)
 
-    predictions = {network.name: bench.predict(network.state) for network in [*members, *superposed]}
+    averages = [bench.load(folder.ema, MOVING_AVERAGE)] if folder.ema.is_file() else []
+    predictions = {network.name: bench.predict(network.state) for network in [*members, *superposed, *averages]}
     ends = [*members, *superposed[-1:]]
     routes = itertools.combinations(ends, 2) if given.all_pairs else neighbours(ends)
     bn_epoch = members[-1].epoch if given.line_bn else None
@@ -108,6 +110,7 @@ def main(argv: Sequence[str] | None = None, otherwise: Script | None = None) -> 
         networks=[
             *(bench.row([network], predictions, names) for network in [*members, *superposed]),
             *([bench.row(members, predictions, names)] if superposed else []),
+            *(bench.row([network], predictions, names) for network in averages),
         ],
         pairs=compare(ends, predictions),
         layers=[compare_layer(name, [member.masks[name] for member in members]) for name in names if superposed],

@@ -7,6 +7,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import analyze_tickets
@@ -176,9 +177,10 @@ def test_another_average_budget_and_subset(run, tmp_path, capsys):
 
 @pytest.fixture(scope="module")
 def held_out(tmp_path_factory):
-    """A greedy run that chose on a fifth of the training images."""
+    """A greedy run that chose on a fifth of the training images, and kept the moving average of its weights."""
     folder = tmp_path_factory.mktemp("held_out") / "run"
-    main_suptickets.main([*RUN_FLAGS, "--superposing_method", "greedy", "--valid_split", "0.2", "--save", str(folder)])
+    more = "--superposing_method greedy --valid_split 0.2 --ema 0.9"
+    main_suptickets.main([*RUN_FLAGS, *more.split(), "--save", str(folder)])
     return folder
 
 
@@ -218,6 +220,28 @@ def test_choices_are_made_on_held_out_images_and_measured_on_the_test_set(greedy
     final = next(row for row in by_test["networks"] if row["name"] == "superposition 2")
     assert by_test["grid"][1]["bn_re_estimated"].items() <= final.items()
     assert "accuracy, held-out" in capsys.readouterr().out
+
+
+def test_the_moving_average_is_measured_beside_tickets(greedy):
+    summary = json.loads((greedy / "summary.json").read_text())
+    for part, recorded in (("evaluation", "ema_acc"), ("test", "ema_test_acc")):
+        row = analyse(greedy, "--on", part, "--corruptions")["networks"][-1]
+        assert (row["name"], row["accuracy"]) == ("moving average", summary[recorded])
+        assert row["density"] == pytest.approx(DENSITY, abs=1e-3)
+        assert set(row["corrupted"]) == {"noise", "blur", "contrast"}
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_a_picture_names_every_network(greedy, plain):
+    plots = pytest.importorskip("sparselearning.reporting.analysis_plots")
+    results = read(Analysis, analyse(greedy), "analysis.json")
+    if plain:
+        alone = replace(results.settings, tickets=[0])
+        results = replace(results, settings=alone, networks=[results.networks[0], results.networks[-1]])
+    (axes,) = plots.networks(results).axes
+    tickets = ["ticket 0", "ticket 1", "ticket 2", "superposition 1", "superposition 2"]
+    names_ = ["ticket 0"] if plain else [*tickets, "logit ensemble, 3 forward passes"]
+    assert [label.get_text() for label in axes.get_yticklabels()] == [*names_, "moving average"]
 
 
 def test_accuracy_on_corrupted_pictures(run, capsys):

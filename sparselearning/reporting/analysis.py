@@ -11,6 +11,8 @@ from sparselearning.process.schema import Amount, Count, Mismatch, Ordinal, Reco
 
 ENSEMBLE = "logit ensemble"
 """Name of the network that is none: the mean of the tickets' logits."""
+MOVING_AVERAGE = "moving average"
+"""Name of the moving average of all steps' weights (``--ema``)."""
 TEST_SET, HELD_OUT = "test set", "held-out part of the training set"
 """Images that networks are measured on."""
 Matrix = list[list[Share]]
@@ -19,6 +21,11 @@ Matrix = list[list[Share]]
 def ticket_name(number: int) -> str:
     """Name of a ticket, from 0, the pre-trained network."""
     return f"ticket {number}"
+
+
+def superposition_name(number: int) -> str:
+    """Name of the superposition of the first ticket and ``number`` more."""
+    return f"superposition {number}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,7 +178,8 @@ class Analysis(Record):
         evaluated_on: which images.
         settings: of superposing again.
         same_as_run: whether the last superposition is the run's own, to the bit; of plain training, its network.
-        networks: each ticket, each superposition, the ensemble; of plain training, its network, called ticket 0.
+        networks: each ticket, each superposition, the ensemble; of plain training, its network, called ticket 0; last,
+            the moving average of the run's weights, if it kept one.
         pairs: of all tickets and the last superposition.
         layers: each masked layer.
         lines: at least from each ticket to the next.

@@ -9,7 +9,7 @@ from matplotlib import style
 from matplotlib.figure import Figure
 
 from sparselearning.reporting import plots
-from sparselearning.reporting.analysis import ENSEMBLE, Analysis
+from sparselearning.reporting.analysis import ENSEMBLE, MOVING_AVERAGE, Analysis
 
 ABOVE: Any = {"loc": "lower center", "bbox_to_anchor": (0.5, 1), "ncols": 2, "frameon": False}
 """Place of a legend that no point may hide under."""
@@ -24,9 +24,14 @@ def save_all(results: Analysis, out: Path) -> None:
 
 @style.context(plots.STYLE)
 def networks(results: Analysis) -> Figure:
-    """Accuracy of every ticket, of every superposition, and of the ensemble."""
+    """Accuracy of every ticket, of every superposition, of the ensemble, and of the moving average."""
     rows = results.networks
-    kinds = {"ticket": plots.VERMILION, "superposition": plots.GREEN, ENSEMBLE: plots.BLUE}
+    kinds = {
+        "ticket": plots.VERMILION,
+        "superposition": plots.GREEN,
+        ENSEMBLE: plots.BLUE,
+        MOVING_AVERAGE: plots.ORANGE,
+    }
     figure = Figure(figsize=(plots.WIDTH, 1.2 + 0.25 * len(rows)))
     axes = figure.subplots()
     for place, row in enumerate(rows):
@@ -36,7 +41,7 @@ def networks(results: Analysis) -> Figure:
             f"{100 * row.accuracy:.2f}", (100 * row.accuracy, place), (6, 0), textcoords="offset points",
             va="center", fontsize=8,
         )  # fmt: skip
-    names = [row.name for row in rows[:-1]] + [f"{ENSEMBLE}, {rows[-1].forward_passes} forward passes"]
+    names = [row.name + (f", {row.forward_passes} forward passes" if row.name == ENSEMBLE else "") for row in rows]
     axes.set_yticks(range(len(rows)), names)
     axes.invert_yaxis()
     axes.margins(x=0.2)

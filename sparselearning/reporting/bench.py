@@ -22,6 +22,7 @@ from sparselearning.reporting.analysis import (
     NetworkRow,
     Pairs,
     Quality,
+    superposition_name,
     ticket_name,
 )
 from sparselearning.reporting.comparisons import (
@@ -54,12 +55,12 @@ from sparselearning.training.runtime import Runtime
 
 
 class Network(NamedTuple):
-    """A ticket, or what was superposed from tickets."""
+    """A ticket, what was superposed from tickets, or the moving average of a run's weights."""
 
     name: str
     state: State
     masks: dict[str, Tensor]  # of the maskable weights, bool
-    epoch: int  # at whose end it, or the last ticket in it, was taken
+    epoch: int  # at whose end it, or the last of what is in it, was taken
 
 
 Finish = Callable[[Network], Network]
@@ -185,7 +186,7 @@ class Bench:
             UsageError: if the run did not keep one, or it is another model's.
             FaultError: if a file is damaged.
         """
-        members = [self._load_ticket(folder, number) for number in numbers]
+        members = [self.load(folder.ticket(number), ticket_name(number)) for number in numbers]
         for number, member in zip(numbers, members, strict=True):
             if differing := differing_entries(members[0].masks, member.masks):
                 raise FaultError(
@@ -193,15 +194,19 @@ class Bench:
                 )
         return members
 
-    def _load_ticket(self, folder: RunFolder, number: int) -> Network:
-        """Read one ticket. A dense one counts as masked where its weights are zero."""
-        path = folder.ticket(number)
+    def load(self, path: Path, name: str) -> Network:
+        """Read one network. A dense one counts as masked where its weights are zero.
+
+        Raises:
+            UsageError: if there is none, or it is another model's.
+            FaultError: if the file is damaged.
+        """
         saved = SavedNetwork.read(path)
         load_weights(self.passes.model, vars(saved), path)
         state = self.passes.state()
         masks = {name: mask.to(self.passes.device) for name, mask in saved.masks.items()}
         masks = masks or nonzero(state, maskable_parameters(self.passes.model))
-        return Network(ticket_name(number), state, masks, saved.epoch - 1)
+        return Network(name, state, masks, saved.epoch - 1)
 
     def predict(self, state: State) -> Predictions:
         """Predictions of a network, in eval mode, on all images that it may be judged by."""
@@ -361,7 +366,7 @@ def superpose_again(
             masks = nonzero(union, maskable)
             if budget is not None:
                 union, masks = prune_to_density(union, maskable, budget)
-            tried.append(Network(f"superposition {number}", union, masks, member.epoch))
+            tried.append(Network(superposition_name(number), union, masks, member.epoch))
         made.append(tried[0] if len(tried) == 1 else max(tried, key=accuracy))
         state = made[-1].state
     return made
