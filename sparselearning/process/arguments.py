@@ -9,7 +9,9 @@ from collections.abc import Callable, Sequence
 from copy import copy
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Annotated, Any, NoReturn, get_args
+
+from sparselearning.process.schema import Amount, Between, Count, Density, Ordinal, Seed, Share, in_range, rule
 
 WIDEST = 100
 """Columns that ``--help`` takes of a wider terminal."""
@@ -124,47 +126,47 @@ def marked(parser: argparse.ArgumentParser, mark: str) -> set[str]:
 
 def density(text: str) -> float:
     """Parse a share of weights, in (0, 1]."""
-    return _number(text, float, lambda value: 0 < value <= 1, "a density lies in (0, 1]")
+    return _number(text, Density)
 
 
 def rate(text: str) -> float:
     """Parse a share, in [0, 1]."""
-    return _number(text, float, lambda value: 0 <= value <= 1, "it lies in [0, 1]")
+    return _number(text, Share)
 
 
 def below_one(text: str) -> float:
     """Parse a share, in [0, 1)."""
-    return _number(text, float, lambda value: 0 <= value < 1, "it lies in [0, 1)")
+    return _number(text, Annotated[float, Between(0, 1, open_high=True)])
 
 
 def between_zero_and_one(text: str) -> float:
     """Parse a number in (0, 1)."""
-    return _number(text, float, lambda value: 0 < value < 1, "it lies in (0, 1)")
+    return _number(text, Annotated[float, Between(0, 1, open_low=True, open_high=True)])
 
 
 def non_negative_float(text: str) -> float:
     """Parse a finite number, at least 0."""
-    return _number(text, float, lambda value: 0 <= value < float("inf"), "it is a number of at least 0")
+    return _number(text, Amount)
 
 
 def positive_float(text: str) -> float:
     """Parse a finite number above 0."""
-    return _number(text, float, lambda value: 0 < value < float("inf"), "it is a number above 0")
+    return _number(text, Annotated[float, Between(0, open_low=True)])
 
 
 def non_negative(text: str) -> int:
     """Parse a whole number, at least 0."""
-    return _number(text, int, lambda value: value >= 0, "it is a whole number of at least 0")
+    return _number(text, Count)
 
 
 def seed(text: str) -> int:
     """Parse a seed that every random generator takes, in [0, 2⁶³)."""
-    return _number(text, int, lambda value: 0 <= value < 2**63, "a seed is a whole number in [0, 2^63)")
+    return _number(text, Seed)
 
 
 def positive(text: str) -> int:
     """Parse a whole number, at least 1."""
-    return _number(text, int, lambda value: value >= 1, "it is a whole number of at least 1")
+    return _number(text, Ordinal)
 
 
 def path(text: str) -> Path:
@@ -174,11 +176,11 @@ def path(text: str) -> Path:
     return Path(os.path.expanduser(text))  # as a text: Path takes ./~ for ~
 
 
-def _number(text: str, kind: Callable[[str], Any], valid: Callable[[Any], bool], rule: str) -> Any:
+def _number(text: str, kind: Any) -> Any:
     try:
-        value = kind(text)
+        value = get_args(kind)[0](text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{rule}, not {text!r}") from None
-    if not valid(value):
-        raise argparse.ArgumentTypeError(f"{rule}, not {text}")
+        raise argparse.ArgumentTypeError(f"{rule(kind)}, not {text!r}") from None
+    if not in_range(value, kind):
+        raise argparse.ArgumentTypeError(f"{rule(kind)}, not {text}")
     return value

@@ -1,7 +1,8 @@
-"""Check what a file holds before it is used: the types, ranges and entries that a dataclass declares.
+"""Check values from outside before they are used: what a file holds, and the numbers that options are given.
 
-A damaged file ends in one sentence that names the file and the entry. What a dataclass does not declare is passed
-over, so that files of later versions, which may hold more, stay readable.
+A dataclass declares the types, ranges and entries of a file. A damaged file ends in one sentence that names the file
+and the entry. What the dataclass does not declare is ignored, so that files of later versions, which may hold more,
+stay readable.
 """
 
 import dataclasses
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from sparselearning.process.errors import FaultError
+from sparselearning.process.errors import FaultError, UsageError
 
 T = TypeVar("T")
 LARGEST = 3.4e38
@@ -25,26 +26,33 @@ WORDS: dict[Any, str] = {
 
 @dataclass(frozen=True)
 class Between:
-    """Bounds of a number, both included; not ``finite``: none, infinities and NaN are allowed."""
+    """Bounds of a number, included unless they are open; not ``finite``: none, infinities and NaN are allowed."""
 
     low: float = -LARGEST
     high: float = LARGEST
     finite: bool = True
+    open_low: bool = False
+    open_high: bool = False
 
     def allows(self, value: float) -> bool:
         """Whether a number is within them."""
-        return self.low <= value <= self.high or (not self.finite and isinstance(value, float))
+        above = value > self.low if self.open_low else value >= self.low
+        below = value < self.high if self.open_high else value <= self.high
+        return (above and below) or (not self.finite and isinstance(value, float))
 
     def __str__(self) -> str:
         if self.high == LARGEST:
-            return "" if self.low == -LARGEST else f" of at least {self.low:g}"
-        return f" in [{self.low:g}, {self.high:g}]"
+            return "" if self.low == -LARGEST else f" {'above' if self.open_low else 'of at least'} {self.low}"
+        return f" in {'[('[self.open_low]}{self.low}, {self.high}{'])'[self.open_high]}"
 
 
 Share = Annotated[float, Between(0, 1)]
+Density = Annotated[float, Between(0, 1, open_low=True)]
 Amount = Annotated[float, Between(0)]
 Count = Annotated[int, Between(0)]
 Ordinal = Annotated[int, Between(1)]
+Seed = Annotated[int, Between(0, 2**63, open_high=True)]
+"""What every random generator takes."""
 Unbounded = Annotated[float, Between(finite=False)]
 """Such as the loss of a network that overflows."""
 
@@ -87,6 +95,26 @@ def read(kind: type[T], content: Any, source: str, complete: bool = False) -> T:
         return _read(kind, content, "", complete)
     except Mismatch as error:
         raise FaultError(f"{source} is damaged or no run's: {error}") from None
+
+
+def in_range(value: float, kind: Any) -> bool:
+    """Whether a number, of whatever type, is within the bounds that ``kind`` is ``Annotated`` with."""
+    return get_args(kind)[1].allows(value)
+
+
+def rule(kind: Any) -> str:
+    """What messages say of an option that takes numbers of ``kind``, after its name."""
+    return f"must be {_words(kind)}"
+
+
+def check_option(name: str, value: float, kind: Any) -> None:
+    """Refuse a number that an option does not take.
+
+    Raises:
+        UsageError: if it is not in the range of ``kind``.
+    """
+    if not in_range(value, kind):
+        raise UsageError(f"{name} {rule(kind)}, not {value}")
 
 
 def check_entry(kind: Any, value: Any, entry: str) -> None:

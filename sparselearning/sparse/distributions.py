@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from sparselearning.process.errors import UsageError
+from sparselearning.process.schema import Density, check_option
 from sparselearning.sparse.selection import SelectionError
 
 
@@ -21,9 +22,23 @@ def active_count(size: int, density: float) -> int:
     return round(size * density)
 
 
+def check_leaves_weights(size: int, density: float) -> None:
+    """Refuse a final density at which none of ``size`` weights would be active.
+
+    Raises:
+        UsageError: if it is so low.
+    """
+    if active_count(size, density) == 0:
+        raise UsageError(f"a final density of {density} leaves none of {size:,} weights active")
+
+
 def uniform_densities(shapes: Mapping[str, Sequence[int]], density: float) -> dict[str, float]:
-    """Give every layer the same density."""
-    _check_density(density)
+    """Give every layer the same density, in (0, 1].
+
+    Raises:
+        UsageError: if it lies outside that range.
+    """
+    check_option("density", density, Density)
     return dict.fromkeys(shapes, density)
 
 
@@ -42,9 +57,9 @@ def erk_densities(shapes: Mapping[str, Sequence[int]], density: float) -> dict[s
         Layer name to density in (0, 1].
 
     Raises:
-        ValueError: if the density lies outside (0, 1].
+        UsageError: if the density lies outside (0, 1].
     """
-    _check_density(density)
+    check_option("density", density, Density)
     size = {name: math.prod(shape) for name, shape in shapes.items()}
     raw = {name: sum(shape) / size[name] for name, shape in shapes.items()}
     sparse = set(shapes)
@@ -172,8 +187,3 @@ def random_mask(shape: Sequence[int], count: int, generator: torch.Generator) ->
     mask = torch.zeros(size, dtype=torch.bool)
     mask[torch.randperm(size, generator=generator)[:count]] = True
     return mask.view(torch.Size(shape))
-
-
-def _check_density(density: float) -> None:
-    if not 0 < density <= 1:
-        raise ValueError(f"a density lies in (0, 1], not {density}")

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from sparselearning.process import distributed
 from sparselearning.process.errors import UsageError
+from sparselearning.process.schema import Density, check_option
 
 EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 NORMS = (nn.LayerNorm, nn.RMSNorm)
@@ -128,8 +129,7 @@ def fixed_densities(
     masked = set(masked)
     fixed: dict[str, tuple[float, str]] = {}
     for pattern, density in layer_densities.items():
-        if not 0 < density <= 1:
-            raise UsageError(f"a density lies in (0, 1], not {density} as for {pattern!r}")
+        check_option(f"the density of {pattern!r}", density, Density)
         found = matching(pattern, names)
         if contradicted := [name for name in found if name in dense]:
             name = contradicted[0]

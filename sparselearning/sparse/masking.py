@@ -13,14 +13,14 @@ from torch.nn.utils import get_total_norm
 
 from sparselearning.process import distributed
 from sparselearning.process.errors import FaultError, UsageError
-from sparselearning.process.schema import Count, Mismatch
+from sparselearning.process.schema import Count, Density, Mismatch, Ordinal, Share, check_option, in_range, rule
 from sparselearning.process.seeding import derive_seed
 from sparselearning.process.tensor_schema import Check, all_of, conform, inside, like, mapping, optional, record
-from sparselearning.sparse.distributions import active_count, nonzero_counts
+from sparselearning.sparse.distributions import active_count, check_leaves_weights, nonzero_counts
 from sparselearning.sparse.layers import EMBEDDINGS, fixed_densities, maskable_parameters
 from sparselearning.sparse.optimizer_state import KEEPS_ZEROS, DenseMomentum, has_momentum, per_weight_state, take_step
 from sparselearning.sparse.schedules import DECAYS, UpdateSchedule, check_densities, check_window, gradual_density
-from sparselearning.sparse.sparse_init import SPARSE_INITS, InitSettings
+from sparselearning.sparse.sparse_init import SPARSE_INITS, InitSettings, check_shares_density
 from sparselearning.sparse.topology import (
     GROWTH,
     METHODS,
@@ -28,6 +28,7 @@ from sparselearning.sparse.topology import (
     REDISTRIBUTION,
     Layer,
     Stateful,
+    check_momentum,
     chosen_modes,
     classifier,
     prune_and_grow,
@@ -60,9 +61,11 @@ class Masking:
         init_density: share of active weights at the start, in (0, 1].
         final_density: share that gradual methods end at, in (0, ``init_density``].
         prune_start_step: step before which gradual methods change nothing.
-        prune_end_step: step from which gradual methods hold ``final_density``; they need it.
+        prune_end_step: step from which gradual methods hold ``final_density``, which the first update at or after it
+            brings; they need it.
         final_update_step: last step that may prune and grow; None: there is none. Gradual pruning goes on after it.
-        total_steps: steps of the whole run; needed by every decay but ``constant``.
+        total_steps: steps of the whole run; needed by every decay but ``constant``. A warning tells if gradual pruning
+            does not get to ``final_density`` in them.
         seed: of the first masks and of random growth. Rank 0's counts.
         steps: optimizer steps that the model has taken before.
 
@@ -108,22 +111,18 @@ class Masking:
         _check_choice("growth", growth, GROWTH)
         _check_choice("redistribution", redistribution, REDISTRIBUTION)
         _check_choice("decay_schedule", decay_schedule, DECAYS)
-        for name, density in (("init_density", init_density), ("final_density", final_density)):
-            if not 0 < density <= 1:
-                raise UsageError(f"{name} lies in (0, 1], not {density}")
-        if not 0 <= prune_rate <= 1:
-            raise UsageError(f"prune_rate lies in [0, 1], not {prune_rate}")
-        update_frequency = _whole("update_frequency", update_frequency, at_least=1)
+        check_option("init_density", init_density, Density)
+        check_option("final_density", final_density, Density)
+        check_option("prune_rate", prune_rate, Share)
+        update_frequency = _whole("update_frequency", update_frequency, Ordinal)
         prune_start_step = _whole("prune_start_step", prune_start_step)
         prune_end_step = None if prune_end_step is None else _whole("prune_end_step", prune_end_step)
         final_update_step = None if final_update_step is None else _whole("final_update_step", final_update_step)
-        total_steps = None if total_steps is None else _whole("total_steps", total_steps, at_least=1)
+        total_steps = None if total_steps is None else _whole("total_steps", total_steps, Ordinal)
         if decay_schedule != "constant" and not total_steps:
             raise UsageError(f"decay_schedule {decay_schedule!r} needs total_steps")
         modes = chosen_modes(prune, growth, redistribution)
-        reads_momentum = any(mode.reads_momentum for mode in modes)
-        if reads_momentum and not has_momentum(optimizer):
-            raise UsageError("the chosen modes read momentum, and this optimizer has none above 0")
+        check_momentum(modes, has_momentum(optimizer))
         if METHODS[method].shrink:
             check_densities(method, init_density, final_density)
             if prune_end_step is None:
@@ -157,7 +156,7 @@ class Masking:
         self._method = METHODS[method]
         self._prune = PRUNE[prune].begin()
         self._reads_gradient = any(mode.reads_gradient for mode in modes)
-        self._reads_momentum = reads_momentum
+        self._reads_momentum = any(mode.reads_momentum for mode in modes)
         self._tracks_momentum = GROWTH[growth].reads_momentum
         self._dense_momentum = DenseMomentum(optimizer)
         self._ever_active: dict[str, Tensor] = {}
@@ -199,21 +198,19 @@ class Masking:
         """
         if sparse_init is not None:
             _check_choice("sparse_init", sparse_init, SPARSE_INITS)
-        if not 0 <= pruning_rate <= 1:
-            raise UsageError(f"pruning_rate lies in [0, 1], not {pruning_rate}")
+        check_option("pruning_rate", pruning_rate, Share)
         if self.masks:
             raise UsageError("this Masking already has a model: make one Masking per model")
         init = None if sparse_init is None else SPARSE_INITS[sparse_init]
-        if layer_densities and not (init and init.shares_density):
-            sharing = ", ".join(name for name, other in SPARSE_INITS.items() if other.shares_density)
-            raise UsageError(f"layer_densities are for sparse_init {sharing}, not for {sparse_init!r}")
+        if layer_densities:
+            check_shares_density(sparse_init)
         parameters = maskable_parameters(model, keep_first_dense, dense_layers, mask_embeddings)
         _check_values(distributed.unwrap(model), parameters)
         parameters = self._trained(parameters)
         fixed = fixed_densities(layer_densities or {}, parameters, model, dense_layers)
         total = sum(weight.numel() for weight in parameters.values())
-        if METHODS[self.method].shrink and active_count(total, self.final_density) == 0:
-            raise UsageError(f"final_density {self.final_density} leaves none of {total:,} weights active")
+        if self._method.shrink:
+            check_leaves_weights(total, self.final_density)
         self._parameters = parameters
         self._links = _links(distributed.unwrap(model), parameters)
         self.seed = distributed.broadcast_object(self.seed)
@@ -237,6 +234,8 @@ class Masking:
         self.apply_masks()
         self._versions = None
         self._hook_optimizer()
+        if init and self.total_steps and (unfinished := self.unfinished_pruning(self.total_steps)):
+            warn(unfinished, stacklevel=2)
 
     def _trained(self, parameters: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
         """Those of the parameters that the optimizer trains; of the others the user is told."""
@@ -364,8 +363,8 @@ class Masking:
         Args:
             prune_rate: share of each layer's active weights to remove, in [0, 1]; by default the scheduled one.
         """
-        if prune_rate is not None and not 0 <= prune_rate <= 1:
-            raise UsageError(f"prune_rate lies in [0, 1], not {prune_rate}")
+        if prune_rate is not None:
+            check_option("prune_rate", prune_rate, Share)
         self._check_has_model()
         self._check_weights()
         layers = self._layers()
@@ -434,6 +433,30 @@ class Masking:
         assert self.prune_end_step is not None
         at = self.steps if step is None else step
         return gradual_density(at, self.prune_start_step, self.prune_end_step, self.init_density, self.final_density)
+
+    def unfinished_pruning(self, end: int) -> str | None:
+        """What to tell a user whose gradual pruning does not get to ``final_density``; None: it does, or there is none.
+
+        The density changes in topology updates alone, and the last one may come before ``prune_end_step``.
+
+        Args:
+            end: last step that may end with an update.
+        """
+        last = self.schedule.last_shrink(end)
+        if not (self._method.shrink and self.updates_enabled) or self.prune_end_step is None:
+            return None
+        if (last > self.steps and last >= self.prune_end_step) or not self.is_denser_than(self.final_density):
+            return None
+        updates = f"the last topology update is at step {last}" if last > self.steps else "no topology update comes"
+        return (
+            f"gradual pruning does not get to density {self.final_density}: its window ends at step "
+            f"{self.prune_end_step}, and {updates} (one in {self.update_frequency} steps, {end} in all)"
+        )
+
+    def is_denser_than(self, density: float) -> bool:
+        """Whether more weights are active than a budget of that density allows."""
+        counts = self.active_counts()
+        return sum(counts.values()) > active_count(sum(mask.numel() for mask in self.masks.values()), density)
 
     @torch.no_grad()
     def apply_masks(self) -> None:
@@ -677,8 +700,8 @@ def _check_choice(name: str, value: str, table: Mapping[str, Any]) -> None:
         raise UsageError(f"{name} is one of {', '.join(table)}, not {value!r}")
 
 
-def _whole(name: str, value: Any, at_least: int = 0) -> int:
+def _whole(name: str, value: Any, kind: Any = Count) -> int:
     number = float(value) if isinstance(value, Real) else math.nan
-    if not number.is_integer() or number < at_least:
-        raise UsageError(f"{name} is a whole number of steps, at least {at_least}, not {value!r}")
+    if not (number.is_integer() and in_range(number, kind)):
+        raise UsageError(f"{name} {rule(kind)}, not {value!r}")
     return int(value)

@@ -133,6 +133,17 @@ SPARSE_INITS = {
 }
 
 
+def check_shares_density(sparse_init: str | None, names: tuple[str, str] = ("layer_densities", "sparse_init")) -> None:
+    """Refuse densities of single layers where the first masks do not share a density out; ``names`` are for messages.
+
+    Raises:
+        UsageError: naming the modes that do.
+    """
+    if sparse_init is None or not SPARSE_INITS[sparse_init].shares_density:
+        sharing = ", ".join(name for name, mode in SPARSE_INITS.items() if mode.shares_density)
+        raise UsageError(f"{names[0]} goes with {names[1]} {sharing}, not with {sparse_init}")
+
+
 def _gradient(weights: Mapping[str, Tensor], name: str) -> Tensor:
     """Gradient of the last backward pass at a parameter.
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sparselearning.process import distributed
+from sparselearning.process.schema import Density, Share, check_option
 from sparselearning.sparse.distributions import active_count
 from sparselearning.sparse.selection import select_largest
 
@@ -62,10 +63,10 @@ def superpose(previous: Mapping[str, Tensor], ticket: Mapping[str, Tensor], fact
         that they are equal in the other network.
 
     Raises:
-        ValueError: if names or shapes differ, or the factor lies outside [0, 1].
+        ValueError: if names or shapes differ.
+        UsageError: if the factor lies outside [0, 1].
     """
-    if not 0 <= factor <= 1:
-        raise ValueError(f"the factor of a ticket lies in [0, 1], not {factor}")
+    check_option("the factor of a ticket", factor, Share)
     if differing := differing_entries(previous, ticket):
         raise ValueError(f"only networks of the same architecture superpose; these differ in {differing[:3]}")
     averaged: State = {}
@@ -96,10 +97,10 @@ def prune_to_density(
         Entries that are one tensor (tied weights) count once, and are pruned together.
 
     Raises:
-        ValueError: if the density lies outside (0, 1], or ``state`` has no entry of some name.
+        ValueError: if ``state`` has no entry of some name.
+        UsageError: if the density lies outside (0, 1].
     """
-    if not 0 < density <= 1:
-        raise ValueError(f"a density lies in (0, 1], not {density}")
+    check_option("density", density, Density)
     names = list(names)
     if missing := [name for name in names if name not in state]:
         raise ValueError(

@@ -15,6 +15,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from sparselearning.process.errors import UsageError
 from sparselearning.process.schema import Amount
 from sparselearning.process.tensor_schema import Check, record
 from sparselearning.sparse.distributions import active_count, apportion, nonzero_counts
@@ -265,8 +266,18 @@ REDISTRIBUTION: dict[str, Mode | None] = {
 
 
 def chosen_modes(prune: str, growth: str, redistribution: str) -> list[Mode]:
-    """What is behind these names."""
+    """The modes of these names; redistribution ``none`` is not one."""
     return [mode for mode in (PRUNE[prune], GROWTH[growth], REDISTRIBUTION[redistribution]) if mode]
+
+
+def check_momentum(modes: Sequence[Mode], is_kept: bool, needed: str = "an optimizer with momentum above 0") -> None:
+    """Refuse modes that read momentum where the optimizer keeps none; ``needed`` is what messages ask for.
+
+    Raises:
+        UsageError: if there are such modes.
+    """
+    if not is_kept and any(mode.reads_momentum for mode in modes):
+        raise UsageError(f"the chosen modes of pruning, growth and redistribution read momentum, and need {needed}")
 
 
 # --------------------------------------------------------------------------------------- one whole update

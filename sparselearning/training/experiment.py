@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+from warnings import catch_warnings, filterwarnings
 
 import torch
 from torch import nn
@@ -18,11 +19,10 @@ from sparselearning.process.errors import UsageError, first_line
 from sparselearning.process.files import write_json
 from sparselearning.process.signals import Stopped, stop_signals
 from sparselearning.sparse.costs import layer_flops
-from sparselearning.sparse.distributions import active_count
+from sparselearning.sparse.distributions import check_leaves_weights
 from sparselearning.sparse.masking import Masking
 from sparselearning.sparse.sparse_init import SPARSE_INITS
 from sparselearning.sparse.superpose import batchnorms
-from sparselearning.sparse.topology import METHODS
 from sparselearning.training.data import Batch, Sources
 from sparselearning.training.engine import Trainer
 from sparselearning.training.networks import load_weights
@@ -180,11 +180,14 @@ def prepare(
     if plan.update_bn and plan.cyclic_train and plan.budget.tickets and not batchnorms(recipe.model):
         print_notes("this network has no BatchNorm statistics: there is nothing for --update_bn to re-estimate")
     if trainer.masking:
-        if plan.explores_before(trainer.at.epoch) and not isinstance(start, Continue):
+        if plan.explores_before(trainer.at.epoch):
             trainer.masking.check_can_explore()
-        _check_budget(trainer.masking, plan)
-        _note_density(trainer.masking, plan)
-        _note_unfinished_pruning(trainer.masking, plan, len(recipe.sources.train))
+        if plan.final_density is not None:
+            check_leaves_weights(sum(mask.numel() for mask in trainer.masking.masks.values()), plan.final_density)
+            if not plan.pre_train and trainer.masking.is_denser_than(plan.final_density):
+                print_notes(f"the weights to start from are denser than the budget of {plan.final_density}")
+        if unfinished := trainer.masking.unfinished_pruning(plan.updates_end_epoch * len(recipe.sources.train)):
+            print_notes(unfinished)
     return trainer
 
 
@@ -276,14 +279,16 @@ def _mask(recipe: Recipe, plan: Plan, sparse: SparseTraining, first_masks: str |
         recipe.model.train()
         with keeping_buffers(recipe.model):
             nn.functional.cross_entropy(recipe.model(batch.images), batch.labels).backward()
-    masking.add_module(
-        recipe.model,
-        first_masks,
-        pruning_rate=sparse.pruning_rate,
-        keep_first_dense=sparse.keep_first_dense,
-        dense_layers=sparse.dense_layers,
-        layer_densities=sparse.layer_densities if init and init.shares_density else {},
-    )
+    with catch_warnings():
+        filterwarnings("ignore", "gradual pruning")  # `prepare` tells of it, and knows when updates end
+        masking.add_module(
+            recipe.model,
+            first_masks,
+            pruning_rate=sparse.pruning_rate,
+            keep_first_dense=sparse.keep_first_dense,
+            dense_layers=sparse.dense_layers,
+            layer_densities=sparse.layer_densities if init and init.shares_density else {},
+        )
     if first_masks == "snip":
         _note_empty_layers(masking)
     recipe.optimizer.zero_grad()
@@ -297,41 +302,6 @@ def _note_empty_layers(masking: Masking) -> None:
             f"snip leaves no weight active in {len(empty)} of {len(masking.masks)} masked layers, {empty[-1]} among "
             "them: where a network's last weights start at zero, as in vision transformers, so does every saliency"
         )
-
-
-def _check_budget(masking: Masking, plan: Plan) -> None:
-    """Refuse superpositions without any weight."""
-    total = sum(mask.numel() for mask in masking.masks.values())
-    if plan.final_density and active_count(total, plan.final_density) == 0:
-        raise UsageError(f"a final density of {plan.final_density} leaves none of {total:,} weights active")
-
-
-def _note_density(masking: Masking, plan: Plan) -> None:
-    """Tell the user if cycles alone start from more weights than the budget allows."""
-    if not plan.pre_train and plan.final_density and _is_denser(masking, plan.final_density):
-        print_notes(f"the weights to start from are denser than the budget of {plan.final_density}")
-
-
-def _is_denser(masking: Masking, density: float) -> bool:
-    """Whether more weights are active than a budget of that density allows."""
-    budget = active_count(sum(mask.numel() for mask in masking.masks.values()), density)
-    return sum(masking.active_counts().values()) > budget
-
-
-def _note_unfinished_pruning(masking: Masking, plan: Plan, batches: int) -> None:
-    """Tell the user if the last topology update comes before gradual pruning is at its end."""
-    if not (METHODS[masking.method].shrink and masking.updates_enabled) or masking.prune_end_step is None:
-        return
-    end = plan.updates_end_epoch * batches
-    last = masking.schedule.last_shrink(end)
-    gets_there = last > masking.steps and last >= masking.prune_end_step
-    if gets_there or not _is_denser(masking, masking.final_density):
-        return
-    updates = f"the last topology update is at step {last}" if last > masking.steps else "no topology update comes"
-    print_notes(
-        f"gradual pruning does not get to density {masking.final_density}: its window ends at step "
-        f"{masking.prune_end_step}, and {updates} (one in {masking.update_frequency} steps, {end} in all)"
-    )
 
 
 def _open_folder(output: Output, continues: bool, executed: str, held: ExitStack) -> None:

@@ -28,9 +28,9 @@ from sparselearning.process.errors import FaultError, UsageError
 from sparselearning.process.files import read_json
 from sparselearning.process.schema import FlagValue, read, shown
 from sparselearning.sparse.schedules import DECAYS, check_densities, check_window
-from sparselearning.sparse.sparse_init import SPARSE_INITS
+from sparselearning.sparse.sparse_init import SPARSE_INITS, check_shares_density
 from sparselearning.sparse.superpose import AVERAGING, chooses
-from sparselearning.sparse.topology import GROWTH, METHODS, PRUNE, REDISTRIBUTION, chosen_modes
+from sparselearning.sparse.topology import GROWTH, METHODS, PRUNE, REDISTRIBUTION, check_momentum, chosen_modes
 from sparselearning.training import experiment, preview, provenance
 from sparselearning.training.experiment import SparseTraining
 from sparselearning.training.plan import EpochBudget, Plan
@@ -349,15 +349,15 @@ def check(args: argparse.Namespace, momentum_is_zero: bool, has_weights: bool) -
         raise UsageError("--fix freezes the topology and --re_explore changes it: give one of them")
     if SPARSE_INITS[args.sparse_init].needs_trained_weights and not has_weights:
         raise UsageError(f"--sparse-init {args.sparse_init} starts from trained weights: give --resume PATH")
-    if layer_densities(args) and not (args.pre_train and SPARSE_INITS[args.sparse_init].shares_density):
-        sharing = ", ".join(name for name, init in SPARSE_INITS.items() if init.shares_density)
-        raise UsageError(f"--layer-density is about first masks: it needs --pre_train and --sparse-init {sharing}")
+    if layer_densities(args):
+        if not args.pre_train:
+            raise UsageError("--layer-density is about the masks that pre-training starts with: give --pre_train too")
+        check_shares_density(args.sparse_init, ("--layer-density", "--sparse-init"))
     if args.final_update_epoch is not None and (args.fix or not METHODS[args.method].grows):
         never = "--fix freezes the topology" if args.fix else f"{args.method} only prunes"
         warnings.append(f"{never}: --final-update-epoch has no effect")
     modes = chosen_modes(args.prune, args.growth, args.redistribution)
-    if momentum_is_zero and any(mode.reads_momentum for mode in modes):
-        raise UsageError("--growth and --redistribution by momentum need a --momentum above 0")
+    check_momentum(modes, not momentum_is_zero, needed="a --momentum above 0")
     check_window(args.init_prune_epoch, args.final_prune_epoch, unit="epoch")
     if METHODS[args.method].shrink:
         check_densities(args.method, args.init_density, args.final_density, ("--init-density", "--final-density"))

@@ -7,9 +7,9 @@ one with a default may be missing from those of earlier versions, and is None th
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from sparselearning.process.schema import Amount, Between, Count, Mismatch, Ordinal, Record, Share
+from sparselearning.process.schema import Amount, Count, Mismatch, Ordinal, Record, Seed, Share
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,7 +215,7 @@ class Config(History):
         lr_2: in the middle of a cycle.
     """
 
-    seed: Annotated[int, Between(0, 2**63 - 1)]
+    seed: Seed
     indicate_method: str
     sparse: bool
     fix: bool

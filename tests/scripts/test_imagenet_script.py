@@ -243,7 +243,7 @@ CONTRADICTIONS = {
     "--sparse --growth momentum --momentum 0": "need a --momentum above 0",
     "--sparse --init-prune-epoch 3 --final-prune-epoch 2": "before it starts at epoch 3",
     "--cyclic_epochs 4 --cycle 0": "at least 1, not 0",
-    "--density 0": "a density lies in (0, 1], not 0",
+    "--density 0": "must be a number in (0, 1], not 0",
     "--arch vit_b16": "unknown architecture 'vit_b16': the nearest of torchvision's",
     "--arch vit_b_16 -c fanin": "vit_b_16 starts as torchvision's: leave it out",
     "--arch vit_b_16 --train-crop-size 40": "vit_b_16 cannot be built for images of 40 pixels (Input shape indivisible",

@@ -318,8 +318,8 @@ def test_a_layer_keeps_its_density_where_none_is_shared_out_anew():
 CONTRADICTIONS = [
     ("no layer matches 'fcc'", {"layer_densities": {"fcc": 0.1}}),
     ("no layer matches 'fcc'", {"dense_layers": ["fc", "fcc"]}),
-    (r"lies in \(0, 1\], not 1.5 as for 'fc'", {"layer_densities": {"fc": 1.5}}),
-    (r"lies in \(0, 1\], not nan", {"layer_densities": {"fc": math.nan}}),
+    (r"the density of 'fc' must be a number in \(0, 1\], not 1.5", {"layer_densities": {"fc": 1.5}}),
+    (r"in \(0, 1\], not nan", {"layer_densities": {"fc": math.nan}}),
     ("fc.weight gets density 0.1 from 'fc' and 0.2 from '", {"layer_densities": {"fc": 0.1, "f*": 0.2}}),
     ("gives fc.weight density 0.1, and 'fc' keeps it dense", {"dense_layers": ["fc"], "layer_densities": {"f*": 0.1}}),
     ("'deep.1' gives a density to deep.1.weight, which has no mask", {"layer_densities": {"deep.1": 0.1}}),
@@ -328,7 +328,7 @@ CONTRADICTIONS = [
     ("come to 96 active weights.*to 64", {"layer_densities": {"deep": 1.0, "conv": 1.0}}),
     ("come to 2 active weights.*to 64.*32 weights", {"layer_densities": {"deep": 0.01, "conv": 0.04}}),
     ("come to 65 active weights.*to 64", {"layer_densities": {"deep": 0.51, "conv": 0.5, "fc": 0.5}}),
-    ("sparse_init ERK, uniform, not for 'GMP'", {"sparse_init": "GMP", "layer_densities": {"fc": 0.1}}),
+    ("sparse_init ERK, uniform, not with GMP", {"sparse_init": "GMP", "layer_densities": {"fc": 0.1}}),
 ]  # fmt: skip
 
 

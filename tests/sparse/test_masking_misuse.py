@@ -2,6 +2,7 @@
 
 import copy
 import math
+import warnings
 
 import pytest
 import torch
@@ -80,7 +81,7 @@ def test_lbfgs_is_refused():
     ("message", "options"),
     [
         ("init_density 1e-06", {"init_density": 1e-6}),
-        ("final_density 1e-06", {"method": "GraNet", "init_density": 0.5, "final_density": 1e-6, "prune_end_step": 9}),
+        ("density of 1e-06", {"method": "GraNet", "init_density": 0.5, "final_density": 1e-6, "prune_end_step": 9}),
     ],
 )
 def test_a_budget_that_rounds_to_no_weight_is_refused(message, options):
@@ -90,6 +91,33 @@ def test_a_budget_that_rounds_to_no_weight_is_refused(message, options):
     with pytest.raises(UsageError, match=f"{message}.*none of 300 weights|none of 300 weights.*{message}"):
         masking.add_module(model)
     assert_identical(before, dict(model.state_dict()))
+
+
+@pytest.mark.parametrize(
+    ("steps", "told"),
+    [
+        (12, None),
+        (11, "its window ends at step 9, and the last topology update is at step 8 (one in 4 steps, 11 in all)"),
+        (3, "no topology update comes"),
+        (None, None),
+    ],
+)
+@pytest.mark.parametrize("method", GRADUAL)
+def test_gradual_pruning_that_does_not_get_to_its_end_is_told(method, steps, told):
+    def make(**options):
+        model = SmallNet()
+        window = {"update_frequency": 4, "prune_end_step": 9, "total_steps": steps}
+        masking = Masking(sgd(model), method=method, final_density=0.1, **window, **options)
+        masking.add_module(model)
+        return masking
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        masking = make(init_density=0.5)
+        make(init_density=0.1)  # has nothing to prune
+    assert [str(warning.message) for warning in caught] == ([masking.unfinished_pruning(steps)] if told else [])
+    assert all(told in str(warning.message) for warning in caught)
+    assert all(warning.filename == __file__ for warning in caught)
 
 
 @pytest.mark.parametrize("table", [METHODS, PRUNE, GROWTH, REDISTRIBUTION], ids=["method", "prune", "growth", "redis"])

@@ -75,7 +75,7 @@ def test_without_first_masks_all_weights_are_active_until_a_state_brings_theirs(
 
 def test_densities_of_layers_that_nothing_draws_are_refused():
     model, _ = eight([1.0] * 8)
-    with pytest.raises(UsageError, match="layer_densities are for sparse_init"):
+    with pytest.raises(UsageError, match="layer_densities goes with sparse_init"):
         Masking(sgd(model)).add_module(model, None, layer_densities={"*": 0.5})
 
 
