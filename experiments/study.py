@@ -11,7 +11,7 @@ import argparse
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -29,8 +29,9 @@ from sparselearning.process import arguments  # noqa: E402
 from sparselearning.process.errors import UsageError  # noqa: E402
 from sparselearning.process.files import check_output, copy_whole, write_json, write_text, write_whole  # noqa: E402
 from sparselearning.process.script import run_script  # noqa: E402
+from sparselearning.reporting.measured import differences_cells, differences_in_full  # noqa: E402
 from sparselearning.reporting.runs import Group, find_runs, group_runs, read_run  # noqa: E402
-from sparselearning.reporting.tables import headline_table, markdown_report  # noqa: E402
+from sparselearning.reporting.tables import headline_table, markdown, markdown_report  # noqa: E402
 from sparselearning.training.run_folder import RunFolder  # noqa: E402
 
 WORK = Path("study")
@@ -332,16 +333,17 @@ def fill(page: Path) -> None:
 def filled(text: str) -> str:
     """Put below a comment ``report FOLDER…`` what the report says of these runs, and end it with a comment ``end``.
 
-    A comment ``headline FOLDER…`` gets the runs with tickets alone, each beside its control.
+    Other comments get a part of it alone, see :data:`KINDS`.
     """
 
     def table(match: re.Match[str]) -> str:
         folders = [Path(word) for word in match["folders"].split()]
         there = [folder for folder in folders if folder.is_dir()]
         missing = "".join(f"- not run yet: {folder}\n" for folder in folders if folder not in there)
-        return f"<!-- {match['command']} -->\n\n{_report(there, match['kind']) if there else ''}{missing}\n<!-- end -->"
+        shown = KINDS[match["kind"]](*_groups(there)) if there else ""
+        return f"<!-- {match['command']} -->\n\n{shown}{missing}\n<!-- end -->"
 
-    command = r"(?P<command>(?P<kind>report|headline) (?P<folders>[^>]*?))"
+    command = rf"(?P<command>(?P<kind>{'|'.join(KINDS)}) (?P<folders>[^>]*?))"
     return re.sub(f"<!-- {command} -->.*?<!-- end -->", table, text, flags=re.DOTALL)
 
 
@@ -360,10 +362,14 @@ def _groups(folders: Sequence[Path]) -> tuple[list[Group], list[str]]:
     return group_runs([read_run(path) for path in find_runs(folders)])
 
 
-def _report(folders: Sequence[Path], kind: str) -> str:
-    """What ``python -m sparselearning.report FOLDER…`` tabulates, or its headline."""
-    groups, left_out = _groups(folders)
-    return headline_table(groups) if kind == "headline" else markdown_report(groups, left_out)
+KINDS: dict[str, Callable[[Sequence[Group], Sequence[str]], str]] = {
+    "report": markdown_report,
+    "headline": lambda groups, _: headline_table(groups),
+    "differences": lambda groups, _: markdown(differences_cells(groups)),
+    "differences-in-full": lambda groups, _: "\n".join(map(markdown, differences_in_full(groups).values())),
+}
+"""Tables of groups of runs: all that ``python -m sparselearning.report`` writes; those with tickets, each beside its
+control; their last superpositions over others; that of all networks in all measures."""
 
 
 if __name__ == "__main__":

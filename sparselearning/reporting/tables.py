@@ -3,72 +3,22 @@
 import csv
 import io
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from functools import partial
-from math import isfinite
-from statistics import fmean, stdev
-from typing import Any, NamedTuple
+from statistics import fmean
+from typing import Any
 
-from sparselearning.reporting.analysis import ENSEMBLE, Matrix, Pairs, Quality, ticket_name
-from sparselearning.reporting.corruptions import CORRUPTIONS
+from sparselearning.reporting.columns import Cells, Column, Figure
+from sparselearning.reporting.measured import (
+    WORTH_SHOWING,
+    averages_cells,
+    differences_cells,
+    differences_in_full,
+    distances_cells,
+)
 from sparselearning.reporting.runs import Group, Run, differing_flags, legend, one_line
 from sparselearning.training.records import Environment, Summary
 
 DRAWN_BY = "sparselearning.report"
 """What pictures of reports name as the program that drew them."""
-
-Figure = Callable[[Group, Run], float | None]
-"""From one run of a group to a number; None if it has none."""
-
-Cells = list[list[str]]
-"""A table: header and rows."""
-
-
-@dataclass(frozen=True)
-class Spread:
-    """Mean and sample standard deviation (n - 1) of one figure over a group's runs; no deviation, no ``std``."""
-
-    mean: float
-    std: float | None
-
-
-@dataclass(frozen=True)
-class Column:
-    """One figure of every run.
-
-    Attributes:
-        name: in CSV files, unit included.
-        title: in tables for people.
-        value: the figure of one run of a group; None if it has none.
-        digits: after the point.
-        signed: show the sign of positive figures too.
-        has_std: whether a standard deviation says something about the group's runs.
-    """
-
-    name: str
-    title: str
-    value: Figure
-    digits: int = 2
-    signed: bool = False
-    has_std: Callable[[Group], bool] = lambda group: True
-
-    def spread(self, group: Group) -> Spread | None:
-        """Mean ± deviation over the group; None unless every run has the figure."""
-        values = [self.value(group, run) for run in group.runs]
-        known = [value for value in values if value is not None]
-        if len(known) < len(values):
-            return None
-        mean = fmean(known)
-        has_std = len(known) > 1 and isfinite(mean) and self.has_std(group)  # else a network overflowed
-        return Spread(mean, stdev(known) if has_std else None)
-
-    def text(self, spread: Spread | None, plus_minus: str, nothing: str) -> str:
-        """Show a spread with the column's digits."""
-        if spread is None:
-            return nothing
-        mean = round(spread.mean, self.digits) + 0.0  # + 0.0 turns -0.0 into 0.0
-        std = "" if spread.std is None else f"{plus_minus}{spread.std:.{self.digits}f}"
-        return f"{mean:{'+' if self.signed else ''}.{self.digits}f}{std}"
 
 
 def _summary(entry: Callable[[Summary], float | None], scale: float = 1.0) -> Figure:
@@ -98,7 +48,7 @@ def final_accuracy(run: Run) -> float:
 
 
 def _pairs_with_control(group: Group) -> bool:
-    return group.control is not None and sorted(group.seeds) == sorted(group.control.seeds)
+    return group.control is not None and set(group.seeds) <= set(group.control.seeds)
 
 
 def _plain_accuracy(group: Group, run: Run) -> float | None:
@@ -176,173 +126,6 @@ def _cells(groups: Sequence[Group], plus_minus: str, nothing: str, among: Sequen
 def headline_table(groups: Sequence[Group]) -> str:
     """Groups with tickets, each beside its control, in the columns of :data:`HEADLINE`."""
     return markdown(_cells([group for group in groups if group.ticket_flags], " ± ", "-", HEADLINE))
-
-
-def _averages_cells(groups: Sequence[Group]) -> dict[str, Cells]:
-    """How good kept tickets, their ensemble and other averages are, where ``sparselearning.analyze`` measured them.
-
-    A table per measure, by heading: accuracy; negative log-likelihood and calibration; accuracy on corrupted pictures.
-    """
-    looked_at = [group for group in groups if _is_analysed(group)]
-    titles = dict.fromkeys(title for group in looked_at for run in group.runs for title in _averages(run))
-    parts = {run.analysis.evaluated_on.part for group in looked_at for run in group.runs if run.analysis}
-    tables = {}
-    for measure in MEASURES:
-        rows = [Column(title, title, partial(_average, title, measure.value), measure.digits) for title in titles]
-        cells = _column_per_group(measure.title.format(" or ".join(sorted(parts))), looked_at, rows)
-        if cells:
-            tables[measure.heading] = cells
-    return tables
-
-
-def _differences_cells(groups: Sequence[Group]) -> Cells:
-    """How far apart kept tickets are, the network that they start from included, where that was measured."""
-    looked_at = [group for group in groups if _is_analysed(group)]
-    return _column_per_group("between tickets, the first network included", looked_at, DIFFERENCES)
-
-
-def _column_per_group(title: str, groups: Sequence[Group], rows: Sequence[Column]) -> Cells:
-    """A table on its side: each figure that some group has in a row; nothing where there is no such figure."""
-    known = [row for row in rows if any(row.spread(group) for group in groups)]
-    cells = [[row.title, *(row.text(row.spread(group), " ± ", "-") for group in groups)] for row in known]
-    return [[title, *(group.label for group in groups)], *cells] if cells else []
-
-
-class Measure(NamedTuple):
-    """How good a network is.
-
-    Attributes:
-        heading: above its table.
-        title: of its table, with a place for the images that it was measured on.
-        value: None where it was not measured.
-        digits: after the point.
-    """
-
-    heading: str
-    title: str
-    value: Callable[[Quality], float | None]
-    digits: int = 2
-
-
-def _corrupted(name: str) -> Measure:
-    def value(quality: Quality) -> float | None:
-        accuracy = (quality.corrupted or {}).get(name)
-        return None if accuracy is None else 100 * accuracy
-
-    return Measure(f"Their accuracy on corrupted pictures: {name}", f"accuracy on the {{}}, {name} [%]", value)
-
-
-MEASURES = (
-    Measure("Other averages of kept tickets", "accuracy on the {} [%]", lambda of: 100 * of.accuracy),
-    Measure(
-        "Their likelihood", "negative log-likelihood on the {} [nats]",
-        lambda of: None if of.ece is None else of.loss, digits=4,
-    ),
-    Measure(
-        "Their calibration", "expected calibration error on the {} [%]",
-        lambda of: None if of.ece is None else 100 * of.ece,
-    ),
-    *map(_corrupted, CORRUPTIONS),
-)  # fmt: skip
-"""One table each; likelihood beside calibration, where that was measured."""
-
-
-def _average(title: str, measure: Callable[[Quality], float | None], group: Group, run: Run) -> float | None:
-    """Mean of a measure over the networks that a title stands for."""
-    known = [value for value in map(measure, _averages(run).get(title, ())) if value is not None]
-    return fmean(known) if known else None
-
-
-def _is_analysed(group: Group) -> bool:
-    """Whether all runs were analysed, and alike."""
-    looks = [
-        (run.analysis.settings, run.analysis.evaluated_on.part, [line.share for line in run.analysis.lines[:1]])
-        if run.analysis
-        else None
-        for run in group.runs
-    ]
-    return looks[0] is not None and all(other == looks[0] for other in looks)
-
-
-def _averages(run: Run) -> dict[str, Sequence[Quality]]:
-    """Tickets, their ensemble, and every way to superpose them, to the networks that its figures are the mean of."""
-    assert run.analysis is not None
-    networks: dict[str, Quality] = {row.name: row for row in run.analysis.networks}
-    names = [ticket_name(number) for number in run.analysis.settings.tickets]
-    first, *others = (networks[name] for name in names)
-    found: dict[str, Sequence[Quality]] = {"pre-trained" if names[0] == ticket_name(0) else names[0]: [first]}
-    if not others:
-        return found
-    found |= {
-        "tickets, their mean": others,
-        "last ticket": others[-1:],
-        f"best ticket, {_chosen_on(others)}": [_best(others)],
-        "ensemble of all (mean of logits)": [networks[ENSEMBLE]],
-    }
-    averages: list[Quality] = []
-    for row in run.analysis.grid or []:
-        name = row.superposing_method + ("" if row.CIMA_factor is None else f" {row.CIMA_factor:g}")
-        found[f"{name}, BatchNorm re-estimated"] = [row.bn_re_estimated]
-        found[f"{name}, BatchNorm averaged"] = [row.bn_averaged]
-        averages += [row.bn_re_estimated, row.bn_averaged]
-    if averages and averages[0].held_out_accuracy is not None:
-        found[f"best of these averages, {_chosen_on(averages)}"] = [_best(averages)]
-    return found
-
-
-def _chosen_on(qualities: Sequence[Quality]) -> str:
-    return f"chosen on {'these' if qualities[0].held_out_accuracy is None else 'held-out'} images"
-
-
-def _best(qualities: Iterable[Quality]) -> Quality:
-    """The first of the best, on held-out images where others are measured on."""
-    return max(qualities, key=lambda of: of.accuracy if of.held_out_accuracy is None else of.held_out_accuracy)
-
-
-def _over_pairs(measure: Callable[[Pairs], Matrix], scale: float = 1.0) -> Figure:
-    """Mean over all pairs of tickets of a matrix in the analysis."""
-
-    def value(group: Group, run: Run) -> float | None:
-        assert run.analysis is not None
-        pairs = run.analysis.pairs
-        names = {ticket_name(number) for number in run.analysis.settings.tickets}
-        tickets = [place for place, name in enumerate(pairs.names) if name in names]
-        values = [measure(pairs)[i][j] for i in tickets for j in tickets if i < j]
-        return scale * fmean(values) if values else None
-
-    return value
-
-
-def _middle(group: Group, run: Run) -> float | None:
-    """By how many points the middle of a line is above the better of its ends; None if nobody looked there."""
-    assert run.analysis is not None
-    gains = []
-    for line in run.analysis.steps():
-        if 0.5 not in line.share:
-            return None
-        gains.append(line.accuracy[line.share.index(0.5)] - max(line.accuracy[0], line.accuracy[-1]))
-    return 100 * fmean(gains) if gains else None
-
-
-def _barrier(group: Group, run: Run) -> float | None:
-    """By how many points a line falls, at worst, below what its ends promise."""
-    assert run.analysis is not None
-    barriers = [line.accuracy_barrier for line in run.analysis.steps()]
-    return 100 * max(barriers) if barriers else None
-
-
-DIFFERENCES = (
-    Column(
-        "disagreement_percent",
-        "images predicted unlike, mean over pairs [%]",
-        _over_pairs(lambda pairs: pairs.disagreement, 100),
-    ),
-    Column(
-        "overlap", "overlap of masks (Jaccard), mean over pairs", _over_pairs(lambda pairs: pairs.overlap), digits=3
-    ),
-    Column("middle_points", "middle between successive ones, over the better, mean [points]", _middle, signed=True),
-    Column("barrier_points", "accuracy barrier between successive ones, largest [points]", _barrier),
-)
 
 
 def markdown(cells: Cells) -> str:
@@ -442,8 +225,10 @@ def report_cells(groups: Sequence[Group]) -> dict[str, Cells]:
     """All tables of a report, by their headings."""
     tables = {
         "Results": _cells(groups, " ± ", "-"),
-        **_averages_cells(groups),
-        "How far kept tickets are apart": _differences_cells(groups),
+        **averages_cells(groups),
+        "The last superposition over others, seed by seed": differences_cells(groups),
+        **differences_in_full(groups),
+        "How far kept tickets are apart": distances_cells(groups),
     }
     return {heading: cells for heading, cells in tables.items() if cells}
 
@@ -459,6 +244,12 @@ def report_notes(groups: Sequence[Group], left_out: Sequence[str] = ()) -> list[
         )
     if any(run.analysis for run in runs):
         notes.append("the best of several, picked on the images that it is measured on, overstates its accuracy")
+    if differences_cells(groups):
+        notes.append(
+            "differences between networks are taken seed by seed, ± their standard error; in brackets, how many seeds "
+            f"of this deviation it takes until two standard errors are {WORTH_SHOWING} points; the first setting is "
+            "that of the first of several groups that differ in flags about tickets alone"
+        )
     if any(run.summary and run.summary.test_acc is not None for run in runs):
         notes.append("gains over plain training are those on the test set, the other gains those on the held-out set")
     notes += [note for note in (_missing_control(group, groups) for group in groups) if note]

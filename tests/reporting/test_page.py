@@ -61,11 +61,11 @@ def test_a_page_has_every_figure_and_note_of_the_other_files(study, tmp_path, ca
     lines = (tmp_path / "out/results.md").read_text().splitlines()
     rows = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines if line.startswith("| ")]
     rows = [row for row in rows if set(row[0]) != {"-"}]
-    assert len(rows) == 4 + 10 + 5
+    assert len(rows) == 4 + 11 + 2 + 5
     shown = [row for table in page.tables for row in table]
     assert [row for row in rows if row not in shown] == []
     notes = [line.removeprefix("- ") for line in lines if line.startswith("- ")]
-    assert len(notes) == 4
+    assert len(notes) == 5
     assert [note for note in notes if note not in page.text] == []
     with (tmp_path / "out/runs.csv").open() as file:
         runs = list(csv.reader(file))[1:]

@@ -6,9 +6,9 @@ import io
 import pytest
 
 from helpers.written_runs import groups_of, rows_of, write_analysis, write_run
+from sparselearning.reporting.measured import MEASURES
 from sparselearning.reporting.runs import find_runs
 from sparselearning.reporting.tables import (
-    MEASURES,
     csv_of_runs,
     csv_table,
     latex_table,
@@ -64,6 +64,7 @@ def test_other_averages_of_the_same_tickets_by_hand(analysed):
         "| tickets, their mean                 | 85.50 ± 1.41 |\n"
         "| last ticket                         | 85.00 ± 1.41 |\n"
         "| best ticket, chosen on these images | 86.00 ± 1.41 |\n"
+        "| last superposition                  | 90.00 ± 1.41 |\n"
         "| ensemble of all (mean of logits)    | 91.00 ± 1.41 |\n"
         "| CAA, BatchNorm re-estimated         | 89.00 ± 1.41 |\n"
         "| CAA, BatchNorm averaged             | 78.00 ± 0.00 |\n"
@@ -104,11 +105,85 @@ def test_plain_training_stands_beside_tickets_with_its_one_network(study):
     for seed in (1, 2):
         write_analysis(study / f"b_plain/seed{seed}", 0.02, tickets=(0,))
     groups = groups_of(*find_runs([study]))[0]
-    assert "| pre-trained                         | 80.00 ± 0.00 |  82.00 ± 0.00 |" in averages_table(groups)
+    assert "| plain training                      |            - |  82.00 ± 0.00 |" in averages_table(groups)
+    assert "| pre-trained                         | 80.00 ± 0.00 |             - |" in averages_table(groups)
     assert "| last ticket                         | 84.00 ± 0.00 |             - |" in averages_table(groups)
     assert "| overlap of masks (Jaccard), mean over pairs                    | 0.500 ± 0.000 |             - |" in (
         differences_table(groups)
     )
+
+
+@pytest.fixture
+def compared(study):
+    """GraNet analysed at two rates, and its plain training.
+
+    Superpositions reach 89 and 91 %, at the other rate 90 and 90 %; plain training 80 and 81 %, its moving average 83
+    and 84 %. A tenth of an accuracy is the calibration error, half of it the accuracy on noisy images.
+    """
+    for seed, shift, plain in ((1, 0.0, 0.0), (2, 0.02, 0.01)):
+        write_run(study / f"d_rate/seed{seed}", 0.9, seed=seed, lr_2=0.05)
+        for folder, higher, others in (
+            ("a_tickets", shift, {}),
+            ("b_plain", plain, {"tickets": (0,), "moving_average": 0.83}),
+            ("d_rate", 0.01, {}),
+        ):
+            write_analysis(
+                study / folder / f"seed{seed}", higher, **others,
+                more=lambda accuracy: {"ece": accuracy / 10, "corrupted": {"noise": accuracy / 2}},
+            )  # fmt: skip
+    return groups_of(*find_runs([study]))[0]
+
+
+def test_the_last_superposition_minus_others_by_hand(compared):
+    """Over plain training 9 and 10 points: deviation 1/√2, standard error 1/2, and (2/√2/0.3)² = 22.2 seeds."""
+    header, *rows = report_cells(compared)["The last superposition over others, seed by seed"]
+    assert header == [
+        "last superposition, accuracy on the test set", "n", "over plain training [points]",
+        "over pre-trained [points]", "over last ticket [points]", "over that of the first setting [points]",
+    ]  # fmt: skip
+    assert rows == [
+        ["GraNet, lr_2 0.01", "2", "+9.50 ± 0.50 (23)", "+9.00 ± 0.00 (2)", "+5.00 ± 0.00 (2)", "-"],
+        ["GraNet, lr_2 0.05", "2", "+9.50 ± 0.50 (23)", "+9.00 ± 0.00 (2)", "+5.00 ± 0.00 (2)", "+0.00 ± 1.00 (89)"],
+    ]
+
+
+def test_differences_in_all_measures_by_hand(compared):
+    tables = report_cells(compared)
+    header, *rows = tables["Differences, seed by seed: GraNet, lr_2 0.05"]
+    assert header == [
+        "GraNet, lr_2 0.05, n = 2, on the test set", "accuracy [points]", "negative log-likelihood [nats]",
+        "calibration error [points]", "noise [points]",
+    ]  # fmt: skip
+    found = {title: figures for title, *figures in rows}
+    assert found["last superposition over plain training"] == [
+        "+9.50 ± 0.50 (23)", "+0.0000 ± 0.0000", "+0.95 ± 0.05", "+4.75 ± 0.25",
+    ]  # fmt: skip
+    assert found["last superposition over that of the first setting"][0] == "+0.00 ± 1.00 (89)"
+    assert found["ensemble of all (mean of logits) over plain training"][0] == "+10.50 ± 0.50 (23)"
+    assert found["CAA, BatchNorm averaged over plain training"][1] == "+nan"
+    assert found["plain training's moving average of weights over plain training"][:3] == [
+        "+3.00 ± 0.00 (2)", "+0.0000 ± 0.0000", "+0.30 ± 0.00",
+    ]  # fmt: skip
+    assert list(found)[:4] == [
+        f"last superposition over {other}"
+        for other in ("plain training", "pre-trained", "last ticket", "that of the first setting")
+    ]
+    assert markdown(tables["Differences, seed by seed: GraNet, lr_2 0.01"]) in markdown_report(compared)
+
+
+def test_differences_need_every_seed_and_the_same_images(study):
+    for seed in (1, 2):
+        write_analysis(study / f"a_tickets/seed{seed}", 0.0)
+        write_analysis(study / f"b_plain/seed{seed}", 0.0, tickets=(0,), part="other part")
+    tables = report_cells(groups_of(*find_runs([study]))[0])
+    assert [cell for cell in tables["The last superposition over others, seed by seed"][0] if "plain" in cell] == []
+    assert not any(heading.startswith("Differences") for heading in tables)
+
+
+def test_one_seed_has_no_standard_error(study):
+    write_analysis(study / "c_rigl/seed1", 0.0)
+    tables = report_cells(groups_of(*find_runs([study / "c_rigl"]))[0])
+    assert tables["The last superposition over others, seed by seed"][1] == ["RigL", "1", "+9.00", "+5.00"]
 
 
 def test_how_far_tickets_are_apart_by_hand(analysed):
@@ -188,6 +263,14 @@ def test_other_seeds_are_compared_by_their_means_without_a_deviation(tmp_path):
     folders.append(write_run(tmp_path / "plain", 0.91, tickets=0, seed=7))
     row = rows_of(csv_table(groups_of(*folders)[0]))["GraNet"]
     assert (row["gain_over_plain_points_mean"], row["gain_over_plain_points_std"]) == ("1", "")
+
+
+def test_seeds_that_plain_training_has_besides_count_for_nothing(tmp_path):
+    folders = [write_run(tmp_path / f"{seed}", 0.9 + seed / 100, seed=seed) for seed in (1, 3)]
+    folders += [write_run(tmp_path / f"plain{seed}", 0.9, tickets=0, seed=seed) for seed in (1, 3)]
+    folders.append(write_run(tmp_path / "plain7", 0.5, tickets=0, seed=7))
+    row = rows_of(csv_table(groups_of(*folders)[0]))["GraNet"]
+    assert (row["gain_over_plain_points_mean"], row["gain_over_plain_points_std"]) == ("2", "1.41421")
 
 
 def test_a_held_back_test_set_decides_over_plain_training(tmp_path):
