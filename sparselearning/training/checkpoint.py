@@ -37,11 +37,11 @@ from sparselearning.process.tensor_schema import (
 from sparselearning.sparse.masking import Masking
 from sparselearning.sparse.optimizer_state import OPTIMIZER, load_optimizer_state, optimizer_schema, optimizer_state
 from sparselearning.sparse.superpose import MovingAverage, differing_entries
+from sparselearning.training.measurements import Measurements
 from sparselearning.training.networks import masked_zeros, state_schema
 from sparselearning.training.passes import Passes, Tally
 from sparselearning.training.plan import Plan, Position
 from sparselearning.training.run_folder import RunFolder
-from sparselearning.training.run_record import RunRecord
 from sparselearning.training.superposition import Superposition
 
 SECONDS_BETWEEN_CHECKPOINTS = 60
@@ -142,7 +142,7 @@ class Checkpoint:
         masking: Masking | None,
         *,
         superposition: Superposition,
-        results: RunRecord,
+        results: Measurements,
         average: MovingAverage | None,
         keep_all: bool,
     ) -> None:
@@ -370,13 +370,13 @@ def buffers(model: nn.Module) -> Entry:
     return Entry("buffers", lambda at: state_schema(dict(model.named_buffers())), save, load)
 
 
-def tally(results: RunRecord) -> Entry:
+def tally(results: Measurements) -> Entry:
     """Loss, hits and samples of the epoch so far."""
     sums = results.tally.sums
     return Entry("tally", lambda at: Tally.check, sums.cpu, sums.copy_)
 
 
-def flops(results: RunRecord) -> Entry:
+def flops(results: Measurements) -> Entry:
     """What training has cost in the epoch so far."""
     costs = results.costs
     return Entry("flops", lambda at: Amount, lambda: costs.flops, lambda saved: setattr(costs, "flops", saved))

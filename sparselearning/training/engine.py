@@ -2,7 +2,7 @@
 
 :class:`Trainer` is the loop; what it keeps lies in parts, which ``checkpoint.pth`` is collected from. It is resumable
 at every batch. Its position is (epoch, batch); what follows an epoch's last batch (evaluation, superposing, the
-exploration that opens the next cycle) is a transaction that is committed as a whole and begun anew if it is
+exploration that opens the next cycle) is a transaction that is committed as a whole, and repeated if it is
 interrupted.
 """
 
@@ -25,15 +25,15 @@ from sparselearning.sparse.selection import SelectionError
 from sparselearning.sparse.superpose import MovingAverage
 from sparselearning.training.checkpoint import Checkpoint
 from sparselearning.training.data import Batch, BatchSource, Sources
-from sparselearning.training.faults import FaultWatch
+from sparselearning.training.divergence import DivergenceWatch
+from sparselearning.training.measurements import Measurements
 from sparselearning.training.networks import SavedNetwork
 from sparselearning.training.passes import Passes, keeping_buffers
 from sparselearning.training.plan import Plan, Position
 from sparselearning.training.progress import Progress
 from sparselearning.training.records import Summary
 from sparselearning.training.run_folder import RunFolder
-from sparselearning.training.run_record import RunRecord
-from sparselearning.training.stopping import StopRequested, Stops, begun_anew
+from sparselearning.training.stopping import StopRequested, Stops, repeated_on_resume
 from sparselearning.training.superposition import Superposition
 
 
@@ -59,7 +59,7 @@ class Trainer:
         at: the position in the run.
         superposition: of the tickets so far.
         average: of the weights of all steps, if the plan asks for one.
-        record: rows, clocks and costs.
+        measurements: rows, clocks and costs.
         checkpoint: saves and loads all of these.
     """
 
@@ -97,10 +97,10 @@ class Trainer:
         costs = CostMeter(layer_flops)
         self.at = Position(epoch=plan.first_epoch)
         self.stops = Stops(stop_signal, self.at)
-        self.faults = FaultWatch(passes.model, self.at, self.batches, folder.checkpoint)
+        self.divergence = DivergenceWatch(passes.model, self.at, self.batches, folder.checkpoint)
         self.superposition = Superposition(passes, maskable, plan, sources, self.stops, costs)
         self.average = MovingAverage(passes.model, plan.ema_decay) if plan.ema_decay is not None else None
-        self.record = RunRecord(passes, masking, maskable, plan, costs)
+        self.measurements = Measurements(passes, masking, maskable, plan, costs)
         self.checkpoint = Checkpoint(
             folder,
             identity or {},
@@ -111,7 +111,7 @@ class Trainer:
             optimizer,
             masking,
             superposition=self.superposition,
-            results=self.record,
+            results=self.measurements,
             average=self.average,
             keep_all=keep_checkpoints,
         )
@@ -139,7 +139,7 @@ class Trainer:
             self.progress.finished(summary)
             return summary
         except StopRequested as request:
-            self.faults.check_network()
+            self.divergence.check_network()
             self.checkpoint.save()
             raise Stopped(request.number, self.folder.checkpoint) from None
         finally:
@@ -151,7 +151,7 @@ class Trainer:
         self.passes.network.train()
         if self.masking and at.epoch >= plan.updates_end_epoch:
             self.masking.updates_enabled = False
-        with self.record.training():
+        with self.measurements.training():
             for batch in self.sources.train.epoch(at.epoch, at.batch):
                 lr = plan.lr(at.epoch, at.batch, self.batches)
                 for group in self.optimizer.param_groups:
@@ -169,17 +169,17 @@ class Trainer:
         explores = self.plan.explores_before(self.at.epoch + 1) and self.at.batch + 1 == self.batches
         logits, loss = self.passes.backward(batch, dense_gradients=explores)
         logits, loss = logits.detach(), loss.detach()
-        self.faults.see(loss)
+        self.divergence.see(loss)
         update_due = self.masking is not None and self.masking.update_due
         sparse_steps = self.masking.sparse_steps if self.masking else None
-        if update_due or self.device.type == "cpu":  # looking costs a GPU a wait, a CPU nothing
-            self.faults.check_losses()
+        if update_due or self.device.type == "cpu":  # a check makes a GPU wait, and costs a CPU nothing
+            self.divergence.check_losses()
         self._step(keep_gradients=explores)
         if self.average is not None:
             self.average.update()
-        self.record.count(batch, logits, loss, sparse_steps)
+        self.measurements.count(batch, logits, loss, sparse_steps)
         if update_due:
-            self.record.costs.train_with(self._masks)
+            self.measurements.costs.train_with(self._masks)
 
     def _step(self, keep_gradients: bool) -> None:
         scaler = self.passes.precision.scaler
@@ -189,19 +189,21 @@ class Trainer:
         try:
             self.masking.step(scaler, keep_gradients=keep_gradients)
         except SelectionError as error:
-            raise self.faults.diverged() from error
+            raise self.divergence.fault() from error
 
     def _finish_epoch(self) -> None:
-        """Evaluate, superpose at the end of a cycle, and commit; begun anew if it is interrupted."""
-        at, plan, results = self.at, self.plan, self.record.results
-        self.faults.check_network()
-        with begun_anew(self.device):
+        """Evaluate, superpose at the end of a cycle, and commit; repeated if it is interrupted."""
+        at, plan, results = self.at, self.plan, self.measurements.results
+        self.divergence.check_network()
+        with repeated_on_resume(self.device):
             eval_loss, eval_acc = self.evaluate()
             if not math.isfinite(eval_loss):
-                raise self.faults.diverged()
+                raise self.divergence.fault()
             ticket = plan.ticket(at.epoch) if plan.ends_cycle(at.epoch) else None
             ticket_row = None if ticket is None else self.superposition.add(ticket, eval_acc)
-        row = self.record.end_epoch(at.epoch, plan.lr(at.epoch, self.batches - 1, self.batches), eval_loss, eval_acc)
+        row = self.measurements.end_epoch(
+            at.epoch, plan.lr(at.epoch, self.batches - 1, self.batches), eval_loss, eval_acc
+        )
         if at.epoch + 1 == plan.budget.pretrain_epochs:
             self._adopt_pretrained(eval_acc, epochs=at.epoch + 1)
         if ticket_row:
@@ -219,9 +221,9 @@ class Trainer:
         self.checkpoint.save_if_due(important=bool(ticket_row) or at.epoch == plan.end_epoch)
 
     def _adopt_pretrained(self, accuracy: float, epochs: int) -> None:
-        """Let the network as it is be the first superposition."""
+        """Start the superposition as the present network."""
         self.superposition.begin(self._masks)
-        self.record.results.pretrain_acc = accuracy
+        self.measurements.results.pretrain_acc = accuracy
         if distributed.is_main():
             self._write_networks(0, epochs)
 
@@ -229,21 +231,21 @@ class Trainer:
         """Explore connections if a cycle starts here.
 
         Args:
-            at_hand: the gradients of the epoch before are there to explore on; else a first batch's are looked at.
+            at_hand: explore on the gradients of the last batch; else compute those of the coming epoch's first batch.
         """
         if not self.masking or not self.plan.explores_before(self.at.epoch):
             return
         if not at_hand:
-            self._look_at_gradients(scaled=True)
+            self._compute_gradients(scaled=True)
         if not self.masking.gradients_are_finite():
-            # Scaled float16 gradients may overflow; the optimizer skips such steps, but here they are all there is.
-            self._look_at_gradients(scaled=False)
+            # Scaled float16 gradients may overflow: the optimizer skips such steps, but the exploration has no other.
+            self._compute_gradients(scaled=False)
             if not self.masking.gradients_are_finite():
-                raise self.faults.diverged()
+                raise self.divergence.fault()
         self.masking.truncate_weights(self.plan.explore_rate)
-        self.record.costs.train_with(self._masks)
+        self.measurements.costs.train_with(self._masks)
 
-    def _look_at_gradients(self, scaled: bool) -> None:
+    def _compute_gradients(self, scaled: bool) -> None:
         """Compute the gradients of the epoch's first batch, ahead of training on it."""
         self.passes.network.train()
         with keeping_buffers(self.model):
@@ -252,7 +254,7 @@ class Trainer:
     # ------------------------------------------------------------------------------------------ measuring
 
     def evaluate(self, source: BatchSource | None = None) -> tuple[float, float]:
-        """Mean loss and accuracy in [0, 1] of the network as it is, on the evaluation set if no other is given."""
+        """Mean loss and accuracy in [0, 1] of the present network, on the evaluation set if no other is given."""
         return self.passes.evaluate(self.stops.batches(source or self.sources.evaluation))
 
     def evaluate_superposition(self, source: BatchSource) -> tuple[float, float]:
@@ -267,7 +269,7 @@ class Trainer:
             Its accuracy, and that on the test set.
         """
         pruned, masks = self.superposition.prune(average.state())
-        with begun_anew(self.device), self.passes.borrowing(pruned):
+        with repeated_on_resume(self.device), self.passes.borrowing(pruned):
             self.passes.re_estimate_bn(self.stops.batches(self.sources.train_once))
             finished = self.passes.state()
             _, accuracy = self.evaluate()
@@ -283,16 +285,16 @@ class Trainer:
             _, test_acc = self.evaluate_superposition(self.sources.test)
         if self.average is not None:
             ema_acc, ema_test_acc = self._finish_average(self.average)
-        summary = self.record.summary(self.superposition.so_far)
+        summary = self.measurements.summary(self.superposition.so_far)
         return replace(summary, test_acc=test_acc, ema_acc=ema_acc, ema_test_acc=ema_test_acc)
 
     # ------------------------------------------------------------------------------------- showing and writing
 
     def _begin(self) -> None:
-        """Start the clock, and write the files that a checkpoint remembers if the folder lacks them."""
-        results = self.record.results
-        self.record.start_clock()
-        self.record.costs.train_with(self._masks)
+        """Start the clock, and write the files whose content the checkpoint holds if the folder lacks them."""
+        results = self.measurements.results
+        self.measurements.start_clock()
+        self.measurements.costs.train_with(self._masks)
         if not distributed.broadcast_object(bool(results.metrics) and not self.folder.metrics.exists()):
             return
         if distributed.is_main():
@@ -304,18 +306,18 @@ class Trainer:
         self.checkpoint.save()
 
     def _start_bar(self) -> None:
-        """Show where the run stands."""
+        """Show the position of the run."""
         epochs = self.plan.end_epoch - self.plan.first_epoch
         done = (self.at.epoch - self.plan.first_epoch) * self.batches + self.at.batch
         self.progress.start(done, epochs * self.batches)
 
     def _show(self, lr: float) -> None:
-        """Move the bar by a batch and, every ``log_interval`` batches, say how training stands."""
+        """Move the bar by a batch and, every ``log_interval`` batches, print the running figures."""
         self.progress.batch()
         if self.at.batch % self.log_interval == 0:
-            self.faults.check_losses()
+            self.divergence.check_losses()
             phase = "cycle" if self.plan.is_cycle(self.at.epoch) else "pretrain"
-            self.progress.within_epoch(phase, self.at.epoch, self.at.batch, self.batches, self.record.figures(lr))
+            self.progress.within_epoch(phase, self.at.epoch, self.at.batch, self.batches, self.measurements.figures(lr))
 
     def _write_networks(self, ticket: int, epochs: int) -> None:
         """Write the ticket and the superposition so far."""

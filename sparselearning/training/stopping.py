@@ -20,11 +20,11 @@ class StopRequested(Exception):
 
 
 class Stops:
-    """Looks for the signal that asks a run to stop.
+    """Checks for the signal that asks a run to stop.
 
     Args:
         signal: returns the one that this process has received, 0 for none.
-        at: where the run stands.
+        at: the position of the run.
     """
 
     def __init__(self, signal: Callable[[], int], at: Position) -> None:
@@ -33,7 +33,7 @@ class Stops:
         self._agreed = distributed.AgreedFlag()
 
     def check(self) -> None:
-        """Look; called by all ranks in lockstep.
+        """Check for it; called by all ranks in lockstep.
 
         Raises:
             StopRequested: if one of them has received a signal.
@@ -43,7 +43,7 @@ class Stops:
             raise StopRequested(number)
 
     def batches(self, source: BatchSource) -> Iterator[Batch]:
-        """Batches of a whole pass with a look before each, as far as all ranks have one."""
+        """Batches of a whole pass, with a check before each one that all ranks have."""
         lockstep = distributed.min_over_ranks(len(source))
         for number, batch in enumerate(source.epoch(self._at.epoch)):
             if number < lockstep:
@@ -52,8 +52,8 @@ class Stops:
 
 
 @contextmanager
-def begun_anew(device: torch.device) -> Iterator[None]:
-    """Put the random generators back if a stop cuts this block short, which the resumed run begins anew."""
+def repeated_on_resume(device: torch.device) -> Iterator[None]:
+    """Restore the random generators if a stop cuts this block short, which the resumed run then repeats."""
     rng = rng_state(device)
     try:
         yield

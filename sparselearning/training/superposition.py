@@ -12,7 +12,7 @@ from sparselearning.process.tensor_schema import Check, Kind, all_of, exactly, r
 from sparselearning.sparse.costs import CostMeter, overall_density
 from sparselearning.sparse.superpose import State, batchnorms, prune_to_density, superpose
 from sparselearning.training.data import Sources
-from sparselearning.training.faults import all_finite
+from sparselearning.training.divergence import all_finite
 from sparselearning.training.networks import masked_zeros, state_schema
 from sparselearning.training.passes import Passes
 from sparselearning.training.plan import Plan, Position
@@ -24,17 +24,18 @@ ENTRIES = "superposition", "superposition_masks"
 
 
 class Superposition:
-    """Starts as the network that pre-training left; then each ticket enters it.
+    """Starts as the network that pre-training left; then each ticket is averaged in.
 
-    The ticket is the network as it is, which lends itself to measure a superposition and stays as it is.
+    The ticket is the present network. To measure a superposition, its weights are loaded into the same network for a
+    while; the ticket's are put back.
 
     Args:
         passes: of the network.
         maskable: names of the weights that the budget covers.
         plan: says how tickets are averaged, what the budget is, and whether BatchNorm is re-estimated.
         sources: training batches to re-estimate BatchNorm on, and those to measure on.
-        stops: may cut all of it short.
-        costs: knows what a pass costs.
+        stops: checks for a request to stop.
+        costs: gives the cost of a pass.
 
     Attributes:
         state: weights and statistics; None until pre-training has ended.
@@ -54,15 +55,15 @@ class Superposition:
         self._costs = costs
 
     def begin(self, masks: Mapping[str, Tensor]) -> None:
-        """Start as the network as it is, which has these masks."""
+        """Start as the present network, which has these masks."""
         self.state = self._passes.state()
         self.masks = {name: mask.clone() for name, mask in masks.items()}
 
     def add(self, number: int, ticket_acc: float) -> TicketRow:
-        """Let ticket ``number`` enter, with the factor that has the best result of those that the plan names.
+        """Average ticket ``number`` in, with whichever of the plan's factors gives the best accuracy.
 
         Raises:
-            StopRequested: with everything as it was.
+            StopRequested: on a request to stop; nothing is changed then.
             FaultError: if the result is not finite.
         """
         began = time.perf_counter()
@@ -146,7 +147,7 @@ class Superposition:
 
 
 class _Candidate(NamedTuple):
-    """A superposition that a ticket has entered: pruned back, BatchNorm re-estimated, measured."""
+    """A superposition with the new ticket: pruned back, BatchNorm re-estimated, measured."""
 
     factor: float
     state: State

@@ -362,7 +362,8 @@ def run_toy(folder, stop_after=None, stopper=1):
     outcome |= {f"superposed {name}": array for name, array in as_numpy(trainer.superposition.state).items()}
     outcome |= {f"mask {name}": array for name, array in as_numpy(trainer.masking.masks).items()}
     rows = (
-        [row.as_dict() for row in rows] for rows in (trainer.record.results.metrics, trainer.record.results.tickets)
+        [row.as_dict() for row in rows]
+        for rows in (trainer.measurements.results.metrics, trainer.measurements.results.tickets)
     )
     return position, outcome, *([*map(without_times, part)] for part in rows)
 

@@ -222,7 +222,7 @@ def test_the_test_set_is_touched_once_at_the_end(tmp_path, capsys):
     evaluate = Trainer.evaluate_superposition
     try:
         Trainer.evaluate_superposition = lambda self, source: (
-            touched_before.append((test.passes, len(self.record.results.tickets))) or evaluate(self, source)
+            touched_before.append((test.passes, len(self.measurements.results.tickets))) or evaluate(self, source)
         )
         summary = experiment.run(brought, PLAN, sparse(), Runtime(amp="off"), Output(folder, {}))
     finally:

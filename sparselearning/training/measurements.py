@@ -1,4 +1,4 @@
-"""What a run has found and spent so far: its rows, clocks and costs, and the summary that is made of them."""
+"""What a run has measured so far: its rows, clocks and costs, and the summary that is made of them."""
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,7 +19,7 @@ from sparselearning.training.plan import Plan, Position
 from sparselearning.training.records import EpochRow, Results, Summary
 
 
-class RunRecord:
+class Measurements:
     """Counts while a run trains, and makes its rows and its summary.
 
     Args:
@@ -27,7 +27,7 @@ class RunRecord:
         masking: keeps it sparse; None: dense training.
         maskable: names of the weights that densities are about.
         plan: of the run.
-        costs: add up what training costs.
+        costs: adds up what training costs.
 
     Attributes:
         results: what goes into the run's files.
@@ -55,7 +55,7 @@ class RunRecord:
         self._clock = time.perf_counter()
 
     def total_seconds(self) -> float:
-        """Of the run so far, stops left out."""
+        """Seconds of the run so far, stops left out."""
         now = time.perf_counter()
         self.results.total_seconds += now - self._clock
         self._clock = now
@@ -77,7 +77,7 @@ class RunRecord:
         self._images += len(batch.labels)
 
     def figures(self, lr: float) -> dict[str, float]:
-        """How training stands within an epoch, for people: of this rank's share."""
+        """Running figures within an epoch, for people: of this rank's share."""
         loss_sum, hits, samples = self.tally.sums.tolist()
         figures = {"lr": lr, "loss": loss_sum / samples, "accuracy": hits / samples}
         if self._masking:
@@ -112,7 +112,7 @@ class RunRecord:
         return row
 
     def summary(self, superposition: State) -> Summary:
-        """Of a run that has made this superposition."""
+        """The summary of a finished run whose last superposition this is."""
         results = self.results
         ticket_acc = [row.ticket_acc for row in results.tickets]
         superposed_acc = [row.superposed_acc for row in results.tickets]

@@ -11,12 +11,12 @@ from sparselearning.process.errors import FaultError
 from sparselearning.training.plan import Position
 
 
-class FaultWatch:
-    """Watches the losses of an epoch and, where that is worth a wait, the network.
+class DivergenceWatch:
+    """Watches the losses of an epoch and, at its end or at a stop, the network.
 
     Args:
         model: on its device.
-        at: where the run stands.
+        at: the position of the run.
         batches: training batches of an epoch.
         checkpoint: where the last good one is, if there is one.
     """
@@ -29,21 +29,21 @@ class FaultWatch:
         self._bad_batch = torch.full((), -1, device=next(model.parameters()).device)  # first with a loss not finite
 
     def see(self, loss: Tensor) -> None:
-        """Take note of the loss of the batch that is going on; nothing waits for it."""
+        """Record the loss of the present batch; nothing waits for it."""
         fine = torch.isfinite(loss) | (self._bad_batch >= 0)
         self._bad_batch = torch.where(fine, self._bad_batch, self._at.batch)
 
     def check_losses(self) -> None:
-        """Refuse to go on if a loss of this rank was not finite.
+        """Stop the run if a loss of this rank was not finite.
 
         Raises:
             FaultError: saying at which step.
         """
         if (bad := int(self._bad_batch)) >= 0:
-            raise self.diverged(bad)
+            raise self.fault(bad)
 
     def check_network(self) -> None:
-        """Refuse to go on if a loss of any rank was not finite, or the network is not; called by all ranks.
+        """Stop the run if a loss of any rank was not finite, or the network is not; called by all ranks.
 
         Raises:
             FaultError: saying at which step.
@@ -52,10 +52,10 @@ class FaultWatch:
         if bad < 0 and not all_finite(self._model.state_dict()):
             bad = self._at.batch
         if bad >= 0:
-            raise self.diverged(bad)
+            raise self.fault(bad)
 
-    def diverged(self, batch: int | None = None) -> FaultError:
-        """What to raise where the run has diverged, at the present batch if no other is given."""
+    def fault(self, batch: int | None = None) -> FaultError:
+        """The error of a run that has diverged, at the present batch if no other is given."""
         path, step = self._checkpoint, self._at.batch if batch is None else batch
         last = f"the last good checkpoint is {path}" if path.exists() else "there is no checkpoint yet"
         return FaultError(
