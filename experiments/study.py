@@ -3,6 +3,7 @@
 
 python3 experiments/study.py cifar100-10k            # some hours of a CPU
 python3 experiments/study.py cifar100 --gpus 0 1     # the README's lines for ResNet50, one run per GPU at a time
+python3 experiments/study.py claim --prepare         # its part of the data, study/cifar100-claim.npz, and nothing else
 
 Give the same command again: finished runs are skipped, stopped ones go on where they stopped.
 """
@@ -22,6 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "CIFAR"), str(ROOT)]
 
 import cifar_data  # noqa: E402  found once its folder is on the path
+import networks  # noqa: E402
 import sweep  # noqa: E402
 
 from sparselearning import analyze, report  # noqa: E402
@@ -93,6 +95,22 @@ class Subset(NamedTuple):
             np.concatenate([whole.y_test[test], whole.y_train[rest]]),
         )
 
+    @property
+    def path(self) -> Path:
+        """Where it lies."""
+        return WORK / f"{self.name}.npz"
+
+    @property
+    def test_set(self) -> str:
+        """Its test images, for people."""
+        shrunk = f", averaged down to {self.pixels} x {self.pixels} pixels" if self.pixels else ""
+        taken = len(range(50_000 // 100 - self.images_per_class)[self.rest])
+        parts = [
+            *(["CIFAR-100's test images"] if self.test_images else []),
+            *([f"{taken} of the training images of each that were not drawn to train on"] if taken else []),
+        ]
+        return f"of the first {self.classes} classes of CIFAR-100: {' and '.join(parts)}{shrunk}"
+
     def _shrunk(self, images: np.ndarray) -> np.ndarray:
         """Average blocks of pixels of images [N, H, H, 3], uint8."""
         if self.pixels is None:
@@ -112,6 +130,7 @@ class Study:
         seeds: of each.
         subset: of CIFAR-100; None: all of it.
         analysis: flags of ``sparselearning.analyze``, for each run.
+        kept: experiments whose networks stay in the results: of each method, the first seed's. They need a subset.
     """
 
     flags: str
@@ -119,6 +138,7 @@ class Study:
     seeds: tuple[int, ...] = (41, 42, 43)
     subset: Subset | None = None
     analysis: str = "--grid --points 3"
+    kept: Sequence[str] = ()
 
 
 def cycles_again(flags: str = "", without: Sequence[str] = ()) -> Experiment:
@@ -189,6 +209,7 @@ STUDIES = {
         },
         subset=Subset("cifar100-claim", classes=10, images_per_class=75, pixels=16, rest=slice(200)),
         analysis="--grid --points 3 --on test --corruptions",
+        kept=["main", "methods"],
     ),
     "number-formats": Study(
         flags=f"{TICKETS} {SHORT} --model cifar_resnet_8 --epochs 4 --cycle 1 --cycle_rate 0.5 --final-prune-epoch 1",
@@ -223,6 +244,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     os.chdir(ROOT)  # so that the commands that runs record work from the top of any checkout
     if not args.collect:
         data = prepared(data, data_dir, study.subset)
+    if args.prepare:
+        print(data)
+        return
     for name in args.only or study.experiments:
         out = WORK / args.study / name
         if not args.collect:
@@ -232,6 +256,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                 if run.read_config()["seed"] in seeds and run.ticket(0).is_file() and not run.analysis.is_file():
                     analyze.main([str(run.path), *study.analysis.split()])
         collect(out, RESULTS / args.study / name)
+        if name in study.kept:
+            keep_networks(args.study, name)
     for page in filter(Path.is_file, PAGES):
         fill(page)
     if DRAWN.is_file() and (settings := gains(DRAWN.read_text())):
@@ -254,8 +280,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     names = sorted({name for study in STUDIES.values() for name in study.experiments})
     parser.add_argument("--only", nargs="+", choices=names, metavar="NAME", help=f"any of {', '.join(names)}")
     parser.add_argument("--seeds", type=arguments.seed, nargs="+", metavar="SEED", help="in place of the study's own")
+    parser.add_argument("--prepare", action="store_true", help="run nothing, only write the study's part of the data")
     parser.add_argument("--collect", action="store_true", help="run nothing, only gather what there is")
     args = parser.parse_args(argv)
+    if args.collect and args.prepare:
+        raise UsageError("--prepare comes before the runs, and --collect after them: give one of them")
     if args.collect and args.seeds:
         raise UsageError("--collect gathers the runs of all seeds: leave out --seeds")
     if missing := [name for name in args.only or () if name not in STUDIES[args.study].experiments]:
@@ -283,17 +312,16 @@ def prepared(data: str, data_dir: Path, subset: Subset | None) -> str:
         UsageError: if the data are not CIFAR-100.
         FaultError: if they cannot be read.
     """
-    path = WORK / f"{subset.name}.npz" if subset else None
-    if path and path.is_file():
-        return str(path)
+    if subset and subset.path.is_file():
+        return str(subset.path)
     whole, num_classes = cifar_data.load_arrays(data, data_dir)
     images = len(whole.y_train)
     if (images, num_classes) != (50_000, 100):
         raise UsageError(f"{data} is not CIFAR-100: it has {images:,} training images of {num_classes} classes")
     if subset is None:
         return data
-    write_whole(path, lambda file: np.savez_compressed(file, **subset.of(whole)._asdict()))
-    return str(path)
+    write_whole(subset.path, lambda file: np.savez_compressed(file, **subset.of(whole)._asdict()))
+    return str(subset.path)
 
 
 def runs_under(folder: Path) -> list[Path]:
@@ -323,6 +351,20 @@ def collect(source: Path, target: Path) -> None:
 
 def _text_files(run: RunFolder) -> list[Path]:
     return [run.summary, run.metrics, run.tickets, run.analysis]
+
+
+def keep_networks(name: str, experiment: str) -> None:
+    """Write the networks to take away of an experiment's finished runs."""
+    study = STUDIES[name]
+    one, subset = study.experiments[experiment], study.subset
+    assert subset is not None
+    seed = (one.seeds or study.seeds)[0]
+    for method in one.methods:
+        run = RunFolder(WORK / name / experiment / method / f"seed{seed}")
+        if run.summary.is_file():
+            folder = RESULTS / "networks" / f"{name}-{method}"
+            prepare = f"python experiments/study.py {name} --prepare"
+            networks.keep(read_run(run.path), folder, subset.path, prepare, subset.test_set)
 
 
 def fill(page: Path) -> None:

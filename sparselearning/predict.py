@@ -89,11 +89,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.stdout.write(text.getvalue())
     if images.labels is not None:
         hits = int((images.labels == predicted).sum())
-        print(f"accuracy {100 * hits / len(predicted):.2f} % of {len(predicted):,} images", file=sys.stderr)
+        print(accuracy_line(hits, len(predicted)), file=sys.stderr)
     if args.time:
         for size in sorted({1, args.batch_size}):
             repeated = batch[torch.arange(size) % len(batch)]
             print(f"batch {size}: {size / seconds(network, repeated):.1f} images/s", file=sys.stderr)
+
+
+def accuracy_line(hits: int, images: int) -> str:
+    """What is said of images with labels."""
+    return f"accuracy {100 * hits / images:.2f} % of {images:,} images"
 
 
 def seconds(network: nn.Module, images: Tensor) -> float:

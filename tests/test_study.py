@@ -13,10 +13,11 @@ from helpers.written_runs import write_analysis, write_run
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "experiments"))
 
-import study  # noqa: E402  found once its folder is on the path
+import networks  # noqa: E402  found once its folder is on the path
+import study  # noqa: E402
 import sweep  # noqa: E402
 
-from sparselearning import report  # noqa: E402
+from sparselearning import predict, report  # noqa: E402
 from sparselearning.process.errors import UsageError  # noqa: E402
 
 EXPERIMENTS = [(name, experiment) for name, one in study.STUDIES.items() for experiment in one.experiments]
@@ -95,6 +96,38 @@ def test_images_are_averaged_and_those_not_drawn_are_tested_on():
     rest = study.Subset("part", 2, images_per_class=1, rest=slice(2), test_images=False).of(whole)
     assert rest.y_test.tolist() == [0, 0, 1, 1]
     assert not (rest.x_test[:, None] == drawn[None]).all((2, 3, 4)).any()
+
+
+def test_the_data_alone_can_be_prepared(tmp_path, monkeypatch):
+    monkeypatch.setattr(study, "ROOT", tmp_path)
+    images, labels = np.zeros((50_000, 16, 16, 3), np.uint8), np.arange(50_000) % 100
+    np.savez_compressed(tmp_path / "all.npz", x_train=images, y_train=labels, x_test=images[:100], y_test=labels[:100])
+    study.main(["claim", "--prepare", "--data", str(tmp_path / "all.npz")])
+    assert [path.name for path in (tmp_path / "study").iterdir()] == ["cifar100-claim.npz"]
+    with np.load(tmp_path / "study/cifar100-claim.npz") as part:
+        assert len(part["x_test"]) == 10 + 10 * 200
+    assert not (tmp_path / "results").exists()
+    with pytest.raises(UsageError, match="before the runs"):
+        study.main(["claim", "--prepare", "--collect"])
+
+
+@pytest.mark.parametrize(
+    ("apart", "nearest", "hits", "ends"),
+    [
+        (1e-5, 3e-5, 90, "rounding changes no prediction."),
+        (1e-5, 2e-5, 90, "rounding may change one."),
+        (1e-5, 2e-5, 91, "rounding may change one. The run itself counted 91 hits, this command 90."),
+    ],
+)
+def test_a_card_says_what_rounding_may_do(apart, nearest, hits, ends):
+    assert networks.Agreement(90, 100, apart, nearest).sentence(hits).endswith(ends)
+
+
+@pytest.mark.parametrize("name", study.STUDIES)
+def test_networks_are_kept_of_experiments_with_a_subset(name):
+    one = study.STUDIES[name]
+    assert set(one.kept) <= set(one.experiments)
+    assert one.subset or not one.kept
 
 
 @pytest.mark.parametrize("subset", [study.TEN_THOUSAND, None])
@@ -191,8 +224,11 @@ def test_each_claim_is_one_sentence_whose_number_stands_where_it_links_to():
     assert len(claims) == 5
 
 
-def test_an_experiment_runs_is_analysed_and_collected(tmp_path, monkeypatch):
-    """One experiment from its command line to RESULTS.md, on a few images; then nothing is left to do."""
+def test_an_experiment_runs_is_analysed_and_collected(tmp_path, monkeypatch, capsys):
+    """One experiment from its command line to RESULTS.md and the network to take away, on a few images.
+
+    Then nothing is left to do.
+    """
     labels = np.arange(50_000) % 100
     images = np.random.default_rng(0).integers(0, 255, (50_000, 8, 8, 3), dtype=np.uint8)
     np.savez(tmp_path / "all.npz", x_train=images, y_train=labels, x_test=images[:100], y_test=labels[:100])
@@ -202,7 +238,7 @@ def test_an_experiment_runs_is_analysed_and_collected(tmp_path, monkeypatch):
         "--pre_train --cyclic_train --epochs 2 --cycle 1 --cycle_rate 0.5 --final-density 0.3 --final-prune-epoch 1 "
         "--model cifar_resnet_8_4 --batch-size 100 --keep-tickets",
         {"main": study.Experiment(["rigl"], control=True)},
-        seeds=(5, 6), subset=study.Subset("part", 100, images_per_class=10),
+        seeds=(5, 6), subset=study.Subset("part", 100, images_per_class=10), kept=["main"],
     )  # fmt: skip
     monkeypatch.setitem(study.STUDIES, "cifar100", small)
     (tmp_path / "RESULTS.md").write_text(
@@ -216,6 +252,16 @@ def test_an_experiment_runs_is_analysed_and_collected(tmp_path, monkeypatch):
     config = json.loads((tmp_path / "results/cifar100/main/rigl/seed5/config.json").read_text())
     assert config["save"] == "study/cifar100/main/rigl/seed5"
     assert (tmp_path / "results/cifar100/main/rigl-control/seed5/analysis/analysis.json").is_file()
+
+    card = (tmp_path / "results/networks/cifar100-rigl/README.md").read_text()
+    assert config["command"] in card
+    accuracy = json.loads((tmp_path / "results/cifar100/main/rigl/seed5/summary.json").read_text())["final_acc"]
+    (promised,) = re.findall(r"ends with `(accuracy .*?)`", card)
+    assert promised == f"accuracy {100 * accuracy:.2f} % of 100 images"
+    (words,) = re.findall(r"python -m sparselearning.predict (.*)", card)
+    capsys.readouterr()
+    predict.main(words.split())
+    assert capsys.readouterr().err == f"{promised}\n"
 
     monkeypatch.setattr(sweep, "execute", lambda runs, *_: list(runs))
     study.main(["cifar100", "--collect"])
