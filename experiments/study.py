@@ -52,6 +52,7 @@ class Experiment(NamedTuple):
             run's seed.
         without: the study's switches to leave out.
         seeds: in place of the study's.
+        analysis: in place of the study's.
     """
 
     methods: Sequence[str]
@@ -59,6 +60,7 @@ class Experiment(NamedTuple):
     flags: str = ""
     without: Sequence[str] = ()
     seeds: tuple[int, ...] | None = None
+    analysis: str | None = None
 
 
 class Subset(NamedTuple):
@@ -141,7 +143,7 @@ class Study:
     kept: Sequence[str] = ()
 
 
-def cycles_again(flags: str = "", without: Sequence[str] = ()) -> Experiment:
+def cycles_again(flags: str = "", without: Sequence[str] = (), analysis: str | None = None) -> Experiment:
     """Cycles alone, from the pre-trained networks of ``main``.
 
     They start without momentum: compare them with ``cycles_again()``, which has the flags of ``main`` itself.
@@ -150,7 +152,18 @@ def cycles_again(flags: str = "", without: Sequence[str] = ()) -> Experiment:
         ["granet"],
         flags=f"{flags} --resume {{before}}/main/granet/seed{{seed}}/tickets/ticket_0.pth",
         without=["--pre_train", *without],
+        analysis=analysis,
     )
+
+
+def swa(rate: float) -> Experiment:
+    """Stochastic weight averaging (Izmailov et al. 2018, algorithm 1) for as many epochs as the cycles take.
+
+    A constant rate, and the mean of the pre-trained network and that of every epoch since; what is measured of so many
+    networks is no grid of averages.
+    """
+    flags = f"--cycle 1 --lr_1 {rate} --lr_2 {rate} --superposing_method CAA"
+    return cycles_again(flags, without=["--re_explore"], analysis="--points 2 --on test --corruptions")
 
 
 TICKETS = (
@@ -206,6 +219,8 @@ STUDIES = {
             "no-exploration-rate-0.05": cycles_again("--lr_2 0.05", without=["--re_explore"]),
             "one-cycle": cycles_again("--cycle 24"),
             "one-cycle-no-exploration-rate-0.05": cycles_again("--cycle 24 --lr_2 0.05", without=["--re_explore"]),
+            "swa": swa(0.005),
+            "swa-rate-0.05": swa(0.05),
         },
         subset=Subset("cifar100-claim", classes=10, images_per_class=75, pixels=16, rest=slice(200)),
         analysis="--grid --points 3 --on test --corruptions",
@@ -254,7 +269,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             sweep.main([*sweep_words(study, name, out, seeds, args.gpus), "--data", data, "--data-dir", str(data_dir)])
             for run in map(RunFolder, runs_under(out)):
                 if run.read_config()["seed"] in seeds and run.ticket(0).is_file() and not run.analysis.is_file():
-                    analyze.main([str(run.path), *study.analysis.split()])
+                    analyze.main([str(run.path), *(study.experiments[name].analysis or study.analysis).split()])
         collect(out, RESULTS / args.study / name)
         if name in study.kept:
             keep_networks(args.study, name)

@@ -239,7 +239,7 @@ def report_notes(groups: Sequence[Group], left_out: Sequence[str] = ()) -> list[
     notes = [*legend(groups), "mean ± sample standard deviation over n seeds; one run has no deviation"]
     if any(group.control for group in groups):
         notes.append(
-            "plain training has the same flags and epochs, and no tickets; groups of the same seeds are compared "
+            "plain training has the same flags and epochs, and no tickets; groups whose seeds it has are compared "
             "seed by seed, others by their means, without a deviation"
         )
     if any(run.analysis for run in runs):

@@ -154,6 +154,42 @@ def test_caa_without_pruning_is_the_mean_of_all_members(tmp_path):
             torch.testing.assert_close(entry, expected, rtol=1e-5, atol=1e-7, msg=name)
 
 
+def test_a_constant_rate_and_caa_of_every_epoch_are_swa_as_pytorch_does_it(tmp_path):
+    """Izmailov et al. 2018, algorithm 1: the first network is a member of the average, too."""
+    prepare(tmp_path / "first", dataclasses.replace(PLAN, cyclic_train=False), keep_tickets=True).run()
+    start = RunFolder(tmp_path / "first").ticket(0)
+    plan = dataclasses.replace(
+        PLAN, budget=EpochBudget(2, 1, 3), pre_train=False, averaging=AVERAGING["CAA"](0.5), cycle_lr=(0.03, 0.03),
+        explore_rate=None, updates_in_cycles=False,
+    )  # fmt: skip
+    trainer = prepare(tmp_path / "swa", plan, resume=start)
+    trainer.run()
+
+    model, first = network(0.0), load_torch(start)["state_dict"]
+    model.load_state_dict(first)
+    optimizer = OPTIMIZERS["sgd"](model.parameters())
+    schedule = torch.optim.swa_utils.SWALR(optimizer, swa_lr=0.03, anneal_epochs=0)
+    averaged = torch.optim.swa_utils.AveragedModel(model)
+    averaged.update_parameters(model)
+    for epoch in range(2, 5):
+        for batch in trainer.sources.train.epoch(epoch):
+            optimizer.zero_grad()
+            torch.nn.functional.cross_entropy(model(batch.images), batch.labels).backward()
+            optimizer.step()
+            for name in MASKABLE:
+                model.get_parameter(name).data.mul_(first[name] != 0)
+        schedule.step()
+        averaged.update_parameters(model)
+    torch.optim.swa_utils.update_bn(trainer.sources.train.epoch(4), averaged)
+
+    final = load_torch(trainer.folder.previous)["state_dict"]
+    assert all(torch.equal(final[name] != 0, first[name] != 0) for name in MASKABLE)
+    for name, entry in averaged.module.state_dict().items():
+        if entry.is_floating_point():
+            torch.testing.assert_close(final[name], entry, rtol=1e-4, atol=1e-6, msg=name)
+    assert (averaged.module[0].weight - first["0.weight"]).abs().max() > 0.001, "something was learned"
+
+
 def test_reported_accuracies_are_those_of_the_saved_networks(tmp_path):
     trainer = prepare(tmp_path, keep_tickets=True)
     summary = trainer.run()
