@@ -9,7 +9,7 @@ The conventions are those of RigL (Evci et al. 2020, arXiv 1911.11134, appendix 
 - One forward pass of one sample costs f_D in the dense network. In a sparse one each layer costs its dense FLOPs times
   its density, together f_S.
 - A training step costs three forward passes: one forward, one for the gradients of the activations, one for those of
-  the weights. The last one costs f_D instead of f_S in a step that looks at the gradients of inactive weights.
+  the weights. The last one costs f_D instead of f_S in a step that reads the gradients of inactive weights.
 - Each pass of BatchNorm re-estimation costs f_S of the superposition per sample. Evaluation, the choice of the first
   masks and the one dense gradient per exploration at the start of a cycle are not charged.
 """
@@ -52,7 +52,7 @@ def layer_flops(
     copy = deepcopy(inner).to(device).eval()
     names = {p: name.replace("_orig_mod.", "") for name, p in inner.named_parameters()}
     originals, copies = (module.named_parameters(remove_duplicate=False) for module in (inner, copy))
-    owners = {  # a weight that several modules share is several ones on another device: all go by its first name
+    owners = {  # moving to a device parts a weight that modules share into copies: all go by its first name
         StorageWeakRef(moved.untyped_storage()): names[p]
         for (_, p), (_, moved) in zip(originals, copies, strict=True)
         if p.dim() >= 2
@@ -162,7 +162,7 @@ class CostMeter:
         self._sparse = self.forward(masks)
 
     def count(self, samples: int, sparse_steps: int | None) -> None:
-        """Add the cost of training on so many samples: :func:`training_flops`."""
+        """Add the cost of training on ``samples`` samples; ``sparse_steps`` as in :func:`training_flops`."""
         self.flops += samples * training_flops(self._sparse, self._dense, sparse_steps)
 
 

@@ -82,8 +82,8 @@ def apportion(total: int, shares: Sequence[float], capacity: Sequence[int]) -> l
     """Divide ``total`` units over places in proportion to ``shares``, no place above its ``capacity``.
 
     Places whose share would overflow are filled and the rest is shared out anew; then every place gets the
-    floor of its quota and the largest remainders take the units left over (ties: the earlier place). Where all
-    open places have share zero, their room stands in for it.
+    floor of its quota and the largest remainders take the units left over (ties: the earlier place). Places whose
+    shares are all zero get units in proportion to their capacity.
 
     Returns:
         Integer counts, ``0 <= count[i] <= capacity[i]``, that add up to exactly ``total``.
@@ -120,7 +120,7 @@ def apportion(total: int, shares: Sequence[float], capacity: Sequence[int]) -> l
 
 
 def _relative(shares: dict[int, float]) -> dict[int, float]:
-    """Shares as multiples of the largest, so that no sum overflows; beside an infinite one the others are nothing."""
+    """Shares as multiples of the largest, so that no sum overflows; beside infinite ones, finite ones are zero."""
     largest = max(shares.values())
     if math.isinf(largest):
         return {i: float(math.isinf(share)) for i, share in shares.items()}
@@ -153,7 +153,7 @@ def shared_counts(
     distribution: Callable[[Mapping[str, Sequence[int]], float], dict[str, float]],
     fixed: Mapping[str, float],
 ) -> dict[str, int]:
-    """Exact number of active weights per layer, adding up to ``round(total · density)``, some layers' density given.
+    """Exact number of active weights per layer, adding up to ``round(total · density)``, some layers' densities given.
 
     Args:
         shapes: layer name to weight shape.

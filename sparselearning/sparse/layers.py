@@ -35,8 +35,9 @@ def maskable_parameters(
         mask_embeddings: take embeddings as well.
 
     Raises:
-        UsageError: if a pattern matches no parameter, a lazy module has no shape yet, or a weight is made from others
-            at every forward pass (weight normalisation and the like), so that masks of those would not be its own.
+        UsageError: if a pattern matches no parameter, a lazy module has no shape yet, or a weight is
+            computed from other parameters at every forward pass (weight normalisation and the like), so that masks of
+            those would not keep it sparse.
     """
     inner = distributed.unwrap(model)
     names = parameter_names(inner)
@@ -63,8 +64,8 @@ def maskable_parameters(
         left_out.update(list(found)[:1])
     if refused := [name for name in makers if name not in left_out]:
         raise UsageError(
-            f"{min(refused)} is not a weight but what one is made from (weight_norm, spectral_norm, …), which masks "
-            "cannot keep sparse: remove that, or name the layer in dense_layers"
+            f"{min(refused)} is not a weight but what one is computed from (weight_norm, spectral_norm, …): "
+            "masks cannot keep that weight sparse; remove the normalisation, or name the layer in dense_layers"
         )
     return {name: parameter for name, parameter in found.items() if name not in left_out}
 
@@ -77,10 +78,10 @@ def _is_weight(owner: nn.Module, parameter: Tensor) -> bool:
 
 
 def _is_reparametrised(owner_path: str, owner: nn.Module, entry: str) -> bool:
-    """Whether a parameter is what some weight is made from.
+    """Whether some weight is computed from a parameter.
 
-    It then lies in the ``parametrizations`` of the weight's module, or, as older functions of PyTorch have it, beside a
-    plain tensor: ``weight_g`` and ``weight_v``, or ``weight_orig``, beside ``weight``.
+    The parameter is then in the ``parametrizations`` of the weight's module or, with older functions of PyTorch, beside
+    a plain tensor: ``weight_g`` and ``weight_v``, or ``weight_orig``, beside ``weight``.
     """
     stem, _, suffix = entry.rpartition("_")
     has_plain_tensor = suffix in ("g", "v", "orig") and isinstance(vars(owner).get(stem), Tensor)
@@ -118,7 +119,7 @@ def fixed_densities(
     Args:
         layer_densities: pattern, as in :func:`matching`, to density in (0, 1].
         masked: names of the masked weights of ``model``.
-        model: what has them.
+        model: the model that has them.
         dense_layers: patterns that no weight with a density may match.
 
     Raises:

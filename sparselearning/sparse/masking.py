@@ -1,4 +1,4 @@
-"""The owner of the masks: keeps weights and optimizer state sparse, and moves the topology when it is due."""
+"""The owner of the masks: keeps weights and optimizer state sparse, and updates the topology when that is due."""
 
 import math
 import weakref
@@ -36,7 +36,7 @@ from sparselearning.sparse.topology import (
 from sparselearning.sparse.zeroing import Zeroing
 
 HOOKS: weakref.WeakKeyDictionary[torch.optim.Optimizer, weakref.finalize] = weakref.WeakKeyDictionary()
-"""What removes the hook that a Masking has put on an optimizer."""
+"""Optimizer to the function that removes the hook of its Masking."""
 
 
 class Masking:
@@ -45,8 +45,8 @@ class Masking:
     Call :meth:`step` in place of ``optimizer.step()``. After every step, inactive weights and their optimizer state are
     exactly zero. All ranks of a data-parallel run hold the same masks.
 
-    What follows the optimizer's step hangs on the optimizer as a hook, so that ``optimizer.step()`` in a loop that
-    knows nothing of masks does the same, for as long as the Masking is kept and no later one takes the optimizer over.
+    What follows the optimizer's step is a hook of the optimizer, so that ``optimizer.step()`` in a loop that knows
+    nothing of masks does the same, as long as the Masking is kept and no later one takes the optimizer over.
 
     Args:
         optimizer: holds the parameters of the model that :meth:`add_module` gets.
@@ -63,7 +63,7 @@ class Masking:
         prune_start_step: step before which gradual methods change nothing.
         prune_end_step: step from which gradual methods hold ``final_density``, which the first update at or after it
             brings; they need it.
-        final_update_step: last step that may prune and grow; None: there is none. Gradual pruning goes on after it.
+        final_update_step: last step that may prune and grow; None: all may. Gradual pruning continues after it.
         total_steps: steps of the whole run; needed by every decay but ``constant``. A warning tells if gradual pruning
             does not get to ``final_density`` in them.
         seed: of the first masks and of random growth. Rank 0's counts.
@@ -148,10 +148,10 @@ class Masking:
         self.steps = _whole("steps", steps)
         self.updates_enabled = True
         self._parameters: dict[str, nn.Parameter] = {}
-        self._links: list[tuple[Mapping[str, Any], str, Any]] = []  # what leads from the model to its masked weights
+        self._links: list[tuple[Mapping[str, Any], str, Any]] = []  # from the model to its masked weights, see _links
         self._explorations = 0  # prune-and-grow rounds so far; each has its own random stream
         self._versions: list[int] | None = None  # of the weights when they and all their state were last masked
-        self._gradients_masked = False  # before the optimizer step that is going on
+        self._gradients_masked = False  # before the optimizer step under way
         self._overdue = False  # an update that met overflowed gradients waits for the next step
         self._method = METHODS[method]
         self._prune = PRUNE[prune].begin()
@@ -238,7 +238,7 @@ class Masking:
             warn(unfinished, stacklevel=2)
 
     def _trained(self, parameters: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
-        """Those of the parameters that the optimizer trains; of the others the user is told."""
+        """Those of the parameters that the optimizer trains; a warning names the others."""
         if not parameters:
             raise UsageError("the model has no weight to mask")
         optimized = {parameter for group in self.optimizer.param_groups for parameter in group["params"]}
@@ -268,7 +268,7 @@ class Masking:
         HOOKS[self.optimizer] = weakref.finalize(self, self.optimizer.register_step_post_hook(after_step).remove)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Be a copy, whose optimizer is a copy without hooks."""
+        """Hook the optimizer of a copy, which is a copy without hooks."""
         self.__dict__.update(state)
         if self.masks:
             self._hook_optimizer()
@@ -286,7 +286,7 @@ class Masking:
                 float16 training, gradients that overflow at inactive weights alone then skip no step.
 
         Raises:
-            UsageError: if the optimizer runs no hooks, or the model's masked weights are others than they were.
+            UsageError: if the optimizer runs no hooks, or a masked weight of the model was replaced.
         """
         self._check_has_model()
         steps = self.steps
@@ -470,7 +470,7 @@ class Masking:
         return [weight, *(state for _, state in per_weight_state(self.optimizer, weight))]
 
     def _weight_versions(self) -> list[int]:
-        """Counters that PyTorch raises whenever something writes into the weights (but by way of ``.data``)."""
+        """Counters that PyTorch raises whenever something writes into the weights (except through ``.data``)."""
         return [weight._version for weight in self._parameters.values()]
 
     def mask_gradients(self) -> None:
@@ -515,12 +515,12 @@ class Masking:
         return lambda state, where: whole(_of_this_version(state), where)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a :meth:`state_dict`; call it after :meth:`add_module`.
+        """Load a :meth:`state_dict`; call it after :meth:`add_module`.
 
         Load the model's weights after :meth:`add_module`, too: the first masks that it draws zero what they leave out.
 
         Raises:
-            UsageError: if it is none, or that of another model; nothing is changed then.
+            UsageError: if it is damaged, or that of another model; nothing is changed then.
         """
         self._check_has_model()
         try:
@@ -584,7 +584,7 @@ class Masking:
     def _layers(self) -> list[Layer]:
         """Flat views of every masked weight with what the chosen modes read.
 
-        A mask whose weight has changed its memory format since is laid out anew.
+        A mask whose weight has changed its memory format since is converted to it.
         """
         if frozen := [name for name, weight in self._parameters.items() if not weight.requires_grad]:
             raise UsageError(
@@ -617,7 +617,7 @@ class Masking:
             raise UsageError("there are no masks yet: call add_module first")
 
     def _check_weights(self) -> None:
-        """Refuse to go on where the model's weights, or their gradients, are not what masks were made for."""
+        """Refuse a model whose weights were replaced, or that has sparse gradients."""
         for holder, name, held in self._links:
             if holder.get(name) is not held:
                 raise UsageError(

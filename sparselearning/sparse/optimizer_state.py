@@ -79,12 +79,12 @@ def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
 
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> None:
-    """Take back what :func:`optimizer_state` returned; the optimizer keeps its own settings."""
+    """Load what :func:`optimizer_state` returned; the optimizer keeps its own settings."""
     state = {number: kept for number, kept in saved["state"].items() if kept}
     optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
     for parameter, kept in optimizer.state.items():
         for key, value in kept.items():
-            # Fused steps read memory straight through: state has to lie as its parameter does.
+            # Fused steps read memory in order: state needs the memory layout of its parameter.
             if isinstance(value, Tensor) and value.shape == parameter.shape:
                 kept[key] = torch.empty_like(parameter).copy_(value)
 
@@ -97,7 +97,7 @@ def optimizer_schema(optimizer: torch.optim.Optimizer, names: Mapping[nn.Paramet
     """What :func:`optimizer_state` makes of an optimizer of this kind over these very parameters.
 
     Args:
-        optimizer: its own state is not looked at.
+        optimizer: its present state does not matter.
         names: of its parameters, for messages.
     """
     states, labels, groups = {}, {}, []
@@ -141,12 +141,12 @@ def _state_schema(kept: Mapping[str, Any], parameter: nn.Parameter) -> Check:
 class DenseMomentum:
     """The momentum that dense training would hold.
 
-    Of SGD it is the momentum buffer, of Adam m / (√v + 1e-8), not bias-corrected, of Adamax, which has no v, m.
+    For SGD it is the momentum buffer; for Adam m / (√v + 1e-8), without bias correction; for Adamax, which has no v, m.
 
     The optimizer's own buffers are zero wherever a weight is inactive, which would leave growth by momentum nothing to
     rank. So the rest is kept here: :meth:`keep` moves in what masking is about to zero, :meth:`age` lets it shrink as
-    the optimizer lets its buffers shrink. A weight that grows starts without momentum. If neither is called, the
-    buffer alone counts, which is all there is to know of active weights.
+    the optimizer lets its buffers shrink. A weight that grows starts without momentum. If neither is called,
+    momentum is the buffer alone, which is complete for active weights.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
@@ -220,7 +220,7 @@ class DenseMomentum:
         )
 
     def load_state_dict(self, saved: Mapping[str, Any], parameters: Mapping[str, nn.Parameter]) -> None:
-        """Go on from a :meth:`state_dict`; momentum that another kind of optimizer kept is none here."""
+        """Load a :meth:`state_dict`; momentum of another kind of optimizer is dropped."""
         decays = self._decays()
         self._off_mask = {
             name: {

@@ -21,7 +21,7 @@ class UpdateSchedule:
         shrinks: updates prune gradually.
         grows: updates prune and grow.
         start: step before which a method that prunes gradually changes nothing.
-        last_growth: last step that may prune and grow; None: there is none. Gradual pruning goes on after it.
+        last_growth: last step that may prune and grow; None: all may. Gradual pruning continues after it.
     """
 
     every: int

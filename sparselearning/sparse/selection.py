@@ -11,11 +11,11 @@ from torch import Tensor
 SAMPLE_SIZE = 1 << 15
 """More scores than these are bracketed by a sample before they are searched."""
 BLOCK_SIZE = 1 << 18
-"""Scores that a CPU works on at a time, so that its cache still holds what the operation before wrote."""
+"""Scores that a CPU works on at a time, so that what one operation writes is in its cache for the next."""
 
 
 class SelectionError(ValueError):
-    """Scores are NaN, so that weights cannot be chosen, or shared out, by them."""
+    """Scores are NaN, so that they cannot rank weights or share them out."""
 
 
 def select_largest(score: Callable[[Tensor], Tensor], layers: Sequence[tuple[Tensor, ...]], k: int) -> list[Tensor]:
@@ -44,12 +44,12 @@ _unchecked: ContextVar[list[tuple[int, Tensor, Tensor]] | None] = ContextVar("_u
 
 @contextlib.contextmanager
 def checked_together() -> Iterator[None]:
-    """Look only at the end of this block whether its selections had enough to choose from, all at once.
+    """Check at the end of this block, for all of its selections at once, that they had enough scores to choose from.
 
-    Each look makes a GPU wait. A CPU looks at once.
+    Each check waits for the GPU. On a CPU every selection is checked immediately.
 
     Raises:
-        SelectionError: if one of them had not; what it chose until then is wrong.
+        SelectionError: if one had too few; what it chose is then wrong.
     """
     unchecked: list[tuple[int, Tensor, Tensor]] = []
     token = _unchecked.set(unchecked)
@@ -70,7 +70,7 @@ def _check(selections: Sequence[tuple[int, Tensor, Tensor]]) -> None:
 
 
 def _select_at_once(score: Callable[[Tensor], Tensor], layers: Sequence[tuple[Tensor, ...]], k: int) -> list[Tensor]:
-    """For a GPU: a few operations on everything, and one look at a result, since each look makes the GPU wait."""
+    """For a GPU: a few operations on everything, and one check of a result, since each waits for the GPU."""
     parts = [_eligible(score(values), *flags) for values, *flags in layers]
     scores = torch.cat(parts) if len(parts) > 1 else parts[0]
     if k > len(scores):

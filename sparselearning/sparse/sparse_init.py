@@ -24,12 +24,19 @@ Draw = Callable[[Mapping[str, Tensor], "InitSettings"], Masks]
 
 @dataclass(frozen=True)
 class InitSettings:
-    """What the modes draw from besides the weights."""
+    """What the modes draw from besides the weights.
+
+    Attributes:
+        density: overall share of active weights, in (0, 1].
+        pruning_rate: share of the trained weights that the ``prune_*`` modes drop, in [0, 1].
+        generator: source of random masks, on the CPU.
+        layer_densities: layer name to a density in (0, 1] that the user has given.
+    """
 
     density: float
     pruning_rate: float
     generator: torch.Generator
-    layer_densities: Mapping[str, float] = field(default_factory=dict)  # of layers that the modes are not to decide on
+    layer_densities: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

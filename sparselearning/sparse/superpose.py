@@ -24,10 +24,10 @@ def caa_factor(n: int) -> float:
 
 
 GREEDY_FACTORS = (0.0, 0.05, 0.1, 0.3, 0.5, 0.7, 0.9, 0.95)
-"""What a greedy average tries, the smallest change first; 0 leaves the ticket out (Lottery Pools, Yin et al. 2023)."""
+"""Factors that a greedy average tries, the smallest first; 0 leaves the ticket out (Lottery Pools, Yin et al. 2023)."""
 
 Averaging = Callable[[int], Sequence[float]]
-"""Ticket number 1, 2, … → factors that it may enter with, of which the first one with the best result is taken."""
+"""Ticket number 1, 2, … → factors that it may be averaged in with; the first one with the best result is taken."""
 
 AVERAGING: dict[str, Callable[[float], Averaging]] = {
     "CIMA": lambda factor: lambda n: (factor,),
@@ -38,7 +38,7 @@ AVERAGING: dict[str, Callable[[float], Averaging]] = {
 
 
 def chooses(average: str) -> bool:
-    """Whether a named average picks factors by accuracy, which takes images that nothing else is measured on."""
+    """Whether a named average picks factors by accuracy, for which images have to be held out."""
     return len(AVERAGING[average](0.5)(1)) > 1
 
 
@@ -147,14 +147,14 @@ class MovingAverage:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Let the weights after a step enter."""
+        """Average the weights after a step in."""
         if self.average:
             torch._foreach_lerp_(list(self.average.values()), list(self.entries.values()), 1 - self.decay)
         else:
             self.average = {name: entry.clone() for name, entry in self.entries.items()}
 
     def load(self, average: Mapping[str, Tensor]) -> None:
-        """Go on from an earlier :attr:`average`, wherever it lies."""
+        """Load an earlier :attr:`average`, from any device."""
         entries = self.entries.items() if average else ()
         self.average = {name: torch.empty_like(entry).copy_(average[name]) for name, entry in entries}
 
@@ -165,19 +165,19 @@ class MovingAverage:
 
 
 def _memory(tensor: Tensor) -> tuple:
-    """What two tensors share if they are one."""
+    """A key that two tensors share if they are one in memory."""
     return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
 
 
 def batchnorms(model: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
-    """The layers that :func:`update_bn` is about: every BatchNorm that keeps running statistics."""
+    """The layers that :func:`update_bn` re-estimates: every BatchNorm that keeps running statistics."""
     norms = (module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm))
     return [norm for norm in norms if norm.track_running_stats]
 
 
 @torch.no_grad()
 def update_bn(loader: Iterable, model: nn.Module, device: torch.device | str | None = None) -> None:
-    """Estimate all BatchNorm statistics anew: the mean over the loader's batches, on all ranks together.
+    """Re-estimate all BatchNorm statistics: the mean over the loader's batches, on all ranks together.
 
     Equals ``torch.optim.swa_utils.update_bn`` in one process. Each rank passes its own share of the batches through
     its model; every batch of every rank then counts the same.
@@ -211,7 +211,7 @@ def update_bn(loader: Iterable, model: nn.Module, device: torch.device | str | N
         if distributed.max_over_ranks(batches) == 0:
             for buffer, value in before:
                 buffer.copy_(value)
-            raise ValueError("there is no batch to estimate BatchNorm statistics on: is the loader used up?")
+            raise ValueError("there is no batch to estimate BatchNorm statistics on: is the loader exhausted?")
         for norm in norms:
             _pool_over_ranks(norm)
     finally:
@@ -226,7 +226,7 @@ def update_bn(loader: Iterable, model: nn.Module, device: torch.device | str | N
 def _average_cumulatively() -> Callable[[nn.modules.batchnorm._BatchNorm, Any], None]:
     """Hook that gives a BatchNorm's n-th forward pass the momentum 1/n.
 
-    That is what PyTorch does for a momentum of None, too, but by the counter on the device, which it waits for.
+    PyTorch does the same for a momentum of None, but reads its counter from the device, which waits for a GPU.
     """
     numbers = itertools.count(1)
 

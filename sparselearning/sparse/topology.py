@@ -3,8 +3,8 @@
 Everything is one question, asked with different scores: *where are the k largest?* Pruning asks it of the active
 weights, growing of the inactive ones, and RigL differs from SET in the score alone. ``select_largest`` answers it.
 
-A layer is seen through flat one-dimensional views (:class:`Layer`), so that nothing here depends on its shape. What one
-can choose from stands in four tables: :data:`PRUNE`, :data:`GROWTH`, :data:`REDISTRIBUTION` and :data:`METHODS`.
+A layer is seen through flat one-dimensional views (:class:`Layer`), so that nothing here depends on its shape. The
+choices are in four tables: :data:`PRUNE`, :data:`GROWTH`, :data:`REDISTRIBUTION` and :data:`METHODS`.
 """
 
 import math
@@ -58,7 +58,7 @@ class Mode:
         return self.function(*args)
 
     def begin(self) -> Callable[..., Any]:
-        """What one run calls: the function, or an object of the class with a state that no other run shares."""
+        """What one run calls: the function, or a new object of the class, with a state of its own."""
         return self.function() if isinstance(self.function, type) else self.function
 
 
@@ -73,7 +73,7 @@ class Stateful(Protocol):
         """A copy of what changes."""
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a :meth:`state_dict`."""
+        """Load a :meth:`state_dict`."""
 
 
 def classifier(weights: Mapping[str, Tensor]) -> str | None:
@@ -141,7 +141,7 @@ class ThresholdPruning:
     """Remove every active weight with |w| at or below a threshold, steered so that their share tracks ``prune_rate``.
 
     Attributes:
-        threshold: of the next update; None: to be looked for among the weights.
+        threshold: of the next update; None: the magnitude below which ``prune_rate`` of the weights lie.
     """
 
     def __init__(self) -> None:
@@ -152,7 +152,7 @@ class ThresholdPruning:
         threshold = magnitude_quantile(layers, prune_rate) if self.threshold is None else self.threshold
         removed = [layer.weight.abs().le(threshold).logical_and_(layer.mask) for layer in layers]
         if active := sum(active_counts(layers)):
-            # A threshold of zero could not be steered: look for one anew next time.
+            # A threshold of zero cannot be scaled: find one among the weights again next time.
             self.threshold = steer_threshold(threshold, sum(nonzero_counts(removed)) / active, prune_rate) or None
         return removed
 
@@ -165,12 +165,12 @@ class ThresholdPruning:
         return {"threshold": self.threshold}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a :meth:`state_dict`."""
+        """Load a :meth:`state_dict`."""
         self.threshold = state["threshold"]
 
 
 def magnitude_quantile(layers: Sequence[Layer], prune_rate: float) -> float:
-    """Magnitude below or at which ``ceil(prune_rate · n)`` of all ``n`` active weights lie; 0 for none."""
+    """Magnitude at or below which ``ceil(prune_rate · n)`` of all ``n`` active weights lie; 0 for none."""
     removed = prune_global_magnitude(layers, prune_rate)
     largest = [
         layer.weight.abs().masked_fill_(~chosen, 0).amax() for layer, chosen in zip(layers, removed, strict=True)
