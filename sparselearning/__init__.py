@@ -1,6 +1,6 @@
 """Sparse training with masks, cheap tickets, and their superposition (Sup-tickets, Yin et al. 2022)."""
 
-from sparselearning.process import interrupts  # noqa: F401  first: from here on Ctrl-C is no traceback
+from sparselearning.process import interrupts  # noqa: F401  first: from here on Ctrl-C ends without a traceback
 
 # isort: split
 from sparselearning.execution import sparse_execution, sparse_inference

@@ -17,7 +17,7 @@ COMMANDS = (
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Print the version, or how to go on."""
+    """Print the version, or the list of commands."""
     parser = arguments.Parser("Sparse training with masks, cheap tickets, and their superposition.", epilog=COMMANDS)
     parser.prog = "python -m sparselearning"
     parser.add_argument("--version", action="version", version=f"sparselearning {__version__}")

@@ -19,7 +19,7 @@ WIDEST_CHOICES = 60
 
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Fits terminals: long lists of choices stand in the text, and commands break where a shell lets them."""
+    """Fits terminals: long lists of choices go into the help text, and commands break where a shell allows it."""
 
     def __init__(self, prog: str) -> None:
         super().__init__(prog, width=min(shutil.get_terminal_size().columns, WIDEST) - 2)
@@ -81,7 +81,7 @@ class Parser(argparse.ArgumentParser):
         }
 
     def error(self, message: str) -> NoReturn:
-        """Leave with one sentence and status 2; of a flag that there is none of, name the nearest."""
+        """Exit with one sentence and exit code 2; for an unknown flag, name the nearest."""
         unknown = re.search(r"^unrecognized arguments: .*?(--?[a-zA-Z][^\s=]*)", message)
         if unknown and (near := get_close_matches(unknown[1], self._option_string_actions, n=1)):
             message += f"; did you mean {near[0]}?"

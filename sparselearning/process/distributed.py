@@ -1,4 +1,4 @@
-"""The one file through which processes communicate. In a single process every call is free and does the obvious."""
+"""The one file through which processes communicate. In a single process, every call is that of a run of one rank."""
 
 import inspect
 import os
@@ -67,8 +67,8 @@ def start(use_cuda: bool) -> torch.device:
 def _join(backend: str, device: torch.device, one_machine: bool) -> None:
     store, number, world = next(dist.rendezvous("env://", timeout=COLLECTIVE_TIMEOUT))
     if one_machine:
-        # A restarted attempt meets in a store that still holds the addresses of the dead one: keep them apart. The
-        # count is each machine's own, so several machines, which may count differently, do without.
+        # A restarted attempt finds a store that still holds the addresses of the attempt before: a prefix keeps them
+        # apart. Each machine counts its own restarts, so several machines, which may differ, do without.
         store = dist.PrefixStore(f"attempt {restarts()}", store)
     dist.init_process_group(
         backend,
@@ -100,7 +100,7 @@ def check_gpus(processes: int) -> None:
 
 @contextmanager
 def main_first() -> Iterator[None]:
-    """Let one process of each machine go through the block before its others, to download what they then read."""
+    """Let one process per machine run the block before the others, to download what they then read."""
     first = int(os.environ.get("LOCAL_RANK", 0)) == 0
     if not first:
         barrier()
@@ -125,7 +125,7 @@ def wrap(model: nn.Module, device: torch.device) -> nn.Module:
     if world_size() == 1:
         return model
     # BatchNorm statistics stay each rank's own while training (torch's buffers broadcast would overwrite all
-    # ranks' with rank 0's at every forward pass) and are averaged when it counts: see `average_buffers`.
+    # ranks' with rank 0's at every forward pass) and are averaged after an epoch: see `average_buffers`.
     known = inspect.signature(DistributedDataParallel).parameters
     without_sync: Any = {"forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False}
     return DistributedDataParallel(
@@ -198,7 +198,7 @@ def on_main(action: Callable[[], None]) -> None:
 
     Raises:
         UsageError, FaultError: on rank 0, if ``action`` does.
-        SystemExit: on the others then, with its exit code: one rank tells the user.
+        SystemExit: on the other ranks then, with the same exit code: one rank tells the user.
     """
     error: UsageError | FaultError | None = None
     if is_main():

@@ -12,7 +12,7 @@ class UsageError(ValueError):
 
 
 class FaultError(RuntimeError):
-    """The call is right, but the world is not: damaged files, full disks, a loss that turned NaN."""
+    """The call is right, but something else is wrong: a damaged file, a full disk, a loss that turned NaN."""
 
     exit_code = 1
 

@@ -20,10 +20,10 @@ MARK_WITHIN = 1 << 20
 
 
 def write_whole(path: Path, write: Callable[[IO[bytes]], None]) -> None:
-    """Write a file under a temporary name, then rename it, so that no reader ever meets half of it.
+    """Write a file under a temporary name, then rename it, so that no reader ever finds half of it.
 
     Raises:
-        FaultError: if the disk is full, read-only, or otherwise refuses; what stood at ``path`` is still there.
+        FaultError: if the disk is full, read-only, or otherwise refuses; an earlier file at ``path`` stays.
     """
     temporary = path.with_name(path.name + ".partial")
     try:
@@ -36,7 +36,7 @@ def write_whole(path: Path, write: Callable[[IO[bytes]], None]) -> None:
     except (OSError, RuntimeError) as error:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-        cause = error if isinstance(error, OSError) else error.__context__  # torch.save words the disk's anew
+        cause = error if isinstance(error, OSError) else error.__context__  # torch.save hides the disk's error
         reason = cause.strerror if isinstance(cause, OSError) and cause.strerror else error
         raise FaultError(f"cannot write {path}: {reason}") from error
 
@@ -56,14 +56,14 @@ def write_text(path: Path, text: str) -> None:
 
 
 def check_output(path: Path, mark: str) -> None:
-    """Refuse a file to write, named by the user, if what stands there is not an earlier one of the same command.
+    """Refuse an output file, named by the user, that exists and is not an earlier output of the same command.
 
     Args:
         path: of the file.
         mark: ASCII text near the beginning of every file that the command writes.
 
     Raises:
-        UsageError: if something else stands there, or no file can.
+        UsageError: if another file is there, or none can be written.
     """
     try:
         if path.is_file():
@@ -94,7 +94,7 @@ def check_folder(path: Path) -> None:
 
 
 def _nearest(path: Path) -> Path:
-    """What stands at an absolute path, or else at the nearest one above it."""
+    """An absolute path if something is there, or else the nearest folder above it."""
     return next(place for place in (path, *path.parents) if os.path.lexists(place))
 
 
@@ -124,7 +124,7 @@ def load_torch(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UsageError(f"there is no file {path}")
     try:
-        # Through memory: PyTorch words its complaints about a truncated stream better than about a truncated file.
+        # Through memory: of a truncated stream PyTorch's errors are more uniform than of a truncated file.
         content = torch.load(io.BytesIO(path.read_bytes()), map_location="cpu", weights_only=True)
     except OSError as error:
         raise FaultError(f"cannot read {path}: {error.strerror or error}") from error

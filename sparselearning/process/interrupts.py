@@ -1,6 +1,6 @@
 """Ctrl-C while ``python -m sparselearning…`` is still importing, which takes seconds, ends it without a traceback.
 
-Importing this module is all: the package does so first. A program that imports the library keeps its own ways.
+Importing this module is all: the package does so first. Programs that import the library keep their signal handlers.
 """
 
 import os
@@ -16,4 +16,4 @@ def _is_command() -> bool:
 
 
 if _is_command() and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # until run_script puts the usual one back
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # until run_script restores the usual one

@@ -44,7 +44,7 @@ def launch(argv: Sequence[str]) -> None:
         kind = UsageError if failure.exitcode == UsageError.exit_code else FaultError
         raise kind(
             f"process {rank} of {args.training_script} failed with exit code {failure.exitcode} and took the job down; "
-            "its messages stand above"
+            "its messages are above"
         ) from error
     except (ValueError, AssertionError) as error:
         reason = str(error) or "the numbers of processes and machines are at least 1"

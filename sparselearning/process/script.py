@@ -16,13 +16,13 @@ from sparselearning.process.errors import FaultError, UsageError, first_line
 from sparselearning.process.signals import Stopped
 
 SECONDS_AFTER_OTHERS = 1.0
-"""How long a rank that has lost another lets that one end first: the launcher blames who does."""
+"""How long a rank that has lost another waits for that one to end first: the launcher blames the first to end."""
 
 
 def run_script(main: Callable[[], None]) -> None:
     """Run a script's ``main`` and leave the process with one clear sentence and the right exit code if it fails."""
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # scripts set another one while they import
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # scripts set another one for their imports
     _prepare_streams()
     try:
         try:
@@ -51,7 +51,7 @@ def run_script(main: Callable[[], None]) -> None:
 
 
 def _sentence(error: BaseException) -> tuple[str, int] | None:
-    """What to tell of an error, and the exit code; None for one that nobody foresaw."""
+    """What to tell of an error, and the exit code; None for an unexpected one."""
     match error:
         case Stopped():
             return f"{error}: go on with --resume {error.checkpoint.parent}", error.exit_code
@@ -70,7 +70,7 @@ def _sentence(error: BaseException) -> tuple[str, int] | None:
         case OSError():
             stdout_fails = error.filename is None and not _flush()
             if isinstance(error, BrokenPipeError):
-                return "error: nobody reads this output any more", 1
+                return "error: nobody reads this output any more (broken pipe)", 1
             place = "stdout" if stdout_fails else error.filename
             return f"error: {f'{place}: ' if place else ''}{error.strerror or error}", 1
         case KeyboardInterrupt():

@@ -13,7 +13,7 @@ from sparselearning.process.tensor_schema import Check, between, exactly, option
 
 
 def derive_seed(*parts: int | str) -> int:
-    """Mix a run's seed with what it is used for (a purpose, a step, an epoch) into a seed of its own, in [0, 2⁶³).
+    """Derive a seed in [0, 2⁶³) from a run's seed and what it is used for (a purpose, a step, an epoch).
 
     Equal parts give equal seeds on every machine; streams of different parts are unrelated.
     """

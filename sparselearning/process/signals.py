@@ -10,7 +10,7 @@ from pathlib import Path
 from types import FrameType
 
 STOP_SIGNALS = [signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
-"""What asks a run to stop: Ctrl-C, ``kill`` and schedulers, and a terminal or connection that goes away."""
+"""What asks a run to stop: Ctrl-C, ``kill`` and schedulers, and a terminal or connection that closes."""
 SECONDS_TO_STOP = 30
 """How long a process may take to stop by itself, as torchrun allows its own."""
 
@@ -26,7 +26,7 @@ class Stopped(Exception):
 
 @contextmanager
 def stop_signals() -> Iterator[Callable[[], int]]:
-    """Collect stop signals instead of dying of them; yields a function that returns the one received, or 0."""
+    """Record stop signals, which then do not end the process; yields a function that returns the one received, or 0."""
     received = 0
 
     def note(number: int, frame: FrameType | None) -> None:

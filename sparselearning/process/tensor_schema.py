@@ -1,8 +1,8 @@
 """Check what a file of tensors holds before it is used.
 
 To the types that :mod:`sparselearning.process.schema` reads come tensors, and dictionaries whose entries the network at
-hand decides. A kind is one of those types, or a function of a value and of where it stands that raises
-:class:`Mismatch`::
+hand decides. A kind is one of those types, or a function of a value and its place in the file that
+raises :class:`Mismatch`::
 
     record({"epoch": between(int, 0, 10), "acc": Share | None, "masks": mapping(tensor(dtype=torch.bool))})
 """
@@ -45,7 +45,7 @@ def conform(value: Any, kind: Kind, where: str = "") -> None:
     Args:
         value: anything.
         kind: what it has to be.
-        where: it stands, for messages.
+        where: its place, for messages.
 
     Raises:
         Mismatch: if it is not.
@@ -57,7 +57,7 @@ def conform(value: Any, kind: Kind, where: str = "") -> None:
 
 
 def inside(where: str, key: Any) -> str:
-    """Where an entry of a dictionary stands, in one line, and short."""
+    """Name the place of an entry of a dictionary, in one short line."""
     name = key if isinstance(key, str) and key.isprintable() and len(key) <= 120 else shown(key)
     return f"{where}.{name}" if where else name
 
@@ -101,9 +101,8 @@ def tensor(
         dtype: None: any.
         low: least value.
         high: largest value.
-        finite: if not, infinities and NaN are welcome.
-        convertible: so are floating-point numbers of other widths in place of ``dtype``, and integers of others, if
-            they have room in it.
+        finite: if not, infinities and NaN are allowed.
+        convertible: floating-point numbers and integers of other widths than ``dtype``'s are allowed, too.
     """
 
     def check_tensor(value: Any, where: str) -> None:
@@ -140,7 +139,7 @@ def record(fields: Mapping[Any, Kind], *, exact: bool = False, label: Callable[[
 
     Args:
         fields: key to what has to be there.
-        exact: refuse other entries; without it, nobody reads them.
+        exact: refuse other entries; without it, they are ignored.
         label: what messages call an entry, by its key.
     """
 
@@ -188,7 +187,7 @@ def sequence(container: type[list] | type[tuple], *kinds: Kind) -> Check:
 
 
 def all_of(*kinds: Kind) -> Check:
-    """What all of these are; what belongs together is checked last."""
+    """What all of these are, checked in this order."""
 
     def check_all(value: Any, where: str) -> None:
         for kind in kinds:
