@@ -20,13 +20,14 @@ from functools import cache
 from typing import Any
 
 import numpy as np
-from numba import carray, cfunc, njit, types
+from numba import carray, njit
 
 from sparselearning.execution.vectors import (
     LANES,
     accumulate,
     as_pointer,
     clear,
+    compiled,
     contract,
     copy,
     copy_every,
@@ -187,7 +188,7 @@ def correlate(rows: int, columns: int, vectors: int) -> Any:
     """Compiled correlation whose sums are blocks of ``rows`` times ``columns`` times ``vectors`` registers."""
     size = rows * columns * vectors * LANES
 
-    @cfunc(types.void(types.int64), cache=True)
+    @compiled(rows, columns, vectors)
     def kernel(address):  # type: ignore[no-untyped-def]
         task = carray(as_pointer(address), 1, TASK)[0]
         starts, entries = _lists(task)
@@ -252,7 +253,7 @@ def contraction(rows: int, columns: int, vectors: int) -> Any:
     """Compiled gradient of active weights; each share adds to its own ``results``, which the caller adds up."""
     size = rows * columns * vectors * LANES
 
-    @cfunc(types.void(types.int64), cache=True)
+    @compiled(rows, columns, vectors)
     def kernel(address):  # type: ignore[no-untyped-def]
         task = carray(as_pointer(address), 1, TASK)[0]
         starts, entries = _lists(task)

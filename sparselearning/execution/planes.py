@@ -5,9 +5,9 @@ passes of ReLU and BatchNorm are the same ones, too.
 """
 
 import numpy as np
-from numba import carray, cfunc, njit, types
+from numba import carray, njit
 
-from sparselearning.execution.vectors import as_pointer, fetch_and_add
+from sparselearning.execution.vectors import as_pointer, compiled, fetch_and_add
 
 PLANES = np.dtype(
     [
@@ -63,7 +63,7 @@ def _moments(x):  # type: ignore[no-untyped-def]
     return first + mean, max(squares / len(x) - mean * mean, 0.0)
 
 
-@cfunc(types.void(types.int64), cache=True, fastmath=True)
+@compiled(fastmath=True)
 def statistics(address):  # type: ignore[no-untyped-def]
     """Mean and biased variance of every channel."""
     task = carray(as_pointer(address), 1, PLANES)[0]
@@ -84,7 +84,7 @@ def _scaled_sum(x, added, y, scale, shift, lowest):  # type: ignore[no-untyped-d
         y[i] = max(x[i] * scale + shift + added[i], lowest)
 
 
-@cfunc(types.void(types.int64), cache=True, fastmath=True)
+@compiled(fastmath=True)
 def normalise(address):  # type: ignore[no-untyped-def]
     """``outputs = inputs · scale + shift``, then whatever is ``added``, and ReLU."""
     task = carray(as_pointer(address), 1, PLANES)[0]
@@ -126,7 +126,7 @@ def _through(x, g, y, scale, shift, relu, slope, offset):  # type: ignore[no-unt
         y[i] = gradient * scale + x[i] * slope + offset
 
 
-@cfunc(types.void(types.int64), cache=True, fastmath=True)
+@compiled(fastmath=True)
 def backward(address):  # type: ignore[no-untyped-def]
     """Gradients with respect to inputs (in ``outputs``), weight (without its division by the deviation) and bias."""
     task = carray(as_pointer(address), 1, PLANES)[0]

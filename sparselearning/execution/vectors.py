@@ -5,12 +5,14 @@ times ``columns`` times ``vectors`` of them, few enough to stay in registers whi
 Addresses are integers and count bytes; offsets, pitches and counts are in float32 numbers.
 """
 
+import hashlib
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
-from llvmlite import ir
-from numba import njit, types
+from llvmlite import binding, ir
+from numba import cfunc, njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
@@ -24,6 +26,31 @@ FLOAT, INT32, INT64 = ir.FloatType(), ir.IntType(32), ir.IntType(64)
 VECTOR = ir.VectorType(FLOAT, LANES)
 RUNS = sorted({LANES, 4}, reverse=True)
 """How many numbers are copied at a time: many as long as there are so many, then a few, then one."""
+
+HERE = hashlib.blake2b(
+    f"{binding.get_host_cpu_name()} {binding.get_host_cpu_features().flatten()}".encode() + Path(__file__).read_bytes(),
+    digest_size=6,
+).hexdigest()
+"""Digest of this processor and of the primitives in this file."""
+
+
+def compiled(*version: int, **options: Any) -> Callable[[Callable], Any]:
+    """Decorator that compiles a C function of one address, and caches it in files of its own.
+
+    Numba keeps one index for all versions of a function, and does not lock it: processes that compile at the same time
+    can mix its entries up, and load another version than they ask for, for good. Nor does it notice when this file
+    changes. So each version, processor and content of this file has a name of its own.
+
+    Args:
+        version: numbers that the function is compiled for.
+        options: of ``numba.cfunc``.
+    """
+
+    def compile(function: Callable) -> Any:
+        function.__qualname__ = "_".join([function.__qualname__.partition(".")[0], *map(str, version), HERE])
+        return cfunc(types.void(types.int64), cache=True, **options)(function)
+
+    return compile
 
 
 class _Code:

@@ -18,6 +18,7 @@ from sparselearning.execution.functions import (
     empty_activations,
     image_last,
 )
+from sparselearning.execution.kernels import contraction, correlate
 from sparselearning.execution.lists import Grid, choose_tile
 from sparselearning.execution.vectors import BLOCK, LANES
 
@@ -186,3 +187,9 @@ def test_lists_of_the_last_few_sizes_of_batches_are_kept() -> None:
     active.forward(Grid(4, 4, 99))
     assert active.forward(Grid(4, 4, 1)) is first
     assert active.forward(Grid(4, 4, 2)) is not second
+
+
+def test_kernels_share_no_index_on_disk() -> None:
+    """Numba does not lock the index of its cache: processes that write one at a time would load other kernels."""
+    kernels = correlate(1, 1, 1), correlate(1, 1, 2), contraction(1, 1, 1), contraction(1, 1, 2)
+    assert len({kernel._cache._cache_file._index_path for kernel in kernels}) == len(kernels)
