@@ -18,7 +18,7 @@ EXECUTIONS = ("auto", "masked", "sparse")
 
 
 def is_available() -> bool:
-    """Whether what compiles the kernels is installed."""
+    """Whether the package that compiles the kernels is installed."""
     return find_spec("numba") is not None
 
 
@@ -34,8 +34,8 @@ def sparse_execution(
     Args:
         model: on the CPU, in float32.
         masking: that this model was added to.
-        layer_flops: dense forward FLOPs of each layer (``costs.layer_flops``); with them, a forward pass computes as
-            the model does for as long as too many weights are active for anything else to pay.
+        layer_flops: dense forward FLOPs of each layer (``costs.layer_flops``); with them, a forward pass runs as in
+            the model itself while so many weights are active that sparse computation would not be faster.
 
     Raises:
         UsageError: if Numba is not installed, there are no masks yet, or a weight is elsewhere or of another type.
@@ -49,7 +49,7 @@ def sparse_network(
     masking: Masking | None = None,
     layer_flops: Mapping[str, float] | None = None,
 ) -> "SparseNetwork":
-    """The same for ``weights`` alone and, without ``masking``, for networks that are not trained.
+    """As :func:`sparse_execution`, for ``weights`` alone and, without ``masking``, for a network that is not trained.
 
     Raises:
         UsageError: if Numba is not installed, there are no weights, or one is elsewhere or of another type.
@@ -63,10 +63,10 @@ def sparse_network(
 def sparse_inference(model: nn.Module) -> "SparseInference":
     """Return a network for prediction on a CPU that computes with the non-zero weights of ``model`` alone.
 
-    It takes what the model takes, in batches of one at least, and returns what ``model.eval()`` returns but for
-    rounding, without gradients. The model is not changed, and later changes to it do not show. The first batch of a
-    size takes longer, for its lists of weights are made then. A network that ``torch.fx`` cannot trace runs as in
-    training, its BatchNorms unfolded.
+    It takes the model's inputs, in batches of one at least, and returns what ``model.eval()`` returns but for rounding,
+    without gradients. The model is not changed, and later changes to it have no effect. The first batch of a size
+    takes longer, for its lists of weights are made then. A network that ``torch.fx`` cannot trace runs as in training,
+    its BatchNorms unfolded.
 
     Args:
         model: on the CPU, in float32.
@@ -80,7 +80,11 @@ def sparse_inference(model: nn.Module) -> "SparseInference":
     return SparseInference.of(model)
 
 
-def check_available() -> None:
-    """Raise UsageError if what compiles the kernels is not installed."""
+def check_available(what: str = "sparse execution") -> None:
+    """Refuse ``what`` the user asked for if the package that compiles the kernels is not installed.
+
+    Raises:
+        UsageError: if it is not.
+    """
     if not is_available():
-        raise UsageError("sparse execution compiles its kernels with a package that is missing: pip install numba")
+        raise UsageError(f"{what} compiles its kernels with a package that is missing: pip install numba")

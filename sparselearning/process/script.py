@@ -54,7 +54,7 @@ def _sentence(error: BaseException) -> tuple[str, int] | None:
     """What to tell of an error, and the exit code; None for an unexpected one."""
     match error:
         case Stopped():
-            return f"{error}: go on with --resume {error.checkpoint.parent}", error.exit_code
+            return f"{error}: continue with --resume {error.checkpoint.parent}", error.exit_code
         case UsageError() | FaultError():
             return f"error: {error}", error.exit_code
         case torch.OutOfMemoryError():

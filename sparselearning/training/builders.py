@@ -17,7 +17,7 @@ from sparselearning.training.networks import load_weights
 Builder = TypeVar("Builder", bound=Callable[..., nn.Module])
 
 BUILDERS: dict[str, Callable[..., nn.Module]] = {}
-"""What :func:`network_builder` has marked, by :func:`builder_name`."""
+"""Functions that :func:`network_builder` has marked, by their :func:`builder_name`."""
 
 
 def network_builder(function: Builder) -> Builder:
@@ -31,14 +31,14 @@ def network_builder(function: Builder) -> Builder:
 
 
 def builder_name(function: Callable[..., nn.Module]) -> str:
-    """What ``builder`` in ``config.json`` says of a function: ``module:function``."""
+    """Name of a function as ``builder`` in ``config.json`` gives it: ``module:function``."""
     return f"{function.__module__}:{function.__qualname__}"
 
 
 def build_network(record: Mapping[str, Any], state: Mapping[str, Tensor], source: Path) -> nn.Module:
     """Build a run's network again, in evaluation mode, from what its script wrote into ``config.json``.
 
-    The module is imported from where Python looks, or else from a folder beside this package, as a clone has them.
+    The module is imported from Python's search path, or else from a folder beside this package, as in a clone.
 
     Args:
         record: the entry ``network`` of ``config.json``: ``builder``, a :func:`builder_name`, and its ``arguments``,
@@ -80,7 +80,7 @@ def _build(record: Mapping[str, Any], source: Path) -> nn.Module:
 
 
 def find_module(name: str) -> ModuleSpec | None:
-    """Find a module where Python looks, or else in a folder beside this package, as a clone has them."""
+    """Find a module on Python's search path, or else in a folder beside this package, as in a clone."""
     beside = sorted(str(folder) for folder in Path(__file__).parents[2].iterdir() if folder.is_dir())
     try:
         return find_spec(name) or PathFinder.find_spec(name, beside)

@@ -1,4 +1,4 @@
-"""``checkpoint.pth``: all that a run needs to go on bit by bit, collected from its parts and given back to them.
+"""``checkpoint.pth``: all that a run needs to resume bit by bit, collected from its parts and given back to them.
 
 Nothing of a file is used before every entry has been checked.
 """
@@ -57,7 +57,7 @@ def some(value: Any, where: str) -> None:
 
 
 HEAD = record({"config": dict[str, FlagValue], "epoch": Count, "state_dict": mapping(Any), "ranks": some})
-"""What is read of a checkpoint to find out whose it is, and what it is to be used for."""
+"""What is read of a checkpoint to find out which run's it is, and how a new run can use it."""
 SCALER = record(
     {
         "scale": between(float, torch.finfo(torch.float32).tiny, LARGEST),
@@ -113,13 +113,13 @@ class Entry:
 
 
 class Checkpoint:
-    """Writes the checkpoint of a run, and lets the run go on from one.
+    """Writes the checkpoint of a run, and lets the run resume from one.
 
     Args:
         folder: of the run.
-        identity: values that a checkpoint must share with the run that goes on from it (``flags.identity``).
+        identity: values that a checkpoint must share with the run that resumes from it (``flags.identity``).
         plan: of the run.
-        at: where it stands.
+        at: the position of the run.
         batches: training batches of an epoch.
         passes: of the network.
         optimizer: over its parameters.
@@ -173,7 +173,7 @@ class Checkpoint:
     # ---------------------------------------------------------------------------------------------- writing
 
     def save(self) -> None:
-        """Write all that :meth:`load` needs to go on from here. Called by all ranks."""
+        """Write all that :meth:`load` needs to resume here. Called by all ranks."""
         own = distributed.gather_objects(collected(self._own_parts))
         if distributed.is_main():
             entries = {"config": self._identity, **self._at.state_dict(), **collected(self._parts), "ranks": own}
@@ -259,9 +259,9 @@ class Checkpoint:
         check(saved, all_of(*(part.schema(at) for part in self._parts), record(fields), *together), source)
 
     def _together(self, at: Position) -> Check:
-        """What is said twice is said alike."""
+        """Entries that repeat one another agree."""
         done = (at.epoch - self._plan.first_epoch) * self._batches + at.batch
-        # Cycles alone go on counting from the steps of pre-training.
+        # Cycles alone count on from the steps of pre-training.
         steps = record({"steps": between(int, done, done if self._plan.pre_train else LARGEST)})
 
         def check_together(saved: Mapping[str, Any], where: str) -> None:
@@ -302,7 +302,7 @@ def momentum(optimizer: torch.optim.Optimizer, model: nn.Module) -> Entry:
 
 
 def topology(masking: Masking | None) -> Entry:
-    """Masks, and what decides how they go on; the seed of this run counts, not that of the file."""
+    """Masks, counters and state of their updates; the seed of this run counts, not that of the file."""
     if masking is None:
         return Entry("masking", lambda at: exactly(None), lambda: None, lambda saved: None)
     return Entry(
@@ -314,7 +314,7 @@ def topology(masking: Masking | None) -> Entry:
 
 
 def loss_scale(scaler: torch.amp.GradScaler | None) -> Entry:
-    """That of float16 training; in other number formats nobody reads the entry."""
+    """That of float16 training; in other number formats the entry is ignored."""
     if scaler is None:
         return Entry("scaler", lambda at: Any, lambda: None, lambda saved: None)
     return Entry("scaler", lambda at: SCALER if scaler.is_enabled() else Any, scaler.state_dict, scaler.load_state_dict)
@@ -349,7 +349,7 @@ def moving_average(average: MovingAverage, plan: Plan) -> Entry:
     return Entry("average", kind, lambda: average.average, average.load)
 
 
-# ---------------------------------------------------------------------------------- what each process has for itself
+# ----------------------------------------------------------------------------- parts that each process has its own of
 
 
 def random_numbers(device: torch.device) -> Entry:
@@ -377,6 +377,6 @@ def tally(results: Measurements) -> Entry:
 
 
 def flops(results: Measurements) -> Entry:
-    """What training has cost in the epoch so far."""
+    """FLOPs of training in the epoch so far."""
     costs = results.costs
     return Entry("flops", lambda at: Amount, lambda: costs.flops, lambda saved: setattr(costs, "flops", saved))

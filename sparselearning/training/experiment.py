@@ -67,7 +67,7 @@ class Recipe:
         sample_shape: of one input, e.g. ``(3, 32, 32)``.
         class_balanced_batch: draws the batch that masks by gradient (``snip``, ``prune_and_grow_*``) are drawn from.
         label_smoothing: of the training loss.
-        network: how to build the model again and prepare its images: ``network`` of ``config.json``.
+        network: how to build the model again and prepare its images, for the entry ``network`` of ``config.json``.
     """
 
     model: nn.Module
@@ -91,7 +91,7 @@ class Output:
         log_interval: batches between reads of the running loss.
         keep_tickets: write every ticket to a file of its own.
         keep_checkpoints: keep the checkpoint of every epoch.
-        trackers: where figures go as well.
+        trackers: services that get the figures as well.
     """
 
     folder: RunFolder
@@ -152,10 +152,10 @@ def prepare(
     stop_signal: Callable[[], int] = lambda: 0,
     start: Start | None = None,
 ) -> Trainer:
-    """Draw the masks, or take them and all else from where the run starts; no file of the run is written yet.
+    """Draw the masks, or load them and all else that the run starts with; no file of the run is written yet.
 
     Args:
-        start: what ``output.resume`` names, if that is read already.
+        start: what ``output.resume`` names, if it has been read already.
 
     Raises:
         UsageError: if what ``resume`` names does not fit.
@@ -205,7 +205,7 @@ def _trainer(
     stop_signal: Callable[[], int],
     first_masks: str | None,
 ) -> Trainer:
-    """A trainer at the first epoch of a plan; with ``first_masks`` None, its masks are still to be loaded."""
+    """A trainer at the first epoch of a plan; without ``first_masks``, its masks are still to be loaded."""
     device = next(recipe.model.parameters()).device
     runtime = runtime.resolved(device)
     masking = _mask(recipe, plan, sparse, first_masks) if sparse else None
@@ -232,7 +232,7 @@ def _trainer(
 
 
 def run(recipe: Recipe, plan: Plan, sparse: SparseTraining | None, runtime: Runtime, output: Output) -> Summary:
-    """Do one run from its start, or from where it was stopped, to its table; return its summary.
+    """Do one run from its start, or from where it was stopped, to its end; print its table and return its summary.
 
     Raises:
         UsageError: if what ``resume`` names does not fit.
@@ -246,7 +246,7 @@ def run(recipe: Recipe, plan: Plan, sparse: SparseTraining | None, runtime: Runt
         start = _find_start(plan, sparse, output)
         continues = isinstance(start, Continue)
         trainer = prepare(recipe, plan, sparse, runtime, output, stop_signal, start)
-        del start  # a whole checkpoint, which the memory is not to hold until the end
+        del start  # a whole checkpoint, which need not stay in memory until the end
         if distributed.is_main() and trainer.masking:
             print(f"execution: {_execution(trainer)}", flush=True)
         distributed.on_main(lambda: _open_folder(output, continues, _execution(trainer), held))
@@ -261,7 +261,7 @@ def run(recipe: Recipe, plan: Plan, sparse: SparseTraining | None, runtime: Runt
 
 
 def _execution(trainer: Trainer) -> str:
-    """How the run begins to compute: ``auto`` may change over as masks change."""
+    """How the run begins to compute: ``auto`` may switch as masks change."""
     sparse = trainer.passes.sparse
     if sparse is None:
         return "masked" if trainer.masking else "dense"
@@ -269,7 +269,7 @@ def _execution(trainer: Trainer) -> str:
 
 
 def _mask(recipe: Recipe, plan: Plan, sparse: SparseTraining, first_masks: str | None) -> Masking:
-    """Make the masking and draw its first masks, if they are to be drawn."""
+    """Make the Masking and draw its first masks, unless they are to be loaded."""
     # Cycles alone come after the steps of pre-training.
     masking = Masking(recipe.optimizer, steps=plan.first_epoch * len(recipe.sources.train), **sparse.masking)
     masking.updates_enabled = not sparse.frozen
@@ -280,7 +280,7 @@ def _mask(recipe: Recipe, plan: Plan, sparse: SparseTraining, first_masks: str |
         with keeping_buffers(recipe.model):
             nn.functional.cross_entropy(recipe.model(batch.images), batch.labels).backward()
     with catch_warnings():
-        filterwarnings("ignore", "gradual pruning")  # `prepare` tells of it, and knows when updates end
+        filterwarnings("ignore", "gradual pruning")  # `prepare` says so, and knows when updates end
         masking.add_module(
             recipe.model,
             first_masks,
@@ -296,7 +296,7 @@ def _mask(recipe: Recipe, plan: Plan, sparse: SparseTraining, first_masks: str |
 
 
 def _note_empty_layers(masking: Masking) -> None:
-    """Tell the user which layers saliency leaves nothing of, as where a network starts with a classifier of zeros."""
+    """Tell the user which layers saliency leaves empty, as it does where a classifier starts at zero."""
     if empty := [name for name, count in masking.active_counts().items() if not count]:
         print_notes(
             f"snip leaves no weight active in {len(empty)} of {len(masking.masks)} masked layers, {empty[-1]} among "
@@ -305,20 +305,20 @@ def _note_empty_layers(masking: Masking) -> None:
 
 
 def _open_folder(output: Output, continues: bool, executed: str, held: ExitStack) -> None:
-    """Make the run's folder and write ``config.json``; another run there moves aside, unless it is still going on.
+    """Make the run's folder and write ``config.json``; another run there is moved aside, unless it is still running.
 
-    A run that goes on keeps its files, and brings them along into another folder; one that goes back to an earlier
-    checkpoint leaves them to the later run.
+    A resumed run keeps its files, and copies them into another folder; one that goes back to an earlier checkpoint
+    leaves them to the later run.
 
     Args:
         output: of the run.
-        continues: it is the one that ``output.resume`` names.
+        continues: the run resumes the one that ``output.resume`` names.
         executed: how it begins to compute.
-        held: keeps other runs out of the folder until it is closed.
+        held: keeps other runs out of the folder until this is closed.
 
     Raises:
         FaultError: if another run is using the folder, or it cannot be made.
-        UsageError: if what lies there is no run.
+        UsageError: if the folder holds something else than a run.
     """
     folder = output.folder
     source, goes_back = None, False
@@ -333,7 +333,7 @@ def _open_folder(output: Output, continues: bool, executed: str, held: ExitStack
             held.close()
         aside = folder.make_room()
         if aside:
-            print_notes(f"an earlier run stood in {folder.path}: moved to {aside}")
+            print_notes(f"the earlier run in {folder.path} was moved to {aside}")
         if aside or on_windows:
             held.enter_context(folder.in_use())
         if source and not goes_back:
@@ -345,7 +345,7 @@ def _open_folder(output: Output, continues: bool, executed: str, held: ExitStack
 
 
 def _note_environment(folder: RunFolder, config: Mapping[str, Any]) -> None:
-    """Add the code, versions and hardware that a run goes on with to its ``config.json``, if they are others.
+    """Add the code, versions and hardware that a run is resumed with to its ``config.json``, if they are others.
 
     Raises:
         FaultError: if the file is damaged.

@@ -42,13 +42,13 @@ from sparselearning.training.trackers import TensorBoard, Tracker, WeightsAndBia
 MARKS = NO_EFFECT, OF_ONE_CALL, ABOUT_MASKS, ABOUT_TICKETS = "no effect", "of one call", "about masks", "about tickets"
 """Marks of flags.
 
-``NO_EFFECT``: changes where a run's files lie, what it shows, or how much it evaluates at a time, not what it computes
-(but for rounding), so that a resumed run may differ in it. What ``--resume`` names counts where it is a start.
-``OF_ONE_CALL``: ``--config`` does not take it over: where files were, what a run went on from, how it was started.
-``ABOUT_MASKS``, ``ABOUT_TICKETS``: without effect on dense training, and on plain training.
+``NO_EFFECT``: changes where a run's files are, what it shows, or how much it evaluates at a time, not what it computes
+(but for rounding), so that a resumed run may differ in it. Reports count ``--resume`` where it names first weights.
+``OF_ONE_CALL``: ``--config`` does not take it over: where files were, what a run resumed, how it was started.
+``ABOUT_MASKS``: without effect on dense training. ``ABOUT_TICKETS``: without effect on plain training.
 """
 
-LOOK = "look before you train"
+LOOK = "what a run would do"
 DATA = "data and network"
 TRAINING = "length, batches, learning rate, seeds"
 MASKS = "which weights are active"
@@ -79,7 +79,7 @@ EXAMPLES = {
         "--pre_train --sparse --final-prune-epoch 60 --no-cuda --execution sparse",
     ),
 }
-"""Groups of flags by what a person wants, in the order of ``--help``: what the example does, and its flags."""
+"""Group of flags, in the order of ``--help``, to an example: what it does, and its flags."""
 
 
 def layer_density(text: str) -> str:
@@ -92,7 +92,7 @@ def layer_density(text: str) -> str:
 
 
 class RunParser(Parser):
-    """Parser of a script that trains: its flags stand in the groups of :data:`EXAMPLES`.
+    """Parser of a script that trains: its flags are in the groups of :data:`EXAMPLES`.
 
     Args:
         doc: as of :class:`Parser`.
@@ -110,8 +110,8 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
     group = Group(parser, LOOK, NO_EFFECT).either()
     group.add_argument(
         "--dry-run", action="store_true",
-        help="check data, flags, --resume and folder, print the plan (epochs, updates, density, FLOPs, time by "
-        "three steps), and stop; nothing is written",
+        help="check data, flags, --resume and folder, print the plan (epochs, updates, density, FLOPs, time "
+        "estimated from three steps), and stop; nothing is written",
     )  # fmt: skip
     group.add_argument(
         "--show-layers", action="store_true",
@@ -121,14 +121,14 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--config", type=path, metavar="FILE",
         help="take the flags of an earlier run from its config.json, but for --save and --resume; those on the command "
-        "line count more",
+        "line take precedence",
     )  # fmt: skip
     group = Group(parser, TRAINING)
     group.add_argument(
         "--multiplier",
         type=positive,
         default=1,
-        help="stretch all counts of epochs, milestones and warm-up among them, this many times, but for --cycle",
+        help="factor for all counts of epochs, milestones and warm-up included, but not for --cycle",
     )
     group.add_argument("--seed", type=seed, default=17, help="of weights, masks, data order and augmentation")
     group = Group(parser, TICKETS)
@@ -145,7 +145,7 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--save", type=path, metavar="DIR", help="where the run's files go, in place of saved_models/…")
     group.add_argument(
         "--resume", type=path, metavar="PATH",
-        help="go on from a checkpoint.pth or a run's folder; for --cyclic_train alone and for --sparse-init resume "
+        help="resume from a checkpoint.pth or a run's folder; for --cyclic_train alone and for --sparse-init resume "
         "and prune_*, any saved .pth to start from",
     )  # fmt: skip
     group = Group(parser, FILES, NO_EFFECT)
@@ -167,7 +167,7 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--channels-last", action=argparse.BooleanOptionalAction, default=True,
-        help="keep the channels of a pixel together in memory, which most convolutions are faster on",
+        help="channels-last memory format of images and convolutions, in which most are faster",
     )  # fmt: skip
     group.add_argument(
         "--execution", choices=execution.EXECUTIONS, default="auto",
@@ -182,7 +182,7 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
         help="let a GPU round the inputs of float32 products to TensorFloat-32",
     )  # fmt: skip
     group.add_argument(
-        "--deterministic", action="store_true", help="on a GPU too, only algorithms that repeat bit by bit (slower)"
+        "--deterministic", action="store_true", help="only algorithms with bit-identical results on a GPU too (slower)"
     )
 
 
@@ -240,8 +240,8 @@ def add_sparse_flags(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     group.add_argument(
         "--final-update-epoch", type=non_negative, metavar="EPOCH",
-        help="updates prune and grow in the epochs before this one only; gradual pruning and --re_explore go on "
-        "(default: in all)",
+        help="updates prune and grow in the epochs before this one only; gradual pruning and --re_explore "
+        "continue (default: in all)",
     )  # fmt: skip
     group.add_argument("--fix", action="store_true", help="freeze the topology: static sparse training")
 
@@ -268,14 +268,14 @@ def add_ticket_flags(parser: argparse.ArgumentParser) -> None:
         "--large-death-rate",
         type=rate,
         default=0.8,
-        help="share of every layer's active weights that --re_explore moves",
+        help="share of every layer's active weights that --re_explore prunes and grows",
     )
     group = Group(parser, TICKETS, ABOUT_TICKETS)
     group.add_argument("--no_maskupdates", action="store_true", help="stop the periodic topology updates in the cycles")
     group.add_argument(
         "--superposing_method", choices=AVERAGING, default="CIMA",
-        help="CIMA: every ticket enters with --CIMA_factor; CAA: all members weigh the same; greedy: with what factor "
-        "is best on the images that --valid_split holds out",
+        help="CIMA: every ticket has the weight --CIMA_factor; CAA: all members weigh the same; greedy: the factor "
+        "that is best on the images that --valid_split holds out",
     )  # fmt: skip
     group.add_argument("--CIMA_factor", type=rate, default=0.5, help="weight of the new ticket in CIMA")
     group.add_argument(
@@ -322,10 +322,7 @@ def check(args: argparse.Namespace, momentum_is_zero: bool, has_weights: bool) -
             raise UsageError(
                 "--execution sparse computes in float32 and is not compiled: leave out --compile and --amp"
             )
-        if not execution.is_available():
-            raise UsageError(
-                "--execution sparse compiles its kernels with a package that is missing: pip install numba"
-            )
+        execution.check_available("--execution sparse")
     if chooses(args.superposing_method) and not getattr(args, "valid_split", 0):
         has_flag = hasattr(args, "valid_split")
         how = "give --valid_split SHARE" if has_flag else "this script evaluates on its validation set alone"
@@ -387,17 +384,17 @@ def check(args: argparse.Namespace, momentum_is_zero: bool, has_weights: bool) -
 
 
 def without_masks_note(args: argparse.Namespace, parser: Parser, argv: Sequence[str] | None) -> list[str]:
-    """Tell the user which of the flags that they gave say nothing to dense training."""
+    """Tell the user which of the given flags have no effect on dense training."""
     if args.sparse:
         return []
     about_masks = marked(parser, ABOUT_MASKS)
     if without_effect := [flag for name, flag in parser.given(argv).items() if name in about_masks]:
-        return [f"training is dense: without --sparse there is no effect of {', '.join(without_effect)}"]
+        return [f"training is dense without --sparse, so that these have no effect: {', '.join(without_effect)}"]
     return []
 
 
 def pruning_window_warning(args: argparse.Namespace, pretrain_epochs: int) -> list[str]:
-    """Warn about gradual pruning that goes on after pre-training."""
+    """Warn about gradual pruning that ends after pre-training."""
     end = args.final_prune_epoch * args.multiplier
     if not (args.sparse and METHODS[args.method].shrink and end > pretrain_epochs):
         return []
@@ -405,7 +402,7 @@ def pruning_window_warning(args: argparse.Namespace, pretrain_epochs: int) -> li
 
 
 def check_budget(args: argparse.Namespace, budget: EpochBudget) -> list[str]:
-    """Tell the user when the cycles asked for do not come to one.
+    """Warn if the cyclic part is shorter than one cycle.
 
     Raises:
         UsageError: if nothing is left to do.
@@ -502,14 +499,14 @@ def runtime(args: argparse.Namespace) -> Runtime:
 
 
 def action(args: argparse.Namespace) -> Callable[..., object]:
-    """What a script does with a recipe, plan, masks, runtime and output: the run, or a look at it."""
+    """What a script does with a recipe, plan, masks, runtime and output: the run, or a preview of it."""
     if args.dry_run:
         return preview.dry_run
     return preview.show_layers if args.show_layers else experiment.run
 
 
 def trackers(args: argparse.Namespace, folder: RunFolder, config: Mapping[str, Any]) -> list[Tracker]:
-    """Where the figures of a run go besides its own files, checked but not begun.
+    """Services that get the figures of a run besides its own files, checked but not started.
 
     Raises:
         UsageError: if a package for it is missing.
@@ -540,7 +537,7 @@ def output(
         argv: the command line; None: that of the program.
         folder: of the run.
         network: how it is built again (``Recipe.network``).
-        device: that is computed on.
+        device: of the run.
         log_interval: batches between reads of the running loss.
 
     Raises:
@@ -584,7 +581,7 @@ def run_path(args: argparse.Namespace, model: str, data: str, budget: EpochBudge
 def take_over(parser: Parser, argv: Sequence[str]) -> None:
     """Let the flags of the run that ``--config`` names, if it is there, be the parser's defaults.
 
-    What the parser takes by its place may then be left out, too.
+    Positional arguments may then be left out, too.
 
     Raises:
         UsageError: if there is no such file, or it has entries that are no flags of this parser.
@@ -609,7 +606,7 @@ def take_over(parser: Parser, argv: Sequence[str]) -> None:
 
 
 def of_run(parser: Parser, kept: Mapping[str, Any], source: str) -> argparse.Namespace:
-    """All flags of a run, :func:`restored`; those that its version of the script did not have are at their defaults.
+    """All flags of a run, :func:`restored`; those that its version of the script did not have get their defaults.
 
     Raises:
         FaultError: naming the first flag that is missing although it has no default, or whose value no command line
@@ -664,5 +661,5 @@ def identity(values: Mapping[str, Any], parser: argparse.ArgumentParser) -> dict
 
 
 def command(argv: Sequence[str] | None) -> str:
-    """The command line, to be pasted into a shell."""
+    """The command line, quoted for a shell."""
     return shlex.join(["python", sys.argv[0], *(sys.argv[1:] if argv is None else argv)])

@@ -69,7 +69,7 @@ NETWORK = all_of(
 
 
 def state_schema(state: Mapping[str, Tensor], *, convertible: bool = False) -> Check:
-    """What a state dict has to hold to be loaded where this one is from; ``convertible`` as in ``tensor``."""
+    """What a state dict has to hold to be loaded in place of this one; ``convertible`` as in ``tensor``."""
     return record(
         {name: like(entry, low=_least(name), convertible=convertible) for name, entry in state.items()}, exact=True
     )
@@ -94,7 +94,7 @@ def saved_state(content: Mapping[str, Any], source: Path) -> State:
     """
     state = content.get("state_dict", content)
     if not isinstance(state, Mapping) or not state:
-        raise UsageError(f"{source} is no saved network: its state_dict is empty or none")
+        raise UsageError(f"{source} is no saved network: its state_dict is empty or not a dictionary")
     has_none = "" if "state_dict" in content else "it has no state_dict, and "
     for name, entry in state.items():
         if not (isinstance(name, str) and isinstance(entry, Tensor)):

@@ -43,7 +43,7 @@ class Passes:
             statistics are re-estimated on the model itself.
         precision: number formats of the forward pass.
         label_smoothing: of the training loss, in [0, 1).
-        sparse: what computes the model's passes with active weights alone, inside ``network``; None: nothing does.
+        sparse: computes the model's passes with active weights alone, inside ``network``; None: nothing does.
     """
 
     model: nn.Module
@@ -100,7 +100,7 @@ class Passes:
         return loss_sum / samples, hits / samples
 
     def re_estimate_bn(self, batches: Iterable[Batch]) -> None:
-        """Estimate the BatchNorm statistics anew on these batches."""
+        """Re-estimate the BatchNorm statistics on these batches."""
         with self.precision.context(self.device):
             update_bn(batches, self.sparse or self.model)
 
@@ -110,7 +110,7 @@ class Passes:
 
     @contextmanager
     def borrowing(self, state: Mapping[str, Tensor]) -> Iterator[None]:
-        """Let the network hold other weights for a while. The parameters that the optimizer knows are the same."""
+        """Load other weights into the network for a while; its parameters stay the ones that the optimizer holds."""
         own = self.state()
         self.model.load_state_dict(state)
         try:
@@ -146,7 +146,7 @@ class Tally:
 
 @contextmanager
 def keeping_buffers(model: nn.Module) -> Iterator[None]:
-    """Put buffers back afterwards, for a pass in training mode that is no training."""
+    """Restore buffers afterwards, for a pass in training mode that does not train."""
     before = [(buffer, buffer.clone()) for buffer in model.buffers()]
     try:
         yield

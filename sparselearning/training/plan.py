@@ -42,12 +42,12 @@ class EpochBudget:
 
 @dataclass(kw_only=True)
 class Position(Record):
-    """Where a run stands; the parts of the run share it. Its fields are entries of ``checkpoint.pth``.
+    """Position of a run, which its parts share. Its fields are entries of ``checkpoint.pth``.
 
     Attributes:
-        epoch: that is going on, from 0; at the end of the run, the plan's ``end_epoch``.
+        epoch: the present one, from 0; at the end of the run, the plan's ``end_epoch``.
         batch: training batches of the epoch that are done.
-        trained: all of them are, and what follows them is not.
+        trained: whether all of them are, and what follows them in the epoch is not.
     """
 
     epoch: Count
@@ -55,7 +55,7 @@ class Position(Record):
     trained: bool = False
 
     def next_epoch(self) -> None:
-        """Go on to the start of the next epoch."""
+        """Move to the start of the next epoch."""
         self.epoch, self.batch, self.trained = self.epoch + 1, 0, False
 
     def state_dict(self) -> dict[str, Any]:
@@ -63,7 +63,7 @@ class Position(Record):
         return self.as_dict()
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
-        """Go to where a checkpoint was written."""
+        """Move to where a checkpoint was written."""
         vars(self).update({name: saved[name] for name in vars(self)})
 
 
@@ -79,8 +79,8 @@ class Plan:
         cycle_lr: ``(lr_1, lr_2)`` of the cyclic learning rate; None: the last rate of pre-training stays.
         explore_rate: share of every layer's active weights that the exploration at the start of a cycle moves;
             None: no exploration.
-        updates_in_cycles: whether the periodic topology updates go on in the cycles.
-        averaging: ticket number 1, 2, … to the factors that are tried as its weight in the superposition.
+        updates_in_cycles: whether the periodic topology updates continue in the cycles.
+        averaging: ticket number 1, 2, … to the factors that are tried as its weight in the superposition, in [0, 1].
         update_bn: re-estimate the superposition's BatchNorm statistics.
         final_density: budget that a superposition is pruned back to; None: dense training.
         ema_decay: of the moving average of all steps' weights, in (0, 1); None: there is none.

@@ -16,7 +16,7 @@ UNITS = (("d", 86400), ("h", 3600), ("min", 60), ("s", 1))
 
 
 def show_layers(recipe: Recipe, plan: Plan, sparse: SparseTraining | None, runtime: Runtime, output: Output) -> None:
-    """Print a table of the layers of a run, as it would start or go on; nothing is trained or written.
+    """Print a table of the layers of a run, as it would start or resume; nothing is trained or written.
 
     Raises:
         UsageError: if what ``resume`` names does not fit.
@@ -34,7 +34,7 @@ def show_layers(recipe: Recipe, plan: Plan, sparse: SparseTraining | None, runti
 def dry_run(recipe: Recipe, plan: Plan, sparse: SparseTraining | None, runtime: Runtime, output: Output) -> None:
     """Check all that a run checks before its first step, and print what it would do and about how long that takes.
 
-    The time is that of three steps, on weights that are thrown away.
+    The time is estimated from three steps, on weights that are thrown away.
 
     Raises:
         UsageError: if what ``resume`` names does not fit.
@@ -65,7 +65,7 @@ def _epochs(trainer: Trainer) -> str:
     steps = (plan.end_epoch - plan.first_epoch) * batches
     text = f"{', then '.join(parts)}; {_count(steps, 'step')}, {batches:,} an epoch"
     if (trainer.at.epoch, trainer.at.batch) != (plan.first_epoch, 0):
-        text += f"; goes on at epoch {trainer.at.epoch}, step {trainer.at.batch}"
+        text += f"; resumes at epoch {trainer.at.epoch}, step {trainer.at.batch}"
     return text
 
 
@@ -105,7 +105,7 @@ def _flops(recipe: Recipe, trainer: Trainer) -> str:
 
 
 def _time(trainer: Trainer) -> str:
-    """About how long what is left takes, by a few steps of training and of evaluation."""
+    """About how long the rest of the run takes, estimated from a few steps of training and of evaluation."""
     plan, at, sources = trainer.plan, trainer.at, trainer.sources
     steps = (plan.end_epoch - at.epoch) * len(sources.train) - at.batch
     if steps <= 0:
@@ -138,7 +138,7 @@ def _count(number: int, what: str) -> str:
 
 
 def _densities(trainer: Trainer) -> tuple[dict[str, float], dict[str, float | None]]:
-    """Density of every masked layer, and of ``all``: now, and after the last update; None where weights will decide."""
+    """Density of every masked layer, and of ``all``: now, and after the last update; None where magnitudes decide."""
     masking = trainer.masking
     if masking is None:
         return {}, {}

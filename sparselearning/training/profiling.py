@@ -39,7 +39,7 @@ def endless(source: BatchSource) -> Iterable[Batch]:
 def timed(
     trainer: Trainer, batches: Iterable[Batch], step: Callable[[Batch], object], steps: int, warmup_steps: int = 1
 ) -> tuple[float, int]:
-    """Seconds that so many steps take, getting their batches included, and their images; some before do not count."""
+    """Time ``steps`` steps, loading their batches included, after ``warmup_steps``; return seconds and images."""
     coming = iter(batches)
     for batch in itertools.islice(coming, warmup_steps):
         step(batch)

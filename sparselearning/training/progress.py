@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: a bar on a terminal, plain lines elsewhere, nothing on other ranks."""
+"""What a person sees during a run: a bar on a terminal, plain lines elsewhere, nothing on other ranks."""
 
 import math
 import sys
@@ -31,7 +31,7 @@ class Progress:
     Off a terminal there is no bar; epochs longer than a minute then print a line every minute.
 
     Args:
-        trackers: which get the figures as well.
+        trackers: services that get the figures as well.
     """
 
     def __init__(self, trackers: Sequence[Tracker] = ()) -> None:
@@ -41,7 +41,7 @@ class Progress:
         self._last_line = time.monotonic()
 
     def start(self, done_batches: int, total_batches: int) -> None:
-        """Show the bar of a run of ``total_batches`` that starts or goes on."""
+        """Show the bar of a run of ``total_batches``, of which ``done_batches`` are done."""
         for tracker in self._trackers:
             tracker.start()
         self._bar = tqdm(
@@ -58,10 +58,10 @@ class Progress:
         self._bar.update()
 
     def within_epoch(self, phase: str, epoch: int, batch: int, batches: int, row: Mapping[str, Any]) -> None:
-        """Show where the epoch stands; called every log interval."""
+        """Show the running figures of an epoch; called every log interval."""
         self._bar.set_description_str(f"{phase} {epoch}")
         figures = {key: f"{key} {value:.4g}" for key, value in row.items()}
-        # No more, so that the bar is a bar on 80 columns too: the line of the epoch has the rest.
+        # No more, so that the bar keeps some width on 80 columns: the line of the epoch has the rest.
         self._bar.set_postfix_str(f"{figures['loss']}  {figures['accuracy']}")
         now = time.monotonic()
         if self._bar.disable and now - self._last_line > SECONDS_BETWEEN_LINES:
@@ -78,7 +78,7 @@ class Progress:
         )
 
     def ticket(self, row: TicketRow) -> None:
-        """Print a ticket and the superposition that it went into."""
+        """Print a ticket and the superposition with it."""
         self._track(lambda tracker: tracker.ticket(row))
         self.line(
             f"ticket {row.ticket}: {row.ticket_acc:.2%}; superposed with factor {row.factor:.3g}: "
@@ -94,16 +94,16 @@ class Progress:
         self._last_line = time.monotonic()
 
     def finished(self, summary: Summary) -> None:
-        """Hand the trackers how the run ended."""
+        """Pass the summary on to the trackers."""
         self._track(lambda tracker: tracker.finished(summary))
 
     def close(self) -> None:
-        """Take the bar off the screen."""
+        """Remove the bar from the screen."""
         self._bar.close()
         self._track(lambda tracker: tracker.close())
 
     def _track(self, record: Callable[[Tracker], None]) -> None:
-        """Hand every tracker something; one that fails is left out from now on, for curves are not worth a run."""
+        """Pass something on to every tracker; one that fails is dropped, for its curves are not worth a run."""
         self._trackers = [tracker for tracker in self._trackers if _works(record, tracker)]
 
 
@@ -111,7 +111,7 @@ def _works(record: Callable[[Tracker], None], tracker: Tracker) -> bool:
     try:
         record(tracker)
     except Exception as error:  # services and packages of others fail in many ways
-        print_notes(f"{type(tracker).__name__} has failed ({first_line(error)}): the run goes on without it")
+        print_notes(f"{type(tracker).__name__} has failed ({first_line(error)}): the run continues without it")
         return False
     return True
 

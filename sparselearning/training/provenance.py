@@ -15,7 +15,7 @@ from sparselearning.process import distributed
 from sparselearning.training.records import Environment
 
 ENVIRONMENT = tuple(entry.name for entry in fields(Environment))
-"""Names of what :func:`environment` tells."""
+"""Names of the entries that :func:`environment` returns."""
 
 
 def environment(device: torch.device) -> dict[str, Any]:
@@ -35,7 +35,7 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 
 def device_name(device: torch.device) -> str:
-    """What a person calls the device."""
+    """Name of the device, for people."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu: {cpu_name()}"
 
 

@@ -1,7 +1,7 @@
-"""What the files of a run say, as typed values: the engine writes them, progress and reports read them.
+"""The records in a run's files, as typed values: the engine writes them, progress and reports read them.
 
-The names of the fields are those of the files, in their order. A field without a default stands in every run's file;
-one with a default may be missing from those of earlier versions, and is None then.
+The names of the fields are those in the files, in their order. A field without a default is in every run's file; one
+with a default may be missing from those of earlier versions, and is None then.
 """
 
 import math
@@ -55,7 +55,7 @@ class EpochRow(Record):
 
 @dataclass(frozen=True, kw_only=True)
 class TicketRow(Record):
-    """A ticket and the superposition that it went into: one line of ``tickets.jsonl``.
+    """A ticket and the superposition with it: one line of ``tickets.jsonl``.
 
     Attributes:
         ticket: from 1.
@@ -65,7 +65,7 @@ class TicketRow(Record):
         union_density: of the superposition before it was pruned back.
         density: of the superposition.
         bn_flops: spent on re-estimating its BatchNorm statistics.
-        seconds: that superposing took.
+        seconds: of superposing, evaluation included.
     """
 
     ticket: Ordinal
@@ -153,7 +153,7 @@ class Results(Record):
         pretrain_acc: of the network that pre-training left, in [0, 1]; None before that.
         metrics: of the finished epochs.
         tickets: of the tickets.
-        seconds: of training in the epoch that is going on.
+        seconds: of training in the present epoch.
         total_seconds: of the run, stops left out.
     """
 
@@ -188,7 +188,7 @@ class History(Environment):
     """What ``config.json`` says beside the flags.
 
     Attributes:
-        resumed: where else the run went on.
+        resumed: the same of every resumption with others.
         marks: what its script says of the flags that it declares itself, see ``flags.own_marks``.
     """
 
@@ -198,7 +198,7 @@ class History(Environment):
 
 @dataclass(frozen=True, kw_only=True)
 class Config(History):
-    """What reports ask for by name in ``config.json``, where every flag of the run stands.
+    """The entries of ``config.json`` that reports read by name; the file has every flag of the run.
 
     Attributes:
         seed: of weights, masks, data order and augmentation.
@@ -209,7 +209,7 @@ class Config(History):
         growth: how weights are grown.
         sparse_init: how the first masks are drawn.
         pre_train: did the pre-training part.
-        resume: what the run went on from, or started from.
+        resume: what the run was resumed or started from.
         cyc_lr: with a cyclic learning rate.
         lr_1: at both ends of a cycle.
         lr_2: in the middle of a cycle.

@@ -1,4 +1,4 @@
-"""The files in a run's folder; where the folder itself lies, ``flags.run_path`` says."""
+"""The files in a run's folder; the path of the folder itself is decided by ``flags.run_path``."""
 
 import contextlib
 import os
@@ -16,8 +16,8 @@ from sparselearning.training.records import History, flags_of
 ELSEWHERE = "wait until it has ended, or name another folder with --save"
 
 
-def _stands_at(path: Path, file: IO[str]) -> bool:
-    """Whether what stands at ``path`` now is an open file."""
+def _is_at(path: Path, file: IO[str]) -> bool:
+    """Whether ``path`` still names this open file."""
     try:
         return os.path.samestat(path.stat(), os.fstat(file.fileno()))
     except FileNotFoundError:
@@ -43,7 +43,7 @@ class RunFolder:
 
     @classmethod
     def of(cls, path: Path) -> "RunFolder":
-        """The folder that ``--resume PATH`` means: itself, or the one that a checkpoint lies in."""
+        """The folder that ``--resume PATH`` means: itself, or the one that a checkpoint is in."""
         if path.is_dir():
             return cls(path)
         above = cls(path.parent.parent)
@@ -51,10 +51,10 @@ class RunFolder:
         return above if is_epochs else cls(path.parent)
 
     def read_config(self) -> dict[str, Any]:
-        """Content of ``config.json``, once that is known to be a run's.
+        """Content of ``config.json``, checked.
 
         Raises:
-            FaultError: if it is damaged.
+            FaultError: if it is damaged, or no run's.
         """
         content = read_json(self.config)
         read(History, content, str(self.config))
@@ -80,14 +80,14 @@ class RunFolder:
             FaultError: if another run is in it, or it cannot be made.
         """
         if self.path.exists() and not self.path.is_dir():
-            raise FaultError(f"{self.path} is to be a run's folder, but a file stands there")
+            raise FaultError(f"{self.path} is to be a run's folder, but it is a file")
         with contextlib.ExitStack() as opened:
             try:
                 self.path.mkdir(parents=True, exist_ok=True)
                 file = opened.enter_context(self.lock.open("a+"))
                 locked = lock_file(file)
-                if not _stands_at(self.lock, file):
-                    raise BlockingIOError("whoever had locked it has just ended, and deleted it")
+                if not _is_at(self.lock, file):
+                    raise BlockingIOError("the run that had locked it has just ended, and deleted it")
                 file.truncate(0)
                 os.write(file.fileno(), f"process {os.getpid()} on {socket.gethostname()}".encode())
             except BlockingIOError as error:
@@ -98,7 +98,7 @@ class RunFolder:
             try:
                 yield locked
             finally:
-                if _stands_at(self.lock, file):  # else it has moved aside
+                if _is_at(self.lock, file):  # else it was moved aside
                     with contextlib.suppress(OSError):  # Windows deletes no open file
                         self.lock.unlink()
 
@@ -106,11 +106,11 @@ class RunFolder:
         """Refuse a folder that a run could not begin in, and make nothing.
 
         Args:
-            goes_on: the run goes on with an earlier one, which may be the one in the folder.
+            goes_on: the run resumes an earlier one, which may be the one in the folder.
 
         Raises:
             FaultError: if another run is in it, or it cannot be written into.
-            UsageError: if what lies there is no run.
+            UsageError: if the folder holds something else than a run.
         """
         check_folder(self.path)
         if self.is_in_use():
@@ -119,10 +119,10 @@ class RunFolder:
             self._holds_run()
 
     def _holds_run(self) -> bool:
-        """Whether an earlier run lies there, and may be moved aside.
+        """Whether the folder holds an earlier run, which may be moved aside.
 
         Raises:
-            UsageError: if it may not be, or what lies there is none.
+            UsageError: if it may not be, or the folder holds something else.
         """
         if not any(file.exists() for file in (self.metrics, self.summary, self.checkpoint)):
             if not self.config.exists():
@@ -159,13 +159,13 @@ class RunFolder:
         return False
 
     def copy_from(self, source: Path) -> None:
-        """Bring along the files of a run that goes on here.
+        """Copy the files of a run that is resumed in this folder.
 
         Raises:
             FaultError: if one cannot be read or written, or the run there has not ended.
         """
         if RunFolder(source).is_in_use():
-            raise FaultError(f"{source} is in use by another run: go on from it once that has ended")
+            raise FaultError(f"{source} is in use by another run: resume it once that has ended")
         try:
             if RunFolder(source).config.exists():
                 ignore = shutil.ignore_patterns("*.partial", self.lock.name)

@@ -84,7 +84,7 @@ class Runtime:
     def memory_format(self, model: nn.Module) -> torch.memory_format:
         """Memory format that the convolutions of a network are to have, and its images with them.
 
-        It depends on the network alone, not on the processor, so that a run goes on elsewhere as it began.
+        It depends on the network alone, not on the processor, so that a run can be resumed on another.
         """
         if self.channels_last and not any(_breaks_in_channels_last(layer) for layer in model.modules()):
             return torch.channels_last
@@ -117,7 +117,7 @@ def _breaks_in_channels_last(layer: nn.Module) -> bool:
 def _keep_freed_memory() -> None:
     """Have the C library keep memory that is freed, where it is glibc.
 
-    By default it gives large blocks back to the system, which then clears every page anew when the next activation
+    By default it gives large blocks back to the system, which then clears every page again when the next activation
     asks for one: a fifth of a training step.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None

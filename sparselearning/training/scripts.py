@@ -1,4 +1,4 @@
-"""The script that a run was made with, found again: it alone knows how to set the run up."""
+"""Find the script that a run was made with: it alone can set the run up again."""
 
 import argparse
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ from sparselearning.training.experiment import Recipe
 from sparselearning.training.runtime import Runtime
 
 NAME = "main_suptickets"
-"""Of every script that trains, in the folder of the code that builds its networks."""
+"""Name of every script that trains, in the folder of the code that builds its networks."""
 
 
 class Script(Protocol):
@@ -29,9 +29,9 @@ class Script(Protocol):
 
 
 def script_of(config: Mapping[str, Any], source: Path) -> Script:
-    """Import the script that made a run: it lies beside the module that its network is built by.
+    """Import the script that made a run: it is beside the module that its network is built by.
 
-    That module is searched as by ``builders.find_module``.
+    That module is found as by ``builders.find_module``.
 
     Args:
         config: content of the run's ``config.json``.

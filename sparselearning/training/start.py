@@ -37,7 +37,7 @@ class FromWeights:
 
 @dataclass(frozen=True)
 class Continue:
-    """This very run goes on.
+    """This very run is resumed.
 
     Attributes:
         saved: content of its checkpoint.
@@ -54,15 +54,15 @@ Start = Fresh | FromWeights | Continue
 def find_start(
     resume: Path | None, folder: RunFolder, identity: Mapping[str, Any], plan: Plan, sparse_init: str | None
 ) -> Start:
-    """Read what ``--resume`` names, and find out what it is to a run.
+    """Read what ``--resume`` names, and decide how a run starts from it.
 
-    A finished run with flags that start from weights can be either: in its own folder it goes on; in another, its
+    A finished run with flags that start from weights can be either: in its own folder it is resumed; in another, its
     weights are the start of a new run.
 
     Args:
         resume: a file, or a run's folder; None: nothing.
         folder: of the run that starts.
-        identity: values that a checkpoint must share with the run that goes on from it (``flags.identity``).
+        identity: values that a checkpoint must share with the run that resumes from it (``flags.identity``).
         plan: of the run.
         sparse_init: how its first masks are drawn; None: dense training.
 
@@ -97,7 +97,7 @@ def find_start(
 
 
 def _differing(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
-    """Values of this run that a checkpoint's run had otherwise, for people."""
+    """Flags in which a checkpoint's run and this one differ, with both values, for people."""
     return [
         f"{name} ({there.get(name)} there, {value} here)"
         for name, value in sorted(here.items())
@@ -106,9 +106,9 @@ def _differing(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
 
 
 def _check_processes(processes: int, resume: Path) -> None:
-    """Refuse to go on with another number of processes."""
+    """Refuse to resume with another number of processes."""
     if processes != distributed.world_size():
         raise UsageError(
-            f"{resume} was written by {processes} process{'es' * (processes > 1)}: go on with as many, "
+            f"{resume} was written by {processes} process{'es' * (processes > 1)}: resume with as many, "
             f"not {distributed.world_size()}"
         )

@@ -14,13 +14,13 @@ class Tracker(Protocol):
     """A service that draws curves of runs; making one checks that what it needs is there, and writes nothing."""
 
     def start(self) -> None:
-        """Begin the run's record there, or go on with it; the run's folder exists by now."""
+        """Begin the run's record there, or continue it; the run's folder exists by now."""
 
     def epoch(self, row: EpochRow) -> None:
         """Record a finished epoch."""
 
     def ticket(self, row: TicketRow) -> None:
-        """Record a ticket and the superposition that it went into."""
+        """Record a ticket and the superposition with it."""
 
     def finished(self, summary: Summary) -> None:
         """Record how the run ended."""
@@ -85,12 +85,12 @@ class WeightsAndBiases:
 
     Args:
         project: that the run belongs to.
-        id_file: keeps the run's name there, so that a resumed run goes on with its curves.
-        config: content of ``config.json``. Of absolute paths the last part alone is sent, and the command not at all:
-            they say how somebody's disk is laid out.
+        id_file: keeps the run's id there, so that a resumed run continues its curves.
+        config: content of ``config.json``. Of absolute paths the last part alone is sent, and the command not at all,
+            to keep the layout of the user's disk private.
 
     Raises:
-        UsageError: if the package is not installed, or the project cannot be called so.
+        UsageError: if the package is not installed, or the project's name is invalid.
     """
 
     def __init__(self, project: str, id_file: Path, config: Mapping[str, Any]) -> None:
@@ -120,7 +120,7 @@ class WeightsAndBiases:
     def start(self) -> None:
         """Open the run that the folder knows, or a new one."""
         if not self._id_file.exists():
-            write_text(self._id_file, secrets.token_hex(4))  # a name of no meaning: runs may share all of theirs
+            write_text(self._id_file, secrets.token_hex(4))  # a random id: two runs may have equal names and flags
         try:
             self._run = self._init(id=self._id_file.read_text(), resume="allow", **self._options)
         except self._error as error:
@@ -146,7 +146,7 @@ class WeightsAndBiases:
         self._is_finished = True
 
     def close(self) -> None:
-        """Send what has not been sent; a run that was stopped counts as failed until it has gone on to its end."""
+        """Send what has not been sent; a run that was stopped counts as failed until it is resumed and ends."""
         if self._run is not None:
             self._run.finish(exit_code=0 if self._is_finished else 1)
 

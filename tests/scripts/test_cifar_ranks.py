@@ -59,7 +59,7 @@ def test_cifar_stops_on_sigterm_to_the_launcher_and_resumes_exactly(undisturbed_
         wait_until(lambda: len(lines(folder / "metrics.jsonl")) == 4 or launcher.poll() is not None)
         launcher.terminate()
         assert launcher.wait(60) == 143
-    assert f"stopped by SIGTERM: go on with --resume {folder}\n" in log.read_text()
+    assert f"stopped by SIGTERM: continue with --resume {folder}\n" in log.read_text()
     assert "Traceback" not in log.read_text()
     assert list(folder.rglob("*.partial")) == []
     stopped = load_torch(folder / "checkpoint.pth")
@@ -77,7 +77,7 @@ def test_a_launcher_that_is_killed_leaves_no_ranks_and_a_checkpoint(tmp_path):
         launcher.kill()
         launcher.wait()
         wait_until(lambda: not marked_processes(log), 30)
-    assert f"stopped by SIGTERM: go on with --resume {folder}\n" in log.read_text()
+    assert f"stopped by SIGTERM: continue with --resume {folder}\n" in log.read_text()
     assert load_torch(folder / "checkpoint.pth")["epoch"] >= 1
     assert not RunFolder(folder).lock.exists()
 
@@ -87,7 +87,7 @@ def test_cifar_with_another_number_of_processes_is_refused(undisturbed_cifar, tm
     before = {path: path.read_bytes() for path in folder.iterdir()}
     resume = [*DIGITS, "--save", str(tmp_path / "run"), "--resume", str(folder)]
     assert exit_code(lambda: main_suptickets.main(resume)) == 2
-    assert re.search(r"written by 2 processes: go on with as many, not 1\n$", capsys.readouterr().err)
+    assert re.search(r"written by 2 processes: resume with as many, not 1\n$", capsys.readouterr().err)
     assert not (tmp_path / "run").exists()
     assert {path: path.read_bytes() for path in folder.iterdir()} == before
 

@@ -128,7 +128,7 @@ def test_a_process_that_is_told_to_stop(script, data):
     finally:
         process.kill()
     assert process.returncode == 143, err
-    assert "go on with --resume run" in one_sentence(err)
+    assert "continue with --resume run" in one_sentence(err)
     done = load_torch(Path("run/checkpoint.pth"))
     assert done["epoch"] < 400
     assert done["epoch"] == len(lines("run/metrics.jsonl"))

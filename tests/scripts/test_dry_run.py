@@ -64,7 +64,7 @@ def test_a_run_that_goes_on(script, stopped, capsys):
     assert script(WHOLE_METHOD, "--save", stopped, "--resume", stopped, "--dry-run") == 0
     assert tree(stopped) == before
     plan = plan_of(capsys)
-    assert plan["epochs"].endswith("goes on at epoch 2, step 2")
+    assert plan["epochs"].endswith("resumes at epoch 2, step 2")
     assert plan["updates"] == "0 topology updates; 1 exploration"
     assert script(WHOLE_METHOD, "--lr 0.3 --save", stopped, "--resume", stopped, "--dry-run") == 2
     assert "other flags" in one_sentence(capsys.readouterr().err)

@@ -274,7 +274,7 @@ def test_neither_part_is_nothing_to_do(home, capsys):
 def test_dense_training_names_the_given_flags_that_are_about_masks(capsys):
     assert run(*DENSE, "--density", 0.2, "--growth", "random", "nowhere") == 2
     note, _ = capsys.readouterr().err.splitlines()
-    assert note.endswith("without --sparse there is no effect of --growth, --density")
+    assert note.endswith("so that these have no effect: --growth, --density")
 
 
 def test_missing_folders_are_named(home, tmp_path, monkeypatch, capsys):

@@ -411,7 +411,7 @@ def test_a_run_that_has_not_ended_is_not_copied(tmp_path):
     with live.in_use():
         (live.path / "config.json").write_text("{}")
         assert live.is_in_use()
-        with pytest.raises(FaultError, match="live is in use by another run: go on from it once"):
+        with pytest.raises(FaultError, match="live is in use by another run: resume it once"):
             RunFolder(tmp_path / "new").copy_from(live.path)
     assert not live.is_in_use()
     assert not (tmp_path / "new").exists()

@@ -169,7 +169,7 @@ def test_a_run_outlives_its_tracker(service, capsys):
     progress.finished(SUMMARY)
     progress.close()
     assert capsys.readouterr().err.splitlines() == [
-        "note: WeightsAndBiases has failed (Connection lost): the run goes on without it"
+        "note: WeightsAndBiases has failed (Connection lost): the run continues without it"
     ]
     assert len(scalars("events")["eval_acc"]) == 2
 

@@ -198,7 +198,7 @@ def test_dense_training_names_the_given_flags_that_are_about_masks(tiny_defaults
 
     call = "--pre_train --method GraNet --lr 0.1 --init-density 0.5 --sparse-init ERK --large-death-rate 0.8 --fix"
     (note,) = notes(call)
-    assert note.endswith("of --sparse-init, --init-density, --method, --fix, --large-death-rate")
+    assert note.endswith("no effect: --sparse-init, --init-density, --method, --fix, --large-death-rate")
     assert notes("--pre_train --lr 0.1") == []
     assert notes(call.replace("--fix", "--sparse")) == []
     assert notes("--demo --method DST --init-density 0.05") == []
