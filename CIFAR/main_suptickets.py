@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Sup-tickets on CIFAR-sized images: pre-train a sparse network, harvest cheap tickets, superpose them into one.
+"""Sup-tickets on CIFAR-sized images: pre-train a sparse network, collect cheap tickets, superpose them into one.
 
 python3 main_suptickets.py --demo
 python3 main_suptickets.py --pre_train --cyclic_train --re_explore --cyc_lr --update_bn --sparse --data cifar100 …
@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     takes_over_masks = args.sparse and SPARSE_INITS[args.sparse_init].needs_trained_weights
     if args.iters > 1 and args.resume and args.pre_train and not takes_over_masks:
-        raise UsageError("--resume goes on with one run: give its --seed in place of --iters")
+        raise UsageError("--resume continues one run: give its --seed in place of --iters")
     for i in range(1 if args.show_layers or args.dry_run else args.iters):
         one = copy.copy(args)
         one.seed = args.seed + i
@@ -109,7 +109,7 @@ def make_parser() -> flags.RunParser:
     group = arguments.Group(parser, flags.TRAINING)
     group.add_argument("--epochs", type=arguments.positive, default=160, help="of the whole run, cycles included")
     group.add_argument("--batch-size", type=arguments.positive, default=128, help="images per step, over all processes")
-    group.add_argument("--optimizer", choices=OPTIMIZERS, default="sgd", help="rule that changes the weights")
+    group.add_argument("--optimizer", choices=OPTIMIZERS, default="sgd", help="SGD with --momentum, or Adam")
     group.add_argument("--lr", type=arguments.non_negative_float, default=0.1, help="learning rate of pre-training")
     group.add_argument(
         "--nolrsche", action="store_true", help="constant rate; without it, x0.1 at half and three quarters"
@@ -170,7 +170,7 @@ def check(args: argparse.Namespace) -> list[str]:
         UsageError: one sentence about the first contradiction.
     """
     check_data_name(args.data)
-    with torch.device("meta"):  # its name alone is checked: what it has to fit is known once the data are loaded
+    with torch.device("meta"):  # only the name is checked: classes and image size are known once the data are loaded
         build_model(args.model, num_classes=10)
     momentum_is_zero = args.optimizer == "sgd" and args.momentum == 0
     return flags.check(args, momentum_is_zero, has_weights=args.resume is not None)
@@ -232,7 +232,7 @@ def load(args: argparse.Namespace, runtime: Runtime, device: torch.device) -> tu
 def pretrain_lr(args: argparse.Namespace, budget: EpochBudget) -> Callable[[int], float]:
     """Epoch to learning rate in pre-training: ten times smaller at half and at three quarters of it.
 
-    Of one epoch both would be its start, and nothing would be trained at ``--lr``: epoch 0 is no milestone.
+    With a single epoch both would be epoch 0, and nothing would be trained at ``--lr``: so epoch 0 is no milestone.
     """
     epochs = budget.pretrain_epochs
     milestones = [] if args.nolrsche else [milestone for milestone in (epochs // 2, epochs * 3 // 4) if milestone]

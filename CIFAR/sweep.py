@@ -3,9 +3,9 @@
 
 python3 sweep.py --seeds 41 42 43 --methods granet rigl set --out sweeps/first -- --pre_train --cyclic_train --data …
 
-What stands after ``--`` goes to every run, with the run's seed in place of ``{seed}``; what makes a method stands in
-METHODS, comes after it, and so wins. Give the same command again: finished runs are skipped, stopped ones go on where
-they stopped, and failed ones are tried again.
+Flags after ``--`` go to every run, with the run's seed in place of ``{seed}``; a method's own flags (METHODS) follow
+them, and so take precedence. Give the same command again: finished runs are skipped, stopped ones are resumed, and
+failed ones are tried again.
 """
 
 import os
@@ -42,9 +42,9 @@ SECONDS_BETWEEN_LOOKS = 0.1
 
 
 class Method(NamedTuple):
-    """What makes a method: flags, and switches that contradict it and are left out of what all runs share."""
+    """A method's flags, and switches that contradict it and are left out of the shared flags."""
 
-    flags: str  # {density} stands for the --final-density of the run
+    flags: str  # {density} is replaced by the --final-density of the run
     without: tuple[str, ...] = ()
 
 
@@ -66,7 +66,7 @@ METHODS = {
 PLAIN = Method("--pre_train --cycle_rate 0", without=("--cyclic_train",))
 """On top of a method: the same training for the same epochs with its own full schedule, without tickets."""
 METHOD_SWITCHES = ("--sparse", "--fix")
-"""Switches that methods set: left out of what all runs share."""
+"""Switches that methods set: left out of the shared flags."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     Raises:
         UsageError: if a run's flags contradict one another, its folder holds a run with other flags, or something else
-            stands where a log or the report is to go.
+            is where a log or the report is to go.
         FaultError: if runs failed, after all others are done.
     """
     words = list(sys.argv[1:] if argv is None else argv)
@@ -99,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         failed = execute(to_do, args.gpus, stop_signal)
         stopped = stop_signal()
     if stopped:
-        print("sweep.py: stopped: the same command goes on where it stopped", file=sys.stderr)
+        print("sweep.py: stopped: the same command resumes where it stopped", file=sys.stderr)
         sys.exit(128 + stopped)
 
     without_plots = [] if importlib.util.find_spec("matplotlib") else ["--no-plots"]
@@ -111,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """Read what stands before ``--``."""
+    """Read the command line up to ``--``."""
     parser = arguments.Parser(__doc__)
     parser.usage = "%(prog)s --seeds N [N …] --methods NAME [NAME …] [options] -- FLAGS OF main_suptickets.py"
     parser.add_argument(
@@ -158,17 +158,17 @@ class Run:
 
     @property
     def log(self) -> Path:
-        """Where it prints if others run beside it. Not in its folder, which has to be empty when it starts."""
+        """File of its output if others run beside it; not in its folder, which has to be empty when it starts."""
         return self.folder.path.with_suffix(".log")
 
     def command(self) -> list[str]:
-        """What starts it, or goes on with it."""
+        """The command that starts or resumes it."""
         resume = ["--resume", str(self.folder.checkpoint)] if self.folder.checkpoint.is_file() else []
         return [sys.executable, os.path.relpath(SCRIPT), *self.flags, *resume]
 
 
 def planned(method: str, seed: int, shared: Sequence[str], out: Path, control: bool) -> Run:
-    """Make up one run, and check its flags and its folder before anything runs.
+    """Compose one run, and check its flags and its folder before anything runs.
 
     Raises:
         UsageError: if the flags contradict one another, or the folder holds a run with others.
@@ -190,7 +190,7 @@ def planned(method: str, seed: int, shared: Sequence[str], out: Path, control: b
     for switch in METHOD_SWITCHES:
         if getattr(args, switch.removeprefix("--")) and switch not in words:
             raise UsageError(
-                f"{method} cannot be had with --demo or --config of a run with {switch}: give its flags one by one"
+                f"{method} cannot be combined with --demo or --config of a run with {switch}: give its flags one by one"
             )
     main_suptickets.check(args)
     if args.iters > 1:
@@ -220,7 +220,7 @@ def _check_folder(run: Run, identity: dict) -> None:
 def execute(runs: Sequence[Run], gpus: Sequence[str] | None, stop_signal: Callable[[], int]) -> list[Run]:
     """Do the runs one after the other, or one at a time on each GPU; return those that failed.
 
-    A stop signal goes on to the runs at work, which write their checkpoints; no other begins then.
+    A stop signal is passed on to the runs under way, which write their checkpoints; no other is started then.
     """
     waiting, free = deque(runs), deque[str | None](gpus or [None])
     working: dict[subprocess.Popen, tuple[Run, str | None]] = {}

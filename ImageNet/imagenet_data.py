@@ -36,8 +36,8 @@ from sparselearning.training.data import Batch, class_balanced
 
 MEAN = (0.485, 0.456, 0.406)  # of ImageNet's pixels in [0, 1], per channel R, G, B
 STD = (0.229, 0.224, 0.225)
-# What workers need, for the process that they are forked from to import once. Many Pythons ignore "__main__" here: the
-# last entry stands for what the script imports.
+# Modules that workers need, imported once by the process that they are forked from. Many Pythons ignore "__main__"
+# here: the last entry brings what the script imports.
 PRELOADED = ["__main__", "torchvision.datasets", "torchvision.transforms.v2", "sparselearning.training.experiment"]
 LOST_WORKER = ("DataLoader worker", "Pin memory thread")  # how PyTorch's sentences about a worker that died begin
 LAYOUT = "images as DIR/train/CLASS/NAME.JPEG and DIR/val/CLASS/NAME.JPEG"
@@ -240,7 +240,7 @@ def _leave_signals_to_main(_worker: int) -> None:
     """
     main_process = multiprocessing.parent_process()
     assert main_process is not None
-    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # as they are, unless others had started the server
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # as they are, unless something else started the server
     if hasattr(signal, "sigwaitinfo"):
         threading.Thread(target=_exit_when_told_by, args=(main_process.pid,), daemon=True).start()
     else:  # macOS cannot tell who sent a signal
@@ -407,7 +407,7 @@ class FolderLoader:
         except (RuntimeError, MemoryError, EOFError, ConnectionError) as error:
             if isinstance(error, RuntimeError) and not str(error).startswith(LOST_WORKER):
                 raise
-            reason = (str(error).splitlines() or [type(error).__name__])[-1]  # a worker's traceback stands before it
+            reason = (str(error).splitlines() or [type(error).__name__])[-1]  # a worker's traceback comes before it
             raise FaultError(
                 "a process that decodes images died or cannot send them, as a rule because memory or /dev/shm is full: "
                 f"fewer workers need less of both ({reason})"
@@ -526,7 +526,7 @@ def load_imagenet(
     train_files, val_files = ImageFiles(root / "train"), ImageFiles(root / "val")
     _check_classes(train_files, val_files)
     if workers:
-        _worker_context()  # the server's imports take seconds: let them, while this process goes on
+        _worker_context()  # the server's imports take seconds, in which this process continues
 
     def loader(files: ImageFiles, view: View, shuffle: bool, padded: bool) -> FolderLoader:
         return FolderLoader(

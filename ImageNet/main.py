@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Sup-tickets on ImageNet: pre-train a sparse network, harvest cheap tickets, superpose them into one.
+"""Sup-tickets on ImageNet: pre-train a sparse network, collect cheap tickets, superpose them into one.
 
 python main.py --sparse --pre_train --cyclic_train --cyc_lr --bn_update … DIR            one GPU or CPU
 python multiproc.py --nproc_per_node 8 main.py … DIR                                     one machine with many
@@ -153,7 +153,7 @@ def make_parser() -> flags.RunParser:
         "--val-crop-size", type=arguments.positive, default=224, metavar="PIXELS",
         help="side of the centre that is then cut out",
     )  # fmt: skip
-    group.add_argument("--strict-data", action="store_true", help="stop at a damaged image, in place of skipping it")
+    group.add_argument("--strict-data", action="store_true", help="stop at a damaged image instead of skipping it")
     group = arguments.Group(parser, flags.TRAINING)
     group.add_argument(
         "--epochs", type=arguments.positive, help="the whole run; must be the sum of both parts (default: that sum)"
@@ -206,7 +206,7 @@ def make_parser() -> flags.RunParser:
     )
     group = arguments.Group(parser, flags.SPEED, flags.NO_EFFECT, flags.OF_ONE_CALL)
     group.add_argument(
-        "--local_rank", "--local-rank", type=arguments.non_negative, help="number on this machine, from old launchers"
+        "--local_rank", "--local-rank", type=arguments.non_negative, help="rank on this machine, set by old launchers"
     )
     flags.add_run_flags(parser)
     measures = "in place of training"

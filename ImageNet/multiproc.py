@@ -4,7 +4,7 @@
 python multiproc.py --nproc_per_node 2 main.py …
 python multiproc.py --nnodes 2 --node_rank 0 --nproc_per_node 8 --master_addr HOST --master_port 29500 main.py …
 
-All flags of ``torchrun --help`` stand before the script; a ``--master_port`` among the script's arguments counts too.
+All flags of ``torchrun --help`` go before the script; a ``--master_port`` among the script's arguments counts too.
 """
 
 import os

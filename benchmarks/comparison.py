@@ -1,4 +1,4 @@
-"""Two sides measured in turn, their ratio held against bars, and all of it as a table, JSON and a picture."""
+"""Two sides measured in turn, their ratio compared with goals, and all of it as a table, JSON and a picture."""
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -12,7 +12,7 @@ import torch
 from sparselearning.process.files import write_whole
 
 COMMAND = "benchmarks/speed.py"
-"""What files name as the program that wrote them."""
+"""Program name in the files that are written."""
 TITLES = ["what", "this", "reference", "ratio", "to reach"]
 COLUMNS = "{:<42} {:>30} {:>30} {:>23}  {}"
 
@@ -52,7 +52,7 @@ def wait(device: torch.device) -> None:
 
 @dataclass(frozen=True)
 class Bar:
-    """What a row is to reach: at most ``limit``, or at least, for rates.
+    """A goal of a row: at most ``limit``, or at least, for rates.
 
     Attributes:
         limit: of the ratio, or of the figure itself if ``of_figure``.
@@ -127,7 +127,7 @@ class Row:
         return f"{'≥' if self.is_rate else '≤'} {limits}" + (f" {self.unit}" if bar.of_figure else "")
 
     def as_json(self) -> dict[str, Any]:
-        """Everything measured, sample by sample, and what came of it."""
+        """Everything measured, sample by sample, with ratios and verdicts."""
         ratios = self.ratios
         return asdict(self) | {
             "ratio": {"median": median(ratios), "min": min(ratios), "max": max(ratios)},

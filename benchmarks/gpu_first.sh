@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What a first ten minutes on a GPU are for: one verdict a line, in this order. Without a GPU it is a rehearsal.
+# What to check in the first ten minutes on a GPU: one verdict a line, in this order. Without a GPU it is a rehearsal.
 #
 #   benchmarks/gpu_first.sh [FOLDER]      logs and runs go to FOLDER (default: a temporary one)
 #
@@ -69,7 +69,7 @@ print("every weight, statistic and mask is equal")
 PYTHON
 }
 
-# Stop a run after its first checkpoint, as Ctrl-C does, and go on with it.
+# Stop a run after its first checkpoint, as Ctrl-C does, and resume it.
 stopped_and_resumed() {
     "${run[@]}" --save "$out/stopped" &
     local process=$!

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""How fast training and prediction with active weights alone are on this CPU, beside what else there is.
+"""How fast training and prediction with active weights alone are on this CPU, beside the alternatives.
 
 python benchmarks/sparse.py --out sparse.json --plot sparse.png             everything: some hours
 python benchmarks/sparse.py --networks ResNet18 --densities 0.1 0.05 --batches 64 --references dense
@@ -196,7 +196,7 @@ def straightforward(weight: Tensor, padded: Tensor, target: Tensor) -> Callable[
     Args:
         weight: [outputs, channels, k, k], odd k.
         padded: [channels, rows + k - 1, columns + k - 1, images], zero at the borders.
-        target: [outputs, rows, columns + k - 1, images]; the last columns are left with what nobody reads.
+        target: [outputs, rows, columns + k - 1, images]; the last columns hold values that are not used.
     """
     from numba import njit
 

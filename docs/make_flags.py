@@ -32,8 +32,8 @@ TOOLS = ("CIFAR/sweep.py",)
 ESCAPED = str.maketrans({"|": r"\|", "*": r"\*", "\n": " "})
 HEAD = """# All flags
 
-Made from the parsers by `python docs/make_flags.py`, in the words of `--help`. What stands without a default is off, or
-not set, unless given. The scripts of `benchmarks/` and `experiments/` list theirs with `--help`.
+Made from the parsers by `python docs/make_flags.py`, in the words of `--help`. A flag without a default is off, or not
+set, unless given. The scripts of `benchmarks/` and `experiments/` list theirs with `--help`.
 """
 
 
@@ -79,7 +79,7 @@ def parser_of(script: str) -> argparse.ArgumentParser:
 
 
 def _section(title: str, parser: argparse.ArgumentParser, shared: Mapping[str, Any] = MappingProxyType({})) -> str:
-    """A heading, and a table for each group of flags; those of no group stand first.
+    """A heading, and a table for each group of flags; those of no group come first.
 
     Args:
         title: of the section.

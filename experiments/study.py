@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Do the runs of RESULTS.md, keep what they say in results/, and fill in the tables of the pages and their picture.
+"""Do the runs of RESULTS.md, keep their records in results/, and fill in the tables of the pages and their picture.
 
 python3 experiments/study.py cifar100-10k            # some hours of a CPU
 python3 experiments/study.py cifar100 --gpus 0 1     # the README's lines for ResNet50, one run per GPU at a time
 python3 experiments/study.py claim --prepare         # its part of the data, study/cifar100-claim.npz, and nothing else
 
-Give the same command again: finished runs are skipped, stopped ones go on where they stopped.
+Give the same command again: finished runs are skipped, stopped ones are resumed.
 """
 
 import argparse
@@ -48,8 +48,8 @@ class Experiment(NamedTuple):
     Attributes:
         methods: names in ``sweep.METHODS``.
         control: train plainly beside them, too.
-        flags: on top of the study's; ``{before}`` stands for the folder of the study's experiments, ``{seed}`` for the
-            run's seed.
+        flags: on top of the study's; ``{before}`` is replaced by the folder of the study's experiments, ``{seed}`` by
+            the run's seed.
         without: the study's switches to leave out.
         seeds: in place of the study's.
         analysis: in place of the study's.
@@ -348,10 +348,10 @@ def runs_under(folder: Path) -> list[Path]:
 
 
 def collect(source: Path, target: Path) -> None:
-    """Copy what finished runs say, but no networks, nor how to build them.
+    """Copy the records of finished runs, but no networks, nor how to build them.
 
     Raises:
-        UsageError: if anything but an earlier copy stands there.
+        UsageError: if anything but an earlier copy is there.
     """
     for path in runs_under(source):
         run, kept = RunFolder(path), RunFolder(target / path.relative_to(source))
@@ -405,7 +405,7 @@ def filled(text: str) -> str:
 
 
 def gains(text: str) -> dict[str, list[Group]]:
-    """What the picture of a page shows: the runs of each ``headline``, under the heading that it stands below."""
+    """What the picture of a page shows: the runs of each ``headline``, under its heading."""
     settings: dict[str, list[Group]] = {}
     title = ""
     for match in re.finditer(r"^#+ (?P<title>.*)$|<!-- headline (?P<folders>[^>]*?) -->", text, re.MULTILINE):

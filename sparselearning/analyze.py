@@ -48,7 +48,7 @@ from sparselearning.training.progress import print_notes
 from sparselearning.training.scripts import Script, script_of
 
 MADE_BY = "analyze_tickets.py"
-"""What ``--save-network`` writes says so: the former name of this command."""
+"""Mark in the files of ``--save-network``: the former name of this command."""
 
 
 def main(argv: Sequence[str] | None = None, otherwise: Script | None = None) -> None:
@@ -188,7 +188,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 REPLACED = {"superposing_method", "CIMA_factor", "final_density", "update_bn", "data", "data_dir", "no_cuda"}
-"""Flags of the run that the command line may give anew."""
+"""Flags of the run that the command line may replace."""
 
 
 def two_or_more(text: str) -> int:
@@ -199,7 +199,7 @@ def two_or_more(text: str) -> int:
 
 
 def rebuilt_flags(given: argparse.Namespace, otherwise: Script | None) -> tuple[Run, Script, argparse.Namespace]:
-    """Find the run and its script, and return its flags, those that the user gives anew in their place.
+    """Find the run and its script, and return its flags, with those that the user replaces.
 
     Raises:
         UsageError: if there is no run, or more than one, or its script has no such flag.
@@ -216,7 +216,7 @@ def rebuilt_flags(given: argparse.Namespace, otherwise: Script | None) -> tuple[
     anew = {name: value for name, value in flags.values(given).items() if name in REPLACED}
     known = {action.dest for action in parser._actions}
     if unknown := [name for name in anew if name not in known]:
-        raise UsageError(f"the script of the run in {run.folder.path} has no flag {unknown[0]} to give anew")
+        raise UsageError(f"the script of the run in {run.folder.path} has no flag {unknown[0]} to replace")
     return run, script, flags.of_run(parser, {**run.flags, **anew}, str(source))
 
 

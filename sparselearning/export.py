@@ -3,11 +3,11 @@
 python -m sparselearning.export RUN OUT.safetensors
 python -m sparselearning.export RUN OUT.safetensors --fold-bn --onnx OUT.onnx
 
-The packed file, version 1, is a safetensors file. Each entry of the state dict that takes fewer bytes so is stored
+The packed file, version 1, is a safetensors file. Each entry of the state dict that is then smaller is stored
 as two tensors: ``NAME.values``, its non-zero values in row-major order, and ``NAME.positions`` (uint8), one bit per
 weight in the same order, lowest bit first, set where a value is stored. All others are stored as they are. The
 metadata are texts in JSON: ``format_version``, ``shapes`` (every entry's, in the order of the state dict),
-``densities`` (of the packed entries), and what is known of ``model``, ``data``, ``network`` and ``folded_batchnorms``.
+``densities`` (of the packed entries) and, as far as known, ``model``, ``data``, ``network`` and ``folded_batchnorms``.
 
 ONNX has no sparse weights that its runtimes compute with: the ONNX file is as large and as fast as a dense network's.
 """
@@ -44,7 +44,7 @@ TOLERANCE = 1e-4  # of logits, where the largest logit is 1 or less; else of log
 
 
 def save_sparse(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
-    """Write a state dict, with only the non-zero values of whatever becomes smaller so.
+    """Write a state dict, with only the non-zero values of every entry that is then smaller.
 
     Args:
         path: written atomically.

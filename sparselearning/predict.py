@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Predict the class of every image.
 
     Raises:
-        UsageError: if the network or the images cannot be used, or a file stands in the output's place.
+        UsageError: if the network or the images cannot be used, or another file is where the output goes.
         FaultError: if a file is damaged or cannot be written.
     """
     parser = arguments.Parser(__doc__)
@@ -248,7 +248,7 @@ class ImageArray:
         return self.pixels[number]
 
     def name(self, number: int) -> str:
-        """What stands for an image in the output."""
+        """Name of an image in the output."""
         return str(number)
 
 
@@ -277,7 +277,7 @@ class ImageFolder:
         return image
 
     def name(self, number: int) -> str:
-        """What stands for an image in the output."""
+        """Name of an image in the output."""
         return self.files[number].name
 
 

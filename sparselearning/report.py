@@ -87,7 +87,7 @@ def check_out(folder: Path) -> None:
     """Check that a report there replaces nothing but an earlier one.
 
     Raises:
-        UsageError: if another file, or anything else, stands where one of :data:`MARKS` may go.
+        UsageError: if something else is where one of the files in :data:`MARKS` may go.
     """
     for name, mark in MARKS.items():
         check_output(folder / name, mark)

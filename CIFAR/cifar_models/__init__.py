@@ -48,7 +48,7 @@ def build_model(name: str, num_classes: int, in_channels: int = 3, image_size: i
 
     It maps images B x in_channels x H x W to logits B x num_classes. The lenets need H = W = image_size;
     all others pool globally and take any size. First weights are those of the published scripts: each family's
-    stand beside its definition, and what it does not name keeps PyTorch's default. The first parameter is the
+    are beside its definition, and layers that it does not name keep PyTorch's default. The first parameter is the
     first layer's weight, and the last one with two dimensions is the classifier's.
 
     Raises:

@@ -14,9 +14,9 @@ from sparselearning.process.errors import UsageError
 def fold_batchnorms(
     network: nn.Module, fold: Callable[[nn.Conv2d, nn.BatchNorm2d], nn.Module] = fuse_conv_bn_eval
 ) -> fx.GraphModule:
-    """Return the network in evaluation mode with every BatchNorm2d folded into the convolution that feeds it alone.
+    """Return the network in evaluation mode with every BatchNorm2d folded into the convolution before it.
 
-    A BatchNorm after anything else, or after a convolution whose output or weights serve twice, stays. Zero weights
+    A BatchNorm after anything else, or after a convolution whose output or weights are used twice, stays. Zero weights
     stay zero. The result depends on the architecture alone in its structure and names: to use a packed file with
     folded BatchNorms, load it into ``fold_batchnorms`` of a newly built network.
 

@@ -1,7 +1,7 @@
-"""Prediction with active weights alone: BatchNorms folded, sums and ReLU done where a layer writes its output.
+"""Prediction with active weights alone: BatchNorms folded, sums and ReLU fused into the layers before them.
 
-A network becomes a graph of its layers (``torch.fx``). In it, convolutions and large linear layers give way to
-:class:`SparseLayer`, BatchNorms that cannot be folded to :class:`ScaledPlanes`; all else is PyTorch's own.
+A network becomes a graph of its layers (``torch.fx``). In it, convolutions and large linear layers are replaced by
+:class:`SparseLayer`, BatchNorms that cannot be folded by :class:`ScaledPlanes`; all else stays as it is.
 """
 
 import copy
@@ -36,7 +36,7 @@ from sparselearning.execution.network import (
 from sparselearning.process.errors import UsageError
 
 LARGEST_LINEAR_DENSITY = 0.5
-"""Density of a linear layer up to which leaving out the other weights pays."""
+"""Density of a linear layer up to which sparse computation is faster."""
 IMAGES_AT_ONCE = 8
 """Images for each thread that go through the network together, where it treats each by itself: what lies between two
 layers is then found in a cache."""
@@ -46,7 +46,7 @@ class SparseInference(nn.Module):
     """A network for prediction alone: always in evaluation mode, without gradients.
 
     Args:
-        network: is used up.
+        network: changed, and kept.
         by_image: whether it surely treats each image by itself, so that a large batch may go through it in parts.
     """
 
@@ -160,7 +160,7 @@ def _scale_and_shift(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
 
 
 def _replacement(module: nn.Module) -> nn.Module | None:
-    """What is to stand in a layer's place; None: the layer itself."""
+    """The layer that replaces a layer; None: it stays."""
     shape = kernel_shape(module)
     if shape is not None:
         assert isinstance(module, nn.Conv2d | nn.Linear)
@@ -198,7 +198,7 @@ def _is_by_image(graph: fx.GraphModule, node: fx.Node) -> bool:
 
 
 def _fuse(graph: fx.GraphModule, node: fx.Node) -> None:
-    """Let a layer do the sum and the ReLU, too, that its output goes through and nothing else reads before."""
+    """Fuse a sum and a ReLU that alone read a layer's output into the layer."""
     added, relu = None, False
     sums = _only_user(node)
     if sums is not None and sums.prev is node and sums.target in SUMS and len(sums.args) == 2 and not sums.kwargs:
@@ -244,7 +244,7 @@ class SparseLayer(nn.Module):
         self._kernels: dict[Any, Any] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        """All but the kernels, which know where in memory their lists lie."""
+        """All but the kernels, which hold addresses of their lists."""
         return {**self.__dict__, "_kernels": {}}
 
     def forward(self, inputs: Tensor, added: Tensor | None = None, relu: bool = False) -> Tensor:

@@ -1,7 +1,7 @@
 """Memory for activations, kept from pass to pass.
 
-What PyTorch frees of large tensors goes back to the system at once, and what comes from the system is cleared page by
-page when it is first written to: in a step of ResNet50 a fifth of the time.
+PyTorch returns the memory of large tensors to the system at once, and the system clears new memory page by page when it
+is first written to: a fifth of the time of a ResNet50 step.
 """
 
 import math
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 LEAST = 1 << 18
-"""Numbers of the smallest tensor whose memory is kept; what is smaller ``malloc`` keeps."""
+"""Numbers of the smallest tensor whose memory is kept here; smaller blocks ``malloc`` keeps."""
 LARGEST_WASTE = 2
 """How many times too large a block may be, such as that of a whole batch for an epoch's last one."""
 
@@ -23,13 +23,13 @@ _pass = 0
 
 
 def begin_pass() -> None:
-    """Count a pass through a network: what was given back before may go when there is need of other sizes."""
+    """Count a pass through a network: blocks that were given back before may be dropped when other sizes are needed."""
     global _pass
     _pass += 1
 
 
 def empty(shape: Sequence[int], strides: Sequence[int]) -> Tensor:
-    """Uninitialised float32 numbers, dense in memory; the memory is used anew once no tensor is left of it."""
+    """Uninitialised float32 numbers, dense in memory; the memory is reused once no tensor holds it."""
     numbers = math.prod(shape)
     if numbers < LEAST:
         return torch.empty_strided(tuple(shape), tuple(strides))
@@ -39,19 +39,19 @@ def empty(shape: Sequence[int], strides: Sequence[int]) -> Tensor:
         block = torch.empty(numbers)
     lent = block.numpy()
     weakref.finalize(lent, _give_back, block).atexit = False
-    # Not by a storage object of Python's: with one about, autograd does not sum up gradients in place.
+    # Without a Python storage object: while one exists, autograd does not sum up gradients in place.
     return torch.ops.aten.set_.source_Tensor_storage_offset(
         torch.empty(0), torch.from_numpy(lent), 0, list(shape), list(strides)
     )
 
 
 def _give_back(block: Tensor) -> None:
-    # Without the lock, for this may interrupt who holds it.
+    # Without the lock: this may interrupt the thread that holds it.
     _free.setdefault(block.numel(), []).append((_pass, block))
 
 
 def _take(numbers: int) -> Tensor | None:
-    """The smallest free block that does; of equal ones the last given back, which a cache may still hold."""
+    """The smallest free block that is large enough; of equal ones the last given back, which a cache may still hold."""
     with _taking:
         for size in (numbers, *sorted(_free)):
             if numbers <= size <= LARGEST_WASTE * numbers and _free.get(size):
@@ -60,7 +60,7 @@ def _take(numbers: int) -> Tensor | None:
 
 
 def _drop_old() -> None:
-    """Let go of the free blocks of earlier passes."""
+    """Drop the free blocks of earlier passes."""
     with _taking:
         for blocks in list(_free.values()):
             blocks[:] = [(when, block) for when, block in blocks if when >= _pass]

@@ -1,7 +1,7 @@
 """A network that computes with active weights alone, in place of the masked one, on CPUs.
 
 The user's model runs as it is. While it does, the functions that it calls are watched: those that read a masked weight,
-and those that would lose the layout of activations, are replaced (:data:`REPLACEMENTS`); all others are PyTorch's own.
+and those that would lose the layout of activations, are replaced (:data:`REPLACEMENTS`); all others are unchanged.
 """
 
 import weakref
@@ -32,7 +32,7 @@ from sparselearning.sparse.costs import inference_flops, layer_densities
 from sparselearning.sparse.masking import Masking
 
 LARGEST_SHARE = 0.45
-"""Share of the dense FLOPs up to which leaving out the others pays, on all networks and processors measured."""
+"""Share of the dense FLOPs up to which sparse computation is faster, on all networks and processors measured."""
 
 
 class SparseNetwork(nn.Module):
@@ -77,8 +77,8 @@ class SparseNetwork(nn.Module):
         self._names: dict[Tensor, str] = {weight: name for name, weight in weights.items() if weight.dim() in (2, 4)}
         self._layer_flops = layer_flops
         self._pays: dict[bool, _Latest[bool]] = {}
-        # With gradients and without, of each layer. Those without are made anew after training: PyTorch's fused
-        # optimizers do not tell when they write to a weight.
+        # With gradients and without, of each layer. Those without are made again after training: PyTorch's fused
+        # optimizers do not raise a weight's version when they write to it.
         self._lists: dict[bool, dict[str, _Latest[ActiveWeights]]] = {True: {}, False: {}}
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -102,7 +102,7 @@ class SparseNetwork(nn.Module):
         if self._layer_flops is None:
             return True
         if torch.is_grad_enabled() and self.wants_dense_gradients:
-            return False  # dense gradients take the time of a dense step, and PyTorch has the layout for them
+            return False  # dense gradients take a dense step's time anyway, and are faster in PyTorch's layout
         active, layer_flops = self._active_entries(), self._layer_flops
 
         def pays() -> bool:
@@ -132,7 +132,7 @@ class SparseNetwork(nn.Module):
         return isinstance(weight, Tensor) and weight in self._names
 
     def active(self, weight: Tensor, shape: Shape) -> ActiveWeights:
-        """Active weights of a layer, sorted anew only when they may have changed."""
+        """Active weights of a layer, sorted again only when they may have changed."""
         name = self._names[weight]
         entries = self._active_entries()[name]
         trains = torch.is_grad_enabled()
@@ -151,7 +151,7 @@ class SparseNetwork(nn.Module):
 
 
 class _Latest(Generic[Made]):
-    """Something that is made anew once what it was made from has changed."""
+    """Something that is made again once what it was made from has changed."""
 
     def __init__(self) -> None:
         self._state: Any = None
@@ -165,7 +165,7 @@ class _Latest(Generic[Made]):
 
 
 def _state(entries: Tensor) -> Any:
-    """What differs after every change; tensors of inference mode count none, and may always have changed."""
+    """A value that differs after every change; inference tensors have no version, and may always have changed."""
     return entries.data_ptr(), object() if entries.is_inference() else entries._version
 
 
@@ -197,7 +197,7 @@ class _Watch(TorchFunctionMode):
         super().__exit__(*exception)
 
     def write(self, arguments: Iterable[Any]) -> None:
-        """Write what was put off of all tensors among these arguments, now that they may be read."""
+        """Write all BatchNorm outputs among these arguments that were put off, now that they may be read."""
         for argument in arguments:
             if (norm := self.take_over(argument)) is not None:
                 norm.sequel.relu = False
@@ -215,7 +215,7 @@ class _Watch(TorchFunctionMode):
         return outputs
 
     def leave_unwritten(self, outputs: Tensor, norm: Norm) -> None:
-        """Leave it so for good, unless something else reads it."""
+        """Leave it unwritten for good, unless something else reads it."""
         self.unwritten[id(outputs)] = weakref.ref(outputs), norm
 
     def take_over(self, outputs: Any) -> Norm | None:
@@ -237,7 +237,7 @@ def _tensors(arguments: Any) -> Iterator[Tensor]:
 
 
 # ------------------------------------------------------------------------------------------- replacements
-# Each takes the arguments of the function that it stands for, and returns NotImplemented where that one is to run.
+# Each takes the arguments of the function that it replaces, and returns NotImplemented where that one is to run.
 
 
 def _conv2d(
@@ -275,7 +275,7 @@ def convolution_shape(
 
 
 def _fit(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether kernels, which read addresses and nothing else, can compute with these; if not, PyTorch is to judge."""
+    """Whether kernels, which read addresses and nothing else, can compute with these; if not, PyTorch is called."""
     return (
         inputs.numel() > 0
         and inputs.shape[1] == weight.shape[1]
@@ -285,7 +285,7 @@ def _fit(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
 
 
 def is_readable(*tensors: Tensor | None) -> bool:
-    """Whether all of these, but for None, are of numbers that kernels read."""
+    """Whether all of these, but for None, are float32 on the CPU, as kernels read."""
     return all(one is None or (one.dtype == torch.float32 and one.device.type == "cpu") for one in tensors)
 
 
@@ -381,9 +381,9 @@ REPLACEMENTS: Mapping[Any, Callable[..., Any]] = {
     Tensor.add_: _add_in_place,
     **{function: _by_channel(function) for function in POOLINGS},
 }
-"""Function to what stands for it."""
+"""Function to its replacement."""
 
 READ_NO_NUMBERS: set[Any] = {Tensor.dim, Tensor.numel, Tensor.size, Tensor.stride}
 """Functions that read and write no numbers of a tensor."""
 LEAVE_UNWRITTEN: set[Any] = {F.relu, Tensor.__iadd__, Tensor.add_}
-"""Functions that take care of a BatchNorm's output that is still to be written."""
+"""Functions whose replacements handle a BatchNorm's output that is still to be written."""

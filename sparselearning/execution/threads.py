@@ -2,7 +2,7 @@
 
 PyTorch's operations on a CPU run on the threads of an OpenMP library that it brings along. Were kernels to bring
 threads of their own, the two pools would wait for work by spinning on each other's cores. So a kernel is handed to the
-very library that PyTorch uses; where that one cannot be found, a few plain threads do.
+very library that PyTorch uses; where that one cannot be found, plain threads take its place.
 """
 
 import ctypes
@@ -34,7 +34,7 @@ _FUNCTION = ctypes.CFUNCTYPE(None, ctypes.c_int64)
 
 @cache
 def _starter() -> Start:
-    """How to start threads here."""
+    """The function that starts threads on this machine."""
     return _openmp() or _threads
 
 

@@ -1,4 +1,4 @@
-"""What is known about the tickets of a run, as typed values: ``analysis/analysis.json``.
+"""The analysis of a run's tickets, as typed values: ``analysis/analysis.json``.
 
 ``sparselearning.analyze`` measures and writes it; tables, pictures and reports read it.
 """
@@ -10,7 +10,7 @@ from itertools import pairwise
 from sparselearning.process.schema import Amount, Count, Mismatch, Ordinal, Record, Share, Unbounded
 
 ENSEMBLE = "logit ensemble"
-"""Name of the network that is none: the mean of the tickets' logits."""
+"""Name of the row that is no network: the mean of the tickets' logits."""
 MOVING_AVERAGE = "moving average"
 """Name of the moving average of all steps' weights (``--ema``)."""
 TEST_SET, HELD_OUT = "test set", "held-out part of the training set"
@@ -65,8 +65,8 @@ class Quality(Record):
         accuracy: in [0, 1].
         loss: mean per sample, the negative log-likelihood of the labels in nats.
         ece: expected calibration error, in [0, 1]; None in analyses of earlier versions.
-        corrupted: accuracy on corrupted pictures, by the name of the corruption; None if nobody has looked.
-        held_out_accuracy: on the training images that choices are made on; None if those are what all is measured on,
+        corrupted: accuracy on corrupted pictures, by the name of the corruption; None if not measured.
+        held_out_accuracy: on the training images that choices are made on; None if everything is measured on those,
             or there are none.
     """
 
@@ -79,7 +79,7 @@ class Quality(Record):
 
 @dataclass(frozen=True, kw_only=True)
 class NetworkRow(Quality):
-    """What a ticket, a superposition or the ensemble is worth, and how many forward passes that takes."""
+    """Quality of a ticket, a superposition or the ensemble, and the forward passes that a prediction takes."""
 
     name: str
     density: Share
@@ -92,7 +92,7 @@ class Pairs(Record):
 
     Attributes:
         overlap: of masks (Jaccard).
-        disagreement: share of images predicted unlike.
+        disagreement: share of images whose predicted classes differ.
         kl: KL(row ‖ column) of predictions, in nats.
         names: of rows and columns.
     """
@@ -133,16 +133,16 @@ class LayerRow(Record):
 
 @dataclass(frozen=True, kw_only=True)
 class Line(Record):
-    """A straight walk from one network to another.
+    """Networks on the straight line from one network to another.
 
     Attributes:
         from_: name of the network where ``share`` is 0.
         to: name of the network where it is 1.
-        share: of the way, at each point.
-        accuracy: there.
-        loss: there.
-        accuracy_barrier: how far accuracy gets, at worst, below the straight line between the ends.
-        loss_barrier: how far loss gets above it.
+        share: of the way, at each point, in [0, 1].
+        accuracy: at each point.
+        loss: at each point.
+        accuracy_barrier: how far accuracy falls, at most, below the line between its values at the ends.
+        loss_barrier: how far loss rises, at most, above that line.
     """
 
     from_: str

@@ -12,11 +12,11 @@ from sparselearning.reporting import plots
 from sparselearning.reporting.analysis import ENSEMBLE, MOVING_AVERAGE, Analysis
 
 ABOVE: Any = {"loc": "lower center", "bbox_to_anchor": (0.5, 1), "ncols": 2, "frameon": False}
-"""Place of a legend that no point may hide under."""
+"""Place of a legend that hides no point."""
 
 
 def save_all(results: Analysis, out: Path) -> None:
-    """Write every picture there is something for, as PNG and SVG."""
+    """Write a picture of every part that was measured, as PNG and SVG."""
     for name, draw in FIGURES.items():
         if getattr(results, name):
             plots.save(draw(results), out / name)

@@ -1,4 +1,4 @@
-"""What an analysis of tickets found out, as tables for people."""
+"""The analysis of tickets as tables for people."""
 
 from collections.abc import Sequence
 
@@ -19,7 +19,7 @@ def columns(rows: Sequence[Sequence[str]]) -> str:
 
 
 def networks_table(results: Analysis) -> str:
-    """What each ticket, each superposition and the ensemble are worth, and how many forward passes that takes."""
+    """Quality and forward passes of each ticket, each superposition and the ensemble."""
     more = more_figures(results.networks)
     header = ("network", "accuracy", "loss", *more, "density", "forward passes")
     rows = [
@@ -79,7 +79,7 @@ def lines_table(lines: Sequence[Line]) -> str:
 
 
 def grid_table(rows: Sequence[GridRow], part: str) -> str:
-    """What every average is worth, with averaged and with re-estimated BatchNorm statistics."""
+    """Quality of every average, with averaged and with re-estimated BatchNorm statistics."""
     tables = []
     for title, qualities in (
         ("average, BatchNorm averaged", [row.bn_averaged for row in rows]),

@@ -1,4 +1,4 @@
-"""Where the networks of a run are measured: its kept tickets, and what is superposed from them anew."""
+"""Where the networks of a run are measured: its kept tickets, and new superpositions of them."""
 
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -60,11 +60,11 @@ class Network(NamedTuple):
     name: str
     state: State
     masks: dict[str, Tensor]  # of the maskable weights, bool
-    epoch: int  # at whose end it, or the last of what is in it, was taken
+    epoch: int  # at whose end it, or its last member, was taken
 
 
 Finish = Callable[[Network], Network]
-"""What is done with a network that was just superposed, about its BatchNorm statistics."""
+"""What is done about the BatchNorm statistics of a new superposition."""
 
 
 def as_it_is(network: Network) -> Network:
@@ -209,7 +209,7 @@ class Bench:
         return Network(name, state, masks, saved.epoch - 1)
 
     def predict(self, state: State) -> Predictions:
-        """Predictions of a network, in eval mode, on all images that it may be judged by."""
+        """Predictions of a network, in eval mode, on all images that it is measured on."""
         choosing = self.held_out if self.held_out is not self.measured else None
         return Predictions(
             measured=self.logits(state, self.measured),
@@ -246,7 +246,7 @@ class Bench:
     def row(
         self, networks: Sequence[Network], predictions: Mapping[str, Predictions], maskable: Iterable[str]
     ) -> NetworkRow:
-        """What one network is worth, or the ensemble of several: the mean of their logits."""
+        """Quality of one network, or of the ensemble of several: the mean of their logits."""
         together = Predictions.mean([predictions[network.name] for network in networks])
         weights = [network.state[name] for network in networks for name in maskable]
         return NetworkRow(
@@ -263,10 +263,10 @@ class Bench:
     def line(
         self, a: Network, b: Network, points: int, predictions: Mapping[str, Predictions], bn_epoch: int | None = None
     ) -> Line:
-        """Walk straight from one network to another, at equal distances; both ends count as points.
+        """Measure networks at equal distances on the straight line from one network to another, both ends included.
 
-        The barrier is how far the walk gets, at worst, below (accuracy) or above (loss) the straight line between the
-        figures of its two ends; 0: nowhere.
+        The barrier is how far they get, at most, below (accuracy) or above (loss) the straight line between the
+        figures of the two ends; at least 0.
 
         Args:
             a: where ``share`` is 0.

@@ -1,4 +1,4 @@
-"""Pictures made worse, to see what a network loses by it: three plain corruptions, each of one fixed severity.
+"""Corrupted images, to measure robustness: three plain corruptions, each of one fixed severity.
 
 They follow the corruptions of those names in Hendrycks & Dietterich 2019, and are the same in every call, for any
 size of batch and on every device: pixels lie in [0, 1] before and after, from black to white.
@@ -43,7 +43,7 @@ def blur(images: Tensor, first: int) -> Tensor:
 
 
 def contrast(images: Tensor, first: int) -> Tensor:
-    """Draw the pixels of each channel towards their mean."""
+    """Move the pixels of each channel towards their mean."""
     mean = images.mean(dim=(2, 3), keepdim=True)
     return mean + CONTRAST * (images - mean)
 

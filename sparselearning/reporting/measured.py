@@ -39,20 +39,20 @@ def averages_cells(groups: Sequence[Group]) -> dict[str, Cells]:
 
     A table per measure, by heading: accuracy; negative log-likelihood and calibration; accuracy on corrupted pictures.
     """
-    looked_at = [group for group in groups if _is_analysed(group)]
-    titles = dict.fromkeys(title for group in looked_at for run in group.runs for title in _networks(run))
-    parts = {run.analysis.evaluated_on.part for group in looked_at for run in group.runs if run.analysis}
+    analysed = [group for group in groups if _is_analysed(group)]
+    titles = dict.fromkeys(title for group in analysed for run in group.runs for title in _networks(run))
+    parts = {run.analysis.evaluated_on.part for group in analysed for run in group.runs if run.analysis}
     tables = {}
     for measure in MEASURES:
         rows = [Column(title, title, partial(_average, title, measure.value), measure.digits) for title in titles]
-        cells = _column_per_group(measure.title.format(" or ".join(sorted(parts))), looked_at, rows)
+        cells = _column_per_group(measure.title.format(" or ".join(sorted(parts))), analysed, rows)
         if cells:
             tables[measure.heading] = cells
     return tables
 
 
 def _column_per_group(title: str, groups: Sequence[Group], rows: Sequence[Column]) -> Cells:
-    """A table on its side: each figure that some group has in a row; nothing where there is no such figure."""
+    """A transposed table: a row for each figure that some group has; empty if there is none."""
     known = [row for row in rows if any(row.spread(group) for group in groups)]
     cells = [[row.title, *(row.text(row.spread(group), " ± ", "-") for group in groups)] for row in known]
     return [[title, *(group.label for group in groups)], *cells] if cells else []
@@ -283,8 +283,8 @@ def _difference(measure: Measure, group: Group, ours: Place, theirs: Place | Non
 
 def distances_cells(groups: Sequence[Group]) -> Cells:
     """How far apart kept tickets are, the network that they start from included, where that was measured."""
-    looked_at = [group for group in groups if _is_analysed(group)]
-    return _column_per_group("between tickets, the first network included", looked_at, DISTANCES)
+    analysed = [group for group in groups if _is_analysed(group)]
+    return _column_per_group("between tickets, the first network included", analysed, DISTANCES)
 
 
 def _over_pairs(measure: Callable[[Pairs], Matrix], scale: float = 1.0) -> Figure:
@@ -302,7 +302,7 @@ def _over_pairs(measure: Callable[[Pairs], Matrix], scale: float = 1.0) -> Figur
 
 
 def _middle(group: Group, run: Run) -> float | None:
-    """By how many points the middle of a line is above the better of its ends; None if nobody looked there."""
+    """By how many points the middle of a line is above the better of its ends; None if that was not measured."""
     assert run.analysis is not None
     gains = []
     for line in run.analysis.steps():

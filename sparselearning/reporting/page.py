@@ -1,6 +1,6 @@
 """Reports as one page for a browser: tables that a click sorts, pictures, and the flags of every run.
 
-The page is one file and loads nothing: its policy for content forbids all but its own style and script.
+The page is one file and loads nothing: its Content-Security-Policy forbids all but its own style and script.
 """
 
 import base64
@@ -23,7 +23,7 @@ from sparselearning.reporting.tables import (
 )
 
 MARK = f'<meta name="generator" content="{DRAWN_BY}">'
-"""What every page holds near its beginning."""
+"""Every page has it near its beginning."""
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1c1e21; --paper: #fff; --faint: #6a6f76; --rule: #d9dce0; --hover: #f1f4f8 }

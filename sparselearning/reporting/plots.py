@@ -44,7 +44,7 @@ DIPS = "(the density dips where an epoch ends with an update: what grows starts 
 DENSITY_TICKS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 1)
 WIDTH = 6.4  # inches
 LABEL_WIDTH, NOTE_WIDTH = 34, 130  # characters
-MANY = 12  # groups, from which on they have to move together
+MANY = 12  # groups: more of them are drawn closer together
 STYLE: Any = [
     "default",
     {
@@ -77,7 +77,7 @@ def run_figures(run: Run) -> dict[str, Figure]:
 
 
 def save(figure: Figure, stem: Path) -> str:
-    """Write ``stem.png`` and ``stem.svg``; return what stands in the latter.
+    """Write ``stem.png`` and ``stem.svg``; return the latter's text.
 
     Raises:
         FaultError: if the disk refuses.
@@ -171,7 +171,7 @@ def _density_dips(run: Run) -> bool:
 def _draw_learning_rate(axes: Axes, run: Run) -> None:
     """Draw the rate of every step, and on it what short runs recorded of each epoch's last step."""
     cycle_lr, times = run.config.cycle_lr, np.linspace(0, 1, 201)
-    cycles = _cycles(run)[: len(run.tickets)]  # of an unfinished one, nobody knows the length
+    cycles = _cycles(run)[: len(run.tickets)]  # the length of an unfinished one is unknown
     if cycle_lr is not None:
         rates = [cyclic_lr(t % 1, *cycle_lr) for t in times]
         for start, end in cycles:
@@ -337,7 +337,7 @@ def gains(settings: Mapping[str, Sequence[Group]]) -> Figure:
 
 
 def _notes_below(figure: Figure, notes: Sequence[str]) -> None:
-    """Write what the numbers of labels stand for below all panels."""
+    """Explain the numbers of labels below all panels."""
     nothing = [Line2D([], [], linestyle="none") for _ in notes]
     legend_below = figure.legend(
         nothing, notes, loc="outside lower left", handlelength=0, handletextpad=0, labelspacing=0.25, frameon=False,
@@ -385,7 +385,7 @@ def _shade_cycles(axes: Axes, run: Run) -> None:
 
 
 def _dot(run: Run) -> str:
-    """Mark single epochs as long as there is room."""
+    """Marker of single epochs, if there are few."""
     return "." if len(run.metrics) <= 50 else ""
 
 

@@ -33,7 +33,7 @@ MARKS_OF_EARLIER_SCRIPTS = {
     flags.ABOUT_MASKS: ["density"],
     flags.ABOUT_TICKETS: ["cycle_rate", "cyclic_epochs", "pretrain_epoch"],
 }  # fmt: skip
-"""Of runs of earlier versions, whose ``config.json`` has none."""
+"""Marks of the scripts' own flags in runs of earlier versions, whose ``config.json`` has none."""
 SET_ASIDE = re.compile(r"\.old-\d+$")
 SEED_FOLDER = re.compile(r"(?<![^/\\])seed\d+(?![^/\\])")
 
@@ -49,7 +49,7 @@ class Run:
         metrics: one row per finished epoch, at least one.
         tickets: one row per ticket.
         summary: None as long as the run is unfinished.
-        analysis: what ``sparselearning.analyze`` found out about its tickets; None if nobody has looked.
+        analysis: what ``sparselearning.analyze`` measured of its tickets; None if it has not been run.
     """
 
     folder: RunFolder
@@ -157,7 +157,7 @@ def find_runs(paths: Iterable[Path]) -> list[Path]:
 
 
 def read_run(path: Path) -> Run:
-    """Read a run's text files, each checked by itself and against the others before anything is done with it.
+    """Read a run's text files, each checked by itself and against the others.
 
     Raises:
         FaultError: if one is damaged or cannot be read, or contradicts another.
@@ -248,7 +248,7 @@ def _is_run(path: Path) -> bool:
 
 
 def group_runs(runs: Iterable[Run]) -> tuple[list[Group], list[str]]:
-    """Put together what differs only in its seed; find each group's control.
+    """Group runs that differ only in their seed; find each group's control.
 
     Args:
         runs: in the order that groups are to have.
@@ -337,7 +337,7 @@ def _label(groups: Sequence[Group]) -> None:
 
 
 def legend(groups: Iterable[Group]) -> list[str]:
-    """What the numbers in labels stand for."""
+    """Explanations of the numbers in labels."""
     return [
         f"{group.label}: {group.full_label.removeprefix(group.label.rpartition(' #')[0] + ', ')}"
         for group in groups

@@ -18,7 +18,7 @@ from sparselearning.reporting.runs import Group, Run, differing_flags, legend, o
 from sparselearning.training.records import Environment, Summary
 
 DRAWN_BY = "sparselearning.report"
-"""What pictures of reports name as the program that drew them."""
+"""Program name in the metadata of pictures."""
 
 
 def _summary(entry: Callable[[Summary], float | None], scale: float = 1.0) -> Figure:
@@ -129,7 +129,7 @@ def headline_table(groups: Sequence[Group]) -> str:
 
 
 def markdown(cells: Cells) -> str:
-    """A table that can be read as it is or rendered; nothing of no cells."""
+    """A table that can be read as it is or rendered; an empty text if there are no cells."""
     if not cells:
         return ""
     rows = [[one_line(cell).replace("|", r"\|") for cell in row] for row in cells]

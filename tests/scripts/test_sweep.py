@@ -199,7 +199,7 @@ def test_an_interrupt_goes_to_the_run_and_stops_the_sweep(out, capsys):
     with pytest.raises(SystemExit) as exit_:
         run_sweep(out, "--seeds", 7, "--methods", "rigl", "set")
     assert exit_.value.code == 130
-    assert "the same command goes on where it stopped" in capsys.readouterr().err
+    assert "the same command resumes where it stopped" in capsys.readouterr().err
     assert saved(out) == ["rigl/seed7"]
     assert not (out.parent / "reported").exists()
 
@@ -270,7 +270,7 @@ def test_a_folder_with_a_run_of_other_flags_is_left_alone(out):
         ("rigl", [], "nothing to do"),
         ("rigl", [*SHARED, "--iters", "2"], "give --seeds alone"),
         ("granet", [*SHARED, "--final-density", "0.6"], "which is above it"),
-        ("dense", ["--demo"], "dense cannot be had with --demo"),
+        ("dense", ["--demo"], "dense cannot be combined with --demo"),
         ("rigl", [*SHARED, "--model", "ResNet51"], "unknown model 'ResNet51'"),
         ("rigl", [*SHARED, "--data", "nowhere.npz"], "nowhere.npz"),
         ("rigl", [*SHARED, "--save", "here"], "--save after -- .* --out"),
@@ -286,7 +286,7 @@ def test_flags_that_contradict_stop_it_before_anything_runs(out, method, shared,
 @pytest.mark.parametrize(("of", "method"), [("--sparse", "dense"), ("--fix", "rigl")])
 def test_a_switch_of_an_earlier_run_that_contradicts_the_method_is_told(out, tmp_path, of, method):
     shared = config_of(tmp_path / "config.json", *(["--fix", "--method", "DST"] if of == "--fix" else []))
-    with pytest.raises(UsageError, match=f"{method} cannot be had with .*{of}"):
+    with pytest.raises(UsageError, match=f"{method} cannot be combined with .*{of}"):
         run_sweep(out, "--seeds", 7, "--methods", method, shared=shared)
     assert not journal(out)
 
