@@ -19,8 +19,9 @@ from torch.autograd.function import once_differentiable
 from sparselearning.execution import memory, threads
 from sparselearning.execution.kernels import contraction, correlate
 from sparselearning.execution.lists import Correlation, Grid, WeightList
-from sparselearning.execution.planes import PLANES, normalise, statistics
+from sparselearning.execution.planes import BLOCK, PLANES, normalise, statistics
 from sparselearning.execution.planes import backward as planes_backward
+from sparselearning.execution.vectors import LANES
 
 Made = TypeVar("Made")
 
@@ -122,6 +123,12 @@ class Shape:
         return phases
 
 
+LARGE = 1 << 21
+"""Numbers of the smallest tensor that kernels write past the caches, which would not hold it until it is read."""
+VECTOR = 4 * LANES
+"""Bytes of a vector register."""
+
+
 class _Kernel:
     """A correlation with its list of active weights, ready to be run on any memory.
 
@@ -154,10 +161,13 @@ class _Kernel:
         values = _memory(weight).index_select(0, self.places) if self._values is None else self._values
         if self.keeps_values:
             self._values = values
+        address = target.data_ptr() + 4 * begin
+        streams = target.numel() >= LARGE and self.correlation.is_aligned and address % VECTOR == 0
         self._run(
             correlate(*self.correlation.tile.block),
             source=source.data_ptr(),
-            target=target.data_ptr() + 4 * begin,
+            target=address,
+            streams=streams,
             values=values.data_ptr(),
             bias=0 if bias is None else bias.data_ptr(),
             added=0 if added is None else added.data_ptr() + 4 * begin,
@@ -177,13 +187,17 @@ class _Kernel:
         _memory(for_weight).index_copy_(0, self.places, parts.sum(dim=0))
 
     def _run(self, kernel: Any, **memory: int) -> None:
-        task, shares = self.task, self.correlation.shares
-        with _one_at_a_time:
-            for name, value in memory.items():
-                task[name] = value
-            task["work"] = _work(shares * int(task["work_bytes"][0]))
-            task["next_share"] = 0
-            threads.run(kernel.address, task.ctypes.data, shares)
+        _run(kernel, self.task, self.correlation.shares, int(self.task["work_bytes"][0]), **memory)
+
+
+def _run(kernel: Any, task: np.ndarray, shares: int, work_bytes: int, **memory: int) -> None:
+    """Let a kernel do a task in so many shares, each with memory of its own to work in."""
+    with _one_at_a_time:
+        for name, value in memory.items():
+            task[name] = value
+        task["shares"], task["next_share"] = shares, 0
+        task["work"] = _work(shares * work_bytes)
+        threads.run(kernel.address, task.ctypes.data, shares)
 
 
 _one_at_a_time = Lock()  # whatever thread of Python calls: a task and the scratch memory serve one call
@@ -385,8 +399,10 @@ def _planes_task(lines: Tensor, **memory: Tensor) -> np.ndarray:
 
 
 def _run_planes(kernel: Any, task: np.ndarray) -> None:
-    task["shares"] = torch.get_num_threads()
-    threads.run(kernel.address, task.ctypes.data, int(task["shares"][0]))
+    numbers, outputs = int(task["numbers"][0]), int(task["outputs"][0])
+    is_large = int(task["channels"][0]) * numbers >= LARGE
+    task["streams"] = is_large and numbers % LANES == 0 and outputs % VECTOR == 0
+    _run(kernel, task, torch.get_num_threads(), 4 * BLOCK)
 
 
 class BatchNorm(torch.autograd.Function):

@@ -32,6 +32,7 @@ from sparselearning.execution.vectors import (
     copy,
     copy_every,
     fetch_and_add,
+    finish_streams,
     number_at,
 )
 
@@ -42,8 +43,8 @@ TASK = np.dtype(
             # shares of the work: taken one by one until none is left, whatever threads there are
             "next_share", "shares", "work", "work_bytes", "scratch_floats",
             # memory
-            "source", "target", "bias", "added", "relu", "values", "offsets", "entries", "entry_starts", "results",
-            "results_bytes",
+            "source", "target", "streams", "bias", "added", "relu", "values", "offsets", "entries", "entry_starts",
+            "results", "results_bytes",
             # sizes: source [channels, rows, columns, images], target [outputs, target_rows, target_columns, images]
             "channels", "rows", "columns", "images", "outputs", "target_rows", "target_columns",
             "target_plane", "target_row", "target_column",
@@ -52,19 +53,20 @@ TASK = np.dtype(
             # one tile, and a block of sums of it
             "tile_rows", "tile_columns", "tile_images", "block_row", "block_column", "whole",
             # one region, and blocks of channels and outputs
-            "region_rows", "region_columns", "phase_rows", "phase_columns", "channel_floats", "fetches_all",
+            "region_rows", "region_columns", "phase_rows", "phase_columns", "padding", "channel_floats", "fetches_all",
             "channel_block", "channel_blocks", "output_block", "output_blocks",
         )
     ]
 )  # fmt: skip
 """What a kernel is told.
 
-Memory is given by addresses, 0 where there is none. ``added`` lies in memory as the target does. ``entries`` is int32
-[n, 3] of (output, begin, end) into ``values`` and ``offsets``, for each block of outputs and in it each block of
-channels, from ``entry_starts`` on. ``target_plane``, ``target_row`` and ``target_column`` are distances in the target,
-``block_row`` and ``block_column`` in a block of sums, in numbers. ``whole``: the registers of a tile inside the target
-hold nothing but numbers of it. ``fetches_all``: a region's inputs of all channels are fetched at once, not block by
-block.
+Memory is given by addresses, 0 where there is none. ``streams``: tiles inside the target are written past the caches.
+``added`` lies in memory as the target does. ``entries`` is int32 [n, 3] of (output, begin, end) into ``values`` and
+``offsets``, for each block of outputs and in it each block of channels, from ``entry_starts`` on. ``target_plane``,
+``target_row`` and ``target_column`` are distances in the target, ``block_row`` and ``block_column`` in a block of sums,
+in numbers. ``whole``: the registers of a tile inside the target hold nothing but numbers of it. A channel takes
+``channel_floats`` numbers of the scratch buffer, the last ``padding`` of which are zero. ``fetches_all``: a region's
+inputs of all channels are fetched at once, not block by block.
 """
 
 NEXT_SHARE = 8 * list(TASK.names or ()).index("next_share")  # bytes
@@ -114,6 +116,8 @@ def _pack(task, scratch, channel, last, first_row, first_column, image, images):
                     target += 4 * columns * run
                     source += 4 * task.row_step * line
                 place += 4 * size
+        clear(place, task.padding)
+        place += 4 * task.padding
         channel += 1
 
 
@@ -241,9 +245,11 @@ def correlate(rows: int, columns: int, vectors: int) -> Any:
                                 source, row_pitch, column_pitch, task.values, task.offsets,
                                 entries[e, 1], entries[e, 2], lowest if last else np.float32(-np.inf),
                                 target + place if last and whole else 0, task.target_row, task.target_column,
+                                task.streams,
                             )  # fmt: skip
                             if last and not whole:
                                 _move_tile(task, block, target, row, column, image, images, True)
+            finish_streams()
 
     return kernel
 

@@ -12,6 +12,9 @@ from sparselearning.execution.vectors import BLOCK, LANES
 
 TILE_FLOATS = 8192  # 32 KiB, what first-level caches hold at least: of a tile's inputs
 REGION_FLOATS = 262144  # 512 KiB, what second-level caches hold at least: of a region's
+TILES_PER_FETCH = 4  # at most, where tiles share no inputs: long runs of memory are read faster
+CROWDED = 256  # 1 KiB: channels that lie a multiple of it apart share a small part of the first-level cache,
+PADDING = 16  # which so many zeros between them prevent
 WEIGHTS_PER_SUM = 12  # fewer do not pay for fetching and storing the sums of a tile
 OUTPUT_BLOCK = 512
 
@@ -163,14 +166,16 @@ class Correlation:
 
     @cached_property
     def region(self) -> tuple[int, int]:
-        """Rows and columns of tiles whose inputs are fetched together, so that tiles share what both of them read.
+        """Rows and columns of tiles whose inputs are fetched together: what more than one reads is fetched once.
 
         (0, 0): one tile, fetched block by block of channels, for all would not fit the second-level cache.
         """
         tile = self.tile
         across, along = math.ceil(self.target.rows / tile.rows), math.ceil(self.target.columns / tile.columns)
-        if sum(tile.reach) == 0 or (tile.block[0] == 1 and tile.rows > 1):
+        if tile.block[0] == 1 and tile.rows > 1:  # registers go on from row to row
             across = along = 1
+        elif sum(tile.reach) == 0:
+            across, along = 1, min(along, max(1, tile.count(self.target) // (4 * self.shares)), TILES_PER_FETCH)
 
         def cells(rows: int, columns: int) -> int:
             return (rows * tile.rows + tile.reach[0]) * (columns * tile.columns + tile.reach[1])
@@ -179,7 +184,10 @@ class Correlation:
         sizes = [(r, c) for r in range(1, across + 1) for c in range(1, along + 1) if cells(r, c) <= room]
         return min(
             sizes,
-            key=lambda size: cells(*size) * math.ceil(across / size[0]) * math.ceil(along / size[1]),
+            key=lambda size: (
+                cells(*size) * math.ceil(across / size[0]) * math.ceil(along / size[1]),
+                -math.prod(size),
+            ),
             default=(0, 0),
         )
 
@@ -190,8 +198,17 @@ class Correlation:
         return rows * self.tile.rows + self.tile.reach[0], columns * self.tile.columns + self.tile.reach[1]
 
     @cached_property
+    def padding(self) -> int:
+        """Zeros after what a region reads of one channel."""
+        return 0 if self._fetched % CROWDED else PADDING
+
+    @cached_property
     def channel_floats(self) -> int:
-        """Numbers that a region reads of one channel."""
+        """Numbers from one channel to the next in the scratch buffer."""
+        return self._fetched + self.padding
+
+    @property
+    def _fetched(self) -> int:
         return math.prod(self.phases) * math.prod(self.phase_size) * self.tile.images
 
     @cached_property
@@ -212,6 +229,15 @@ class Correlation:
     def output_blocks(self) -> int:
         """Blocks of outputs."""
         return math.ceil(self.outputs / self.output_block)
+
+    @cached_property
+    def is_aligned(self) -> bool:
+        """Whether registers of tiles inside the target go to multiples of their size, if the target begins at one."""
+        tile, (plane, row, column) = self.tile, self.target_strides
+        steps = [plane, tile.rows * row, tile.columns * column]
+        steps += [step for step, registers in zip((row, column), tile.block, strict=False) if registers > 1]
+        steps += [tile.images] if tile.images < self.target.images else []
+        return all(step % LANES == 0 for step in steps)
 
     @cached_property
     def tap_offsets(self) -> np.ndarray:
@@ -251,7 +277,7 @@ class Correlation:
             "phase_rows": self.phase_size[0], "phase_columns": self.phase_size[1], "block_row": tile.place[0],
             "block_column": tile.place[1], "whole": tile.whole,
             "channel_block": self.channel_block, "channel_blocks": self.channel_blocks,
-            "channel_floats": self.channel_floats, "fetches_all": self.region[0] > 0,
+            "channel_floats": self.channel_floats, "padding": self.padding, "fetches_all": self.region[0] > 0,
             "output_block": self.output_block, "output_blocks": self.output_blocks,
         }.items():  # fmt: skip
             task[name] = value

@@ -7,7 +7,7 @@ passes of ReLU and BatchNorm are the same ones, too.
 import numpy as np
 from numba import carray, njit
 
-from sparselearning.execution.vectors import as_pointer, compiled, fetch_and_add
+from sparselearning.execution.vectors import as_pointer, compiled, fetch_and_add, finish_streams, stream
 
 PLANES = np.dtype(
     [
@@ -15,18 +15,25 @@ PLANES = np.dtype(
         for name in (
             "next_share", "shares", "channels", "numbers", "inputs", "outputs", "gradients",
             "mean", "variance", "scale", "shift", "gradient_scale", "gradient_shift", "added", "relu", "uses_batch",
+            "streams", "work",
         )
     ]
 )  # fmt: skip
 """What a kernel is told: addresses of float32 [channels, numbers] (``inputs``, ``outputs``, ``gradients``, ``added``)
-and [channels], counts and switches. ``scale`` and ``shift`` are what an input is multiplied with, and what is added."""
+and [channels], counts and switches. ``scale`` and ``shift`` are what an input is multiplied with, and what is added.
+``streams``: outputs are written past the caches, by way of ``work``, :data:`BLOCK` numbers for each share."""
 
-BLOCK = 2048  # numbers summed up in float32, before the sums go on in float64
+BLOCK = 2048  # numbers summed up in float32, before the sums go on in float64; or written at a time
 
 
 @njit(inline="always")
 def _line(address, channel, numbers):  # type: ignore[no-untyped-def]
     return carray(as_pointer(address + 4 * channel * numbers), numbers, np.float32)
+
+
+@njit(inline="always")
+def _block(address, begin, numbers):  # type: ignore[no-untyped-def]
+    return carray(as_pointer(address + 4 * begin), min(BLOCK, numbers - begin), np.float32)
 
 
 @njit(inline="always")
@@ -36,13 +43,13 @@ def _each(address, channels):  # type: ignore[no-untyped-def]
 
 @njit
 def _channels(address, task):  # type: ignore[no-untyped-def]
-    """The channels of one share of the work after the other, until none is left."""
+    """The channels of one share of the work after the other, until none is left, and the share's memory to work in."""
     while True:
         share = fetch_and_add(address, 1)
         if share >= task.shares:
             break
-        for c in range(share * task.channels // task.shares, (share + 1) * task.channels // task.shares):  # noqa: UP028
-            yield c
+        for c in range(share * task.channels // task.shares, (share + 1) * task.channels // task.shares):
+            yield c, task.work + 4 * BLOCK * share
 
 
 @njit(inline="always")
@@ -68,7 +75,7 @@ def statistics(address):  # type: ignore[no-untyped-def]
     """Mean and biased variance of every channel."""
     task = carray(as_pointer(address), 1, PLANES)[0]
     mean, variance = _each(task.mean, task.channels), _each(task.variance, task.channels)
-    for c in _channels(address, task):
+    for c, _ in _channels(address, task):
         mean[c], variance[c] = _moments(_line(task.inputs, c, task.numbers))
 
 
@@ -88,14 +95,21 @@ def _scaled_sum(x, added, y, scale, shift, lowest):  # type: ignore[no-untyped-d
 def normalise(address):  # type: ignore[no-untyped-def]
     """``outputs = inputs · scale + shift``, then whatever is ``added``, and ReLU."""
     task = carray(as_pointer(address), 1, PLANES)[0]
+    numbers, streams = task.numbers, task.streams != 0
     scale, shift = _each(task.scale, task.channels), _each(task.shift, task.channels)
     lowest = np.float32(0) if task.relu != 0 else np.float32(-np.inf)
-    for c in _channels(address, task):
-        x, y = _line(task.inputs, c, task.numbers), _line(task.outputs, c, task.numbers)
-        if task.added != 0:
-            _scaled_sum(x, _line(task.added, c, task.numbers), y, scale[c], shift[c], lowest)
-        else:
-            _scaled(x, y, scale[c], shift[c], lowest)
+    for c, work in _channels(address, task):
+        place = 4 * c * numbers
+        for begin in range(0, numbers, BLOCK):
+            x = _block(task.inputs + place, begin, numbers)
+            y = _block(work - 4 * begin if streams else task.outputs + place, begin, numbers)
+            if task.added != 0:
+                _scaled_sum(x, _block(task.added + place, begin, numbers), y, scale[c], shift[c], lowest)
+            else:
+                _scaled(x, y, scale[c], shift[c], lowest)
+            if streams:
+                stream(task.outputs + place + 4 * begin, work, len(x))
+    finish_streams()
 
 
 @njit(inline="always")
@@ -135,14 +149,21 @@ def backward(address):  # type: ignore[no-untyped-def]
     variance = _each(task.variance, task.channels)
     for_scale, for_shift = _each(task.gradient_scale, task.channels), _each(task.gradient_shift, task.channels)
     relu = task.relu != 0
-    for c in _channels(address, task):
-        x, g = _line(task.inputs, c, task.numbers), _line(task.gradients, c, task.numbers)
+    numbers, streams = task.numbers, task.streams != 0
+    for c, work in _channels(address, task):
+        x, g = _line(task.inputs, c, numbers), _line(task.gradients, c, numbers)
         total, products = _products(x, g, mean[c], scale[c], shift[c], relu)
         for_shift[c], for_scale[c] = total, products
         if task.outputs != 0:
             slope = offset = 0.0
             if task.uses_batch != 0:  # mean and variance depend on the inputs, too; variance holds 1 / (σ² + ε)
-                slope = -scale[c] * variance[c] * products / task.numbers
-                offset = -scale[c] * total / task.numbers - slope * mean[c]
-            y = _line(task.outputs, c, task.numbers)
-            _through(x, g, y, scale[c], shift[c], relu, np.float32(slope), np.float32(offset))
+                slope = -scale[c] * variance[c] * products / numbers
+                offset = -scale[c] * total / numbers - slope * mean[c]
+            outputs = task.outputs + 4 * c * numbers
+            for begin in range(0, numbers, BLOCK):
+                y = _block(work - 4 * begin if streams else outputs, begin, numbers)
+                block, gradients = x[begin : begin + BLOCK], g[begin : begin + BLOCK]
+                _through(block, gradients, y, scale[c], shift[c], relu, np.float32(slope), np.float32(offset))
+                if streams:
+                    stream(outputs + 4 * begin, work, len(y))
+    finish_streams()

@@ -69,6 +69,12 @@ class _Code:
     def store(self, value: ir.Value, address: ir.Value) -> None:
         self.builder.store(value, self.builder.inttoptr(address, value.type.as_pointer()), align=4)
 
+    def stream(self, value: ir.Value, address: ir.Value) -> None:
+        """Store a vector past the caches, to an address that is a multiple of its size."""
+        pointer = self.builder.inttoptr(address, value.type.as_pointer())
+        store = self.builder.store(value, pointer, align=4 * value.type.count)
+        store.set_metadata("nontemporal", self.builder.module.add_metadata([INT32(1)]))
+
     def shuffle(self, a: ir.Value, b: ir.Value, lanes: Sequence[int]) -> ir.Value:
         return self.builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(INT32, len(lanes)), list(lanes)))
 
@@ -164,18 +170,18 @@ class _Block:
 @intrinsic(prefer_literal=True)
 def accumulate(  # type: ignore[no-untyped-def]
     typing_context, rows, columns, vectors, block, fresh, start,
-    source, row_pitch, column_pitch, values, offsets, begin, end, lowest, target, target_row, target_column,
+    source, row_pitch, column_pitch, values, offsets, begin, end, lowest, target, target_row, target_column, streams,
 ):  # fmt: skip
     """Add weighted inputs to a block of sums: ``block += Σ_j values[j] · source[offsets[j] + …]``, j from begin to end.
 
     The block starts at ``start`` in all lanes and, unless ``fresh``, what stands at ``block``. What is less than
     ``lowest`` becomes that. It ends in ``target``, whose rows and columns lie ``target_row`` and ``target_column``
-    numbers apart or, if that is 0, back at ``block``.
+    numbers apart or, if that is 0, back at ``block``. With ``streams`` it is written past the caches.
     """
 
     def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
         _, _, _, block, fresh, start, source, row_pitch, column_pitch, values, offsets, *others = args
-        begin, end, lowest, target, target_row, target_column = others
+        begin, end, lowest, target, target_row, target_column, streams = others
         code = _Code(builder)
         registers = _Block(code, rows, columns, vectors)
         homes = registers.packed(block)
@@ -204,15 +210,18 @@ def accumulate(  # type: ignore[no-untyped-def]
         with builder.if_else(builder.icmp_signed("!=", target, INT64(0))) as (outside, back):
             with outside:
                 places = registers.places(target, registers.distances(target_row, target_column))
-                for place, total in zip(places, sums, strict=True):
-                    code.store(total, place)
+                with builder.if_else(builder.icmp_signed("!=", streams, INT64(0))) as (past_caches, through_caches):
+                    for branch, store in ((past_caches, code.stream), (through_caches, code.store)):
+                        with branch:
+                            for place, total in zip(places, sums, strict=True):
+                                store(total, place)
             with back:
                 for place, total in zip(homes, sums, strict=True):
                     code.store(total, place)
         return context.get_dummy_value()
 
     i64, f32 = types.int64, types.float32
-    return types.void(rows, columns, vectors, i64, i64, f32, *[i64] * 7, f32, *[i64] * 3), generate
+    return types.void(rows, columns, vectors, i64, i64, f32, *[i64] * 7, f32, *[i64] * 4), generate
 
 
 @intrinsic(prefer_literal=True)
@@ -280,6 +289,24 @@ def _copy(typing_context, target, source, count):  # type: ignore[no-untyped-def
 
 
 @intrinsic
+def _stream(typing_context, target, source, count):  # type: ignore[no-untyped-def]
+    """Copy ``count`` float32 numbers, whole vectors, past the caches."""
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
+        target, source, count = args
+        code = _Code(builder)
+
+        def body(i: ir.Value, _: list[ir.Value]) -> list[ir.Value]:
+            code.stream(code.load(VECTOR, code.at(source, i)), code.at(target, i))
+            return []
+
+        code.loop(INT64(0), count, LANES, [], body)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64), generate
+
+
+@intrinsic
 def _copy_every(typing_context, target, source, step, count):  # type: ignore[no-untyped-def]
     """Copy ``count`` float32 numbers that lie ``step`` numbers apart."""
 
@@ -332,6 +359,17 @@ def fetch_and_add(typing_context, address, amount):  # type: ignore[no-untyped-d
 
 
 @intrinsic
+def finish_streams(typing_context):  # type: ignore[no-untyped-def]
+    """Let other threads see what was written past the caches."""
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
+        builder.fence("seq_cst")
+        return context.get_dummy_value()
+
+    return types.void(), generate
+
+
+@intrinsic
 def number_at(typing_context, address):  # type: ignore[no-untyped-def]
     """The float32 number at an address."""
 
@@ -355,6 +393,12 @@ def as_pointer(typing_context, address):  # type: ignore[no-untyped-def]
 def copy(target, source, count):  # type: ignore[no-untyped-def]
     """Copy ``count`` numbers."""
     _copy(target, source, count)
+
+
+@njit
+def stream(target, source, count):  # type: ignore[no-untyped-def]
+    """Copy ``count`` numbers past the caches: whole vectors, to where addresses are multiples of their size."""
+    _stream(target, source, count)
 
 
 @njit

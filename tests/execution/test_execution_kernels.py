@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -76,20 +76,32 @@ SHAPES = st.fixed_dictionaries(
         "bias": st.booleans(),
         "threads": st.sampled_from([1, 2]),
         "channels_last": st.booleans(),
+        "past_caches": st.booleans(),
     }
 )
 
 
+# Registers read what follows a channel in the scratch buffer, where nothing but zeros may stand.
+AFTER_A_CHANNEL = dict(
+    images=1, channels=3, outputs=5, size=12, kernel=5, stride=1, padding=2, density=1.0, bias=False, threads=1,
+    channels_last=False, past_caches=False,
+)  # fmt: skip
+
+
 @settings(max_examples=40, deadline=None)
+@example(AFTER_A_CHANNEL, 0)
 @given(SHAPES, st.integers(0, 2**31))
 def test_equals_pytorchs_convolution(case: dict, seed: int) -> None:
     size, kernel, stride, padding = (case[name] for name in ("size", "kernel", "stride", "padding"))
     if size + 2 * padding < kernel:
         return
     torch.manual_seed(seed)
+    functions._work(1 << 22)
     functions._scratch.fill_(torch.nan)  # what other layers left there is nobody's business
     before = torch.get_num_threads()
     torch.set_num_threads(case["threads"])
+    large = functions.LARGE
+    functions.LARGE = 1 if case["past_caches"] else large
     try:
         inputs = torch.randn(case["images"], case["channels"], size, size)
         weight = torch.randn(case["outputs"], case["channels"], kernel, kernel)
@@ -107,6 +119,7 @@ def test_equals_pytorchs_convolution(case: dict, seed: int) -> None:
             results.append([outputs.detach(), *(leaf.grad for leaf in leaves)])
     finally:
         torch.set_num_threads(before)
+        functions.LARGE = large
     mine, dense = results
     assert not mine[2][~active].any()
     dense[2] = dense[2] * active
@@ -149,12 +162,19 @@ def test_results_do_not_depend_on_who_does_which_share(monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("affine", [True, False])
-def test_batch_norm_equals_pytorchs(training: bool, affine: bool) -> None:
+@pytest.mark.parametrize("past_caches", [True, False])
+def test_batch_norm_equals_pytorchs(
+    training: bool, affine: bool, past_caches: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     torch.manual_seed(0)
-    inputs = 3 * torch.randn(5, 7, 4, 6) + 20
+    images = 5
+    if past_caches:  # whole registers alone, and more than are written at a time
+        images = 128
+        monkeypatch.setattr(functions, "LARGE", 1)
+    inputs = 3 * torch.randn(images, 7, 4, 6) + 20
     parameters = [torch.randn(7), torch.randn(7)] if affine else [None, None]
     mean, variance = torch.randn(7), torch.rand(7) + 0.5
-    gradient = torch.randn(5, 7, 4, 6)
+    gradient = torch.randn(images, 7, 4, 6)
     results = []
     for is_mine in (True, False):
         x = inputs.clone().requires_grad_()
