@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from sparselearning.process.errors import FaultError, UsageError
+from sparselearning.process.schema import BelowOne, check_option
 from sparselearning.process.seeding import derive_seed
 from sparselearning.training.data import Batch, class_balanced
 
@@ -297,8 +298,7 @@ def _find(name: str, data_dir: Path) -> tuple[DataSet, Path]:
 
 
 def _kept_for_training(count: int, valid_split: float) -> int:
-    if not 0 <= valid_split < 1:
-        raise UsageError(f"the share of the training set to hold out must lie in [0, 1), but it is {valid_split}")
+    check_option("valid_split", valid_split, BelowOne)
     held_out = round(valid_split * count)
     if held_out == count or (valid_split > 0 and held_out == 0):
         raise UsageError(

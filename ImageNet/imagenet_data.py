@@ -30,6 +30,7 @@ from torchvision.transforms import v2
 from tqdm import tqdm
 
 from sparselearning.process.errors import FaultError, UsageError
+from sparselearning.process.schema import Count, Ordinal, check_option
 from sparselearning.process.seeding import derive_seed
 from sparselearning.process.signals import STOP_SIGNALS
 from sparselearning.training.data import Batch, class_balanced
@@ -54,6 +55,16 @@ def training_view(size: int) -> View:
 def evaluation_view(size: int, resize: int) -> View:
     """Return the map from an RGB image, its shorter side scaled to ``resize``, to its centre 3 x size x size uint8."""
     return v2.Compose([_without_far_ends, v2.Resize(resize), v2.CenterCrop(size), v2.PILToTensor()])
+
+
+def check_centre(size: int, resize: int, names: tuple[str, str] = ("val_image_size", "resize")) -> None:
+    """Refuse a centre, of ``size`` pixels, larger than images whose shorter side is ``resize``; ``names`` for messages.
+
+    Raises:
+        UsageError: if it is.
+    """
+    if size > resize:
+        raise UsageError(f"{names[0]} {size} cannot be cut out of images that {names[1]} scales to {resize}")
 
 
 def _without_far_ends(image: Image.Image) -> Image.Image:
@@ -514,12 +525,11 @@ def load_imagenet(
         UsageError: a folder is missing or laid out differently, or an argument is out of range.
         FaultError: a folder cannot be read, a class has no images, there is but one, or train and val disagree on them.
     """
-    if batch_size < 1 or workers < 0:
-        raise UsageError(f"batch size {batch_size}, {workers} workers: at least 1 and 0 are needed")
-    if image_size < 1:
-        raise UsageError(f"images of {image_size} pixels: at least 1 is needed")
-    if not 1 <= val_image_size <= resize:
-        raise UsageError(f"a centre of {val_image_size} pixels cannot be cut out of images resized to {resize}")
+    check_option("batch_size", batch_size, Ordinal)
+    check_option("workers", workers, Count)
+    check_option("image_size", image_size, Ordinal)
+    check_option("val_image_size", val_image_size, Ordinal)
+    check_centre(val_image_size, resize)
     root = Path(root)
     if not root.is_dir():
         raise UsageError(f"{root} is not a folder: an ImageNet data set holds {LAYOUT}")

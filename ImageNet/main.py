@@ -22,7 +22,7 @@ if str(Path(__file__).resolve().parent) not in sys.path:  # ``sparselearning.ana
     sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import torch
-from imagenet_data import MEAN, STD, load_imagenet
+from imagenet_data import MEAN, STD, check_centre, load_imagenet
 from imagenet_resnet import INITS, RESNETS, build_model, check_arch
 from torch import nn
 
@@ -274,11 +274,7 @@ def check(args: argparse.Namespace, budget: EpochBudget) -> list[str]:
         raise UsageError(
             f"-c {args.model_config} is about {', '.join(RESNETS)}; {args.arch} starts as torchvision's: leave it out"
         )
-    if args.val_crop_size > args.val_resize_size:
-        raise UsageError(
-            f"--val-crop-size {args.val_crop_size} cannot be cut out of images that --val-resize-size scales to "
-            f"{args.val_resize_size}"
-        )
+    check_centre(args.val_crop_size, args.val_resize_size, ("--val-crop-size", "--val-resize-size"))
     if not args.fp16 and args.amp != "fp16" and (args.static_loss_scale or args.dynamic_loss_scale):
         raise UsageError("loss scaling is for float16: give --fp16 as well")
     if args.static_loss_scale and args.dynamic_loss_scale:

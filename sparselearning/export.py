@@ -87,7 +87,7 @@ def load_sparse(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 @dataclass(frozen=True)
 class Packed:
-    """A tensor as it lies in a packed file.
+    """A tensor as a packed file stores it.
 
     Attributes:
         values: its non-zero values, row by row.

@@ -11,7 +11,18 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, get_args
 
-from sparselearning.process.schema import Amount, Between, Count, Density, Ordinal, Seed, Share, in_range, rule
+from sparselearning.process.schema import (
+    Amount,
+    BelowOne,
+    Between,
+    Count,
+    Density,
+    Ordinal,
+    Seed,
+    Share,
+    in_range,
+    rule,
+)
 
 WIDEST = 100
 """Columns that ``--help`` takes of a wider terminal."""
@@ -136,7 +147,7 @@ def rate(text: str) -> float:
 
 def below_one(text: str) -> float:
     """Parse a share, in [0, 1)."""
-    return _number(text, Annotated[float, Between(0, 1, open_high=True)])
+    return _number(text, BelowOne)
 
 
 def between_zero_and_one(text: str) -> float:

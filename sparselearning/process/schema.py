@@ -16,7 +16,7 @@ from sparselearning.process.errors import FaultError, UsageError
 
 T = TypeVar("T")
 LARGEST = 3.4e38
-"""No number of a run lies beyond float32."""
+"""Largest number of a run, about float32's."""
 Plain = bool | int | float | str | None
 FlagValue = Plain | list[Plain] | dict[str, Plain]
 WORDS: dict[Any, str] = {
@@ -48,6 +48,7 @@ class Between:
 
 Share = Annotated[float, Between(0, 1)]
 Density = Annotated[float, Between(0, 1, open_low=True)]
+BelowOne = Annotated[float, Between(0, 1, open_high=True)]
 Amount = Annotated[float, Between(0)]
 Count = Annotated[int, Between(0)]
 Ordinal = Annotated[int, Between(1)]

@@ -313,7 +313,7 @@ def _middle(group: Group, run: Run) -> float | None:
 
 
 def _barrier(group: Group, run: Run) -> float | None:
-    """By how many points a line falls, at worst, below what its ends promise."""
+    """By how many points accuracy on a line falls, at most, below that between the values at its ends."""
     assert run.analysis is not None
     barriers = [line.accuracy_barrier for line in run.analysis.steps()]
     return 100 * max(barriers) if barriers else None

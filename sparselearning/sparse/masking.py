@@ -362,6 +362,9 @@ class Masking:
 
         Args:
             prune_rate: share of each layer's active weights to remove, in [0, 1]; by default the scheduled one.
+
+        Raises:
+            UsageError: if the rate is out of range, or gradients or momentum that the modes read are not there.
         """
         if prune_rate is not None:
             check_option("prune_rate", prune_rate, Share)
@@ -379,8 +382,8 @@ class Masking:
         """
         if self._reads_momentum and not self.optimizer.state:
             raise UsageError(
-                "the first cycle explores by momentum, and there is none yet: pre-train first, go on with masks and "
-                "optimizer of a checkpoint.pth, or choose modes that do not read momentum"
+                "the first cycle explores by momentum, and there is none yet: pre-train first, start from a "
+                "checkpoint.pth with its optimizer, or choose modes that do not read momentum"
             )
 
     @torch.no_grad()
@@ -413,7 +416,7 @@ class Masking:
         return active / sum(seen.numel() for seen in self._ever_active.values())
 
     def current_prune_rate(self) -> float:
-        """Share of active weights that an update now removes."""
+        """Share of active weights, in [0, 1], that an update now removes."""
         progress = min(1.0, self.steps / self.total_steps) if self.total_steps else 0.0
         return DECAYS[self.decay_schedule](self.prune_rate, progress)
 
@@ -429,7 +432,7 @@ class Masking:
         return self.update_frequency if updates and GROWTH[self.growth].reads_gradient else None
 
     def scheduled_density(self, step: int | None = None) -> float:
-        """Density that a gradual method prunes to at a step; without one, at the present one."""
+        """Density in (0, 1] that a gradual method prunes to at a step; without one, at the present step."""
         assert self.prune_end_step is not None
         at = self.steps if step is None else step
         return gradual_density(at, self.prune_start_step, self.prune_end_step, self.init_density, self.final_density)

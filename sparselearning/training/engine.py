@@ -1,6 +1,6 @@
 """One run of the method: pre-training, cycles that each end in a cheap ticket, and their superposition.
 
-:class:`Trainer` is the loop; what it keeps lies in parts, which ``checkpoint.pth`` is collected from. It is resumable
+:class:`Trainer` is the loop; its state is in parts, from which ``checkpoint.pth`` is collected. It is resumable
 at every batch. Its position is (epoch, batch); what follows an epoch's last batch (evaluation, superposing, the
 exploration that opens the next cycle) is a transaction that is committed as a whole, and repeated if it is
 interrupted.

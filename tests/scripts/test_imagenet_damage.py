@@ -208,11 +208,11 @@ def test_a_folder_without_permission_is_no_folder_without_images(folder, monkeyp
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"batch_size": 0}, "batch size 0"),
-        ({"workers": -1}, "-1 workers"),
-        ({"val_image_size": 32}, "a centre of 32 pixels cannot be cut out of images resized to 28"),
-        ({"val_image_size": 0}, "a centre of 0 pixels"),
-        ({"image_size": 0}, "images of 0 pixels"),
+        ({"batch_size": 0}, "batch_size must be a whole number of at least 1, not 0"),
+        ({"workers": -1}, "workers must be a whole number of at least 0, not -1"),
+        ({"val_image_size": 32}, "val_image_size 32 cannot be cut out of images that resize scales to 28"),
+        ({"val_image_size": 0}, "val_image_size must be a whole number of at least 1, not 0"),
+        ({"image_size": 0}, "^image_size must be a whole number of at least 1, not 0"),
     ],
 )
 def test_arguments_out_of_range(image_folder, options, sentence):
