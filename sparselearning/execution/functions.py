@@ -27,7 +27,7 @@ Made = TypeVar("Made")
 
 
 def image_last(activations: Tensor) -> Tensor:
-    """View of [image, channel, …] as contiguous [channel, …, image], by a copy if it lies otherwise in memory."""
+    """View of [image, channel, …] as contiguous [channel, …, image], by a copy if its memory layout is another."""
     return activations.movedim(0, -1).contiguous()
 
 
@@ -346,7 +346,7 @@ def _dense_weight_gradient(shape: Shape, gradient: Tensor, inputs: Tensor, weigh
 
 @dataclass
 class Sequel:
-    """What comes after a BatchNorm, known only once it is there.
+    """The operation after a BatchNorm, known only once it is called.
 
     Attributes:
         relu: whether ReLU follows at once, so that its backward pass is part of BatchNorm's.
@@ -357,7 +357,7 @@ class Sequel:
 
 @dataclass
 class Norm:
-    """What a BatchNorm does with each channel, while the pass that does it is put off.
+    """A BatchNorm's operation on each channel, whose pass over the activations is put off.
 
     A ReLU, or a sum and a ReLU, that follow at once are then done in the same pass. Backward passes must not keep it:
     it would hold activations until all of them are done.

@@ -288,7 +288,7 @@ def contraction(rows: int, columns: int, vectors: int) -> Any:
                     if row >= task.target_rows or column >= task.target_columns:
                         continue
                     if not (task.whole and _is_whole(task, row, column, images)):
-                        clear(blocks, size * (last - first))  # what lies outside of the tile counts nothing
+                        clear(blocks, size * (last - first))  # numbers outside of the tile count as zero
                     for output in range(first, last):
                         block = blocks + 4 * size * (output - first)
                         target = task.target + 4 * output * task.target_plane

@@ -37,7 +37,7 @@ class Tile:
         reach: how many rows and columns more a phase of the source is read in.
         block: registers, as rows, columns and vectors. What lies in one line in the scratch buffer may share vectors.
         place: numbers from row to row and from column to column in a block.
-        whole: whether the registers hold nothing but what may be written to the target as it stands.
+        whole: whether the registers hold nothing but numbers of the target, in its order.
     """
 
     rows: int

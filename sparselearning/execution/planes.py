@@ -23,7 +23,7 @@ PLANES = np.dtype(
 and [channels], counts and switches. ``scale`` and ``shift`` are what an input is multiplied with, and what is added.
 ``streams``: outputs are written past the caches, by way of ``work``, :data:`BLOCK` numbers for each share."""
 
-BLOCK = 2048  # numbers summed up in float32, before the sums go on in float64; or written at a time
+BLOCK = 2048  # numbers summed up in float32, whose sums are then added in float64; or written at a time
 
 
 @njit(inline="always")

@@ -174,8 +174,8 @@ def accumulate(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """Add weighted inputs to a block of sums: ``block += Σ_j values[j] · source[offsets[j] + …]``, j from begin to end.
 
-    The block starts at ``start`` in all lanes and, unless ``fresh``, what stands at ``block``. What is less than
-    ``lowest`` becomes that. It ends in ``target``, whose rows and columns lie ``target_row`` and ``target_column``
+    The block starts as ``start`` in all lanes, plus, unless ``fresh``, the numbers at ``block``. Sums below ``lowest``
+    become that. It ends in ``target``, whose rows and columns lie ``target_row`` and ``target_column``
     numbers apart or, if that is 0, back at ``block``. With ``streams`` it is written past the caches.
     """
 
