@@ -62,7 +62,7 @@ class Agreement(NamedTuple):
     nearest: float
 
     def sentence(self, hits: int) -> str:
-        """What there is to say of rounding, if the run itself counted so many hits."""
+        """Whether rounding can change a prediction, and how ``hits``, the run's own count, compares."""
         bounds = f"of dense PyTorch by at most {self.apart:.1e}, and no image's two likeliest classes are nearer than "
         found = f"Its logits differ from those {bounds}{self.nearest:.1e}"
         verdict = "rounding changes no prediction" if 2 * self.apart < self.nearest else "rounding may change one"
@@ -81,7 +81,7 @@ def keep(run: Run, folder: Path, images: Path, prepare: str, data: str) -> None:
         data: what it holds, for people.
 
     Raises:
-        UsageError: if there are no images, or other files stand in these ones' place.
+        UsageError: if there are no images, or other files are where these go.
         FaultError: if a file is damaged or cannot be written.
     """
     packed, card = folder / "network.safetensors", folder / "README.md"

@@ -180,7 +180,7 @@ def _best(qualities: Iterable[Quality]) -> Quality:
 
 
 class Place(NamedTuple):
-    """Where networks that are compared stand: in a run, or in the run of its seed in another group.
+    """Where networks that are compared are: in a run, or in the run of its seed in another group.
 
     Attributes:
         title: of the networks.

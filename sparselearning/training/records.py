@@ -188,7 +188,7 @@ class History(Environment):
     """What ``config.json`` says beside the flags.
 
     Attributes:
-        resumed: the same of every resumption with others.
+        resumed: environments that the run was resumed with, where they had changed.
         marks: what its script says of the flags that it declares itself, see ``flags.own_marks``.
     """
 
