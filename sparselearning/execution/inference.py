@@ -37,9 +37,9 @@ from sparselearning.process.errors import UsageError
 
 LARGEST_LINEAR_DENSITY = 0.5
 """Density of a linear layer up to which sparse computation is faster."""
-IMAGES_AT_ONCE = 8
-"""Images for each thread that go through the network together, where it treats each by itself: what lies between two
-layers is then found in a cache."""
+IMAGES_AT_ONCE = 32
+"""Images for each thread that go through the network together, where it treats each by itself: more are not faster, and
+need more memory."""
 
 
 class SparseInference(nn.Module):

@@ -70,6 +70,7 @@ inputs of all channels are fetched at once, not block by block.
 """
 
 NEXT_SHARE = 8 * list(TASK.names or ()).index("next_share")  # bytes
+AHEAD = 2  # by so many entries, memory is asked for before it is read
 
 
 @njit(inline="always")
@@ -237,13 +238,19 @@ def correlate(rows: int, columns: int, vectors: int) -> Any:
                             bias = np.float32(0)
                             if first and task.bias != 0:
                                 bias = number_at(task.bias + 4 * output)
-                            if first and task.added != 0:
-                                added = task.added + 4 * output * task.target_plane
-                                _move_tile(task, block, added, row, column, image, images, False)
+                            added = ahead = 0
+                            begins_with_added = task.added != 0 and not whole
+                            if first and begins_with_added:
+                                plane = task.added + 4 * output * task.target_plane
+                                _move_tile(task, block, plane, row, column, image, images, False)
+                            elif last and whole and task.added != 0:
+                                later = entries[min(e + AHEAD, starts[number + 1] - 1), 0]
+                                added = task.added + 4 * output * task.target_plane + place
+                                ahead = task.added + 4 * later * task.target_plane + place
                             accumulate(
-                                rows, columns, vectors, block, first and task.added == 0, bias,
+                                rows, columns, vectors, block, first and not begins_with_added, bias,
                                 source, row_pitch, column_pitch, task.values, task.offsets,
-                                entries[e, 1], entries[e, 2], lowest if last else np.float32(-np.inf),
+                                entries[e, 1], entries[e, 2], added, ahead, lowest if last else np.float32(-np.inf),
                                 target + place if last and whole else 0, task.target_row, task.target_column,
                                 task.streams,
                             )  # fmt: skip
@@ -287,12 +294,19 @@ def contraction(rows: int, columns: int, vectors: int) -> Any:
                     row, column = first_row + down, first_column + right
                     if row >= task.target_rows or column >= task.target_columns:
                         continue
-                    if not (task.whole and _is_whole(task, row, column, images)):
+                    # Gradients are read where they are, unless registers reach outside of the tile.
+                    if task.whole and _is_whole(task, row, column, images):
+                        place = first * task.target_plane + row * task.target_row + column * task.target_column + image
+                        tiles, tile_plane = task.target + 4 * place, task.target_plane
+                        tile_row, tile_column = task.target_row, task.target_column
+                    else:
+                        tiles, tile_plane = blocks, size
+                        tile_row, tile_column = columns * vectors * LANES, vectors * LANES
                         clear(blocks, size * (last - first))  # numbers outside of the tile count as zero
-                    for output in range(first, last):
-                        block = blocks + 4 * size * (output - first)
-                        target = task.target + 4 * output * task.target_plane
-                        _move_tile(task, block, target, row, column, image, images, False)
+                        for output in range(first, last):
+                            block = blocks + 4 * size * (output - first)
+                            target = task.target + 4 * output * task.target_plane
+                            _move_tile(task, block, target, row, column, image, images, False)
                     for channel_block in range(task.channel_blocks):
                         number = output_block * task.channel_blocks + channel_block
                         channel = channel_block * task.channel_block
@@ -303,9 +317,11 @@ def contraction(rows: int, columns: int, vectors: int) -> Any:
                             end = min(channel + task.channel_block, task.channels)
                             _pack(task, scratch, channel, end, first_row, first_column, image, images)
                         for e in range(starts[number], starts[number + 1]):
+                            later = entries[min(e + AHEAD, starts[number + 1] - 1), 0]
                             contract(
-                                rows, columns, vectors, results, blocks + 4 * size * (entries[e, 0] - first), source,
-                                row_pitch, column_pitch, task.offsets, entries[e, 1], entries[e, 2],
+                                rows, columns, vectors, results, tiles + 4 * tile_plane * (entries[e, 0] - first),
+                                tiles + 4 * tile_plane * (later - first), tile_row, tile_column,
+                                source, row_pitch, column_pitch, task.offsets, entries[e, 1], entries[e, 2],
                             )  # fmt: skip
 
     return kernel

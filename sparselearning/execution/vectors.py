@@ -75,6 +75,13 @@ class _Code:
         store = self.builder.store(value, pointer, align=4 * value.type.count)
         store.set_metadata("nontemporal", self.builder.module.add_metadata([INT32(1)]))
 
+    def prefetch(self, address: ir.Value) -> None:
+        """Ask for the cache line at an address, which need not be there yet when the next instructions run."""
+        kind = ir.FunctionType(ir.VoidType(), [ir.IntType(8).as_pointer(), INT32, INT32, INT32])
+        function = cgutils.get_or_insert_function(self.builder.module, kind, "llvm.prefetch.p0i8")
+        pointer = self.builder.inttoptr(address, ir.IntType(8).as_pointer())
+        self.builder.call(function, [pointer, INT32(0), INT32(3), INT32(1)])  # to read, into all caches, data
+
     def shuffle(self, a: ir.Value, b: ir.Value, lanes: Sequence[int]) -> ir.Value:
         return self.builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(INT32, len(lanes)), list(lanes)))
 
@@ -170,18 +177,21 @@ class _Block:
 @intrinsic(prefer_literal=True)
 def accumulate(  # type: ignore[no-untyped-def]
     typing_context, rows, columns, vectors, block, fresh, start,
-    source, row_pitch, column_pitch, values, offsets, begin, end, lowest, target, target_row, target_column, streams,
+    source, row_pitch, column_pitch, values, offsets, begin, end,
+    added, ahead, lowest, target, target_row, target_column, streams,
 ):  # fmt: skip
     """Add weighted inputs to a block of sums: ``block += Σ_j values[j] · source[offsets[j] + …]``, j from begin to end.
 
-    The block starts as ``start`` in all lanes, plus, unless ``fresh``, the numbers at ``block``. Sums below ``lowest``
-    become that. It ends in ``target``, whose rows and columns lie ``target_row`` and ``target_column``
-    numbers apart or, if that is 0, back at ``block``. With ``streams`` it is written past the caches.
+    The block starts as ``start`` in all lanes, plus, unless ``fresh``, the numbers at ``block``. In the end those at
+    ``added`` are added, if that is not 0, and sums below ``lowest`` become that; ``ahead`` is an ``added`` that is to
+    be read soon, or 0. The block is written to ``target``, whose rows and columns, like those of ``added``, lie
+    ``target_row`` and ``target_column`` numbers apart or, if that is 0, back to ``block``; with ``streams`` past the
+    caches.
     """
 
     def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
         _, _, _, block, fresh, start, source, row_pitch, column_pitch, values, offsets, *others = args
-        begin, end, lowest, target, target_row, target_column, streams = others
+        begin, end, added, ahead, lowest, target, target_row, target_column, streams = others
         code = _Code(builder)
         registers = _Block(code, rows, columns, vectors)
         homes = registers.packed(block)
@@ -197,6 +207,11 @@ def accumulate(  # type: ignore[no-untyped-def]
             phi.add_incoming(a, new_block)
             phi.add_incoming(b, kept_block)
         distances = registers.distances(row_pitch, column_pitch)
+        in_target = registers.distances(target_row, target_column)
+        adds = builder.icmp_signed("!=", added, INT64(0))
+        with builder.if_then(builder.icmp_signed("!=", ahead, INT64(0))):
+            for place in registers.places(ahead, in_target):
+                code.prefetch(place)
 
         def body(j: ir.Value, sums: list[ir.Value]) -> list[ir.Value]:
             weight = code.splat(code.load(FLOAT, code.at(values, j)))
@@ -205,11 +220,23 @@ def accumulate(  # type: ignore[no-untyped-def]
             return [code.fma(weight, x, total) for x, total in zip(inputs, sums, strict=True)]
 
         _, sums = code.loop(begin, end, 1, sums, body)
+        with builder.if_else(adds) as (more, no_more):
+            with more:
+                terms = [code.load(VECTOR, place) for place in registers.places(added, in_target)]
+                fuller = [builder.fadd(total, term) for total, term in zip(sums, terms, strict=True)]
+                more_block = builder.block
+            with no_more:
+                no_more_block = builder.block
+        totals = [builder.phi(VECTOR) for _ in sums]
+        for phi, a, b in zip(totals, fuller, sums, strict=True):
+            phi.add_incoming(a, more_block)
+            phi.add_incoming(b, no_more_block)
+        sums = totals
         least = code.splat(lowest)
         sums = [builder.select(builder.fcmp_ordered("<", total, least), least, total) for total in sums]
         with builder.if_else(builder.icmp_signed("!=", target, INT64(0))) as (outside, back):
             with outside:
-                places = registers.places(target, registers.distances(target_row, target_column))
+                places = registers.places(target, in_target)
                 with builder.if_else(builder.icmp_signed("!=", streams, INT64(0))) as (past_caches, through_caches):
                     for branch, store in ((past_caches, code.stream), (through_caches, code.store)):
                         with branch:
@@ -221,20 +248,29 @@ def accumulate(  # type: ignore[no-untyped-def]
         return context.get_dummy_value()
 
     i64, f32 = types.int64, types.float32
-    return types.void(rows, columns, vectors, i64, i64, f32, *[i64] * 7, f32, *[i64] * 4), generate
+    return types.void(rows, columns, vectors, i64, i64, f32, *[i64] * 9, f32, *[i64] * 4), generate
 
 
 @intrinsic(prefer_literal=True)
 def contract(  # type: ignore[no-untyped-def]
-    typing_context, rows, columns, vectors, results, block, source, row_pitch, column_pitch, offsets, begin, end
-):
-    """Multiply a block with the inputs of each weight: ``results[j] += Σ block · source[offsets[j] + …]``."""
+    typing_context, rows, columns, vectors, results, block, ahead, block_row, block_column,
+    source, row_pitch, column_pitch, offsets, begin, end,
+):  # fmt: skip
+    """Multiply a block with the inputs of each weight: ``results[j] += Σ block · source[offsets[j] + …]``.
+
+    The block's rows and columns, and those at ``ahead``, which are to be read soon, lie ``block_row`` and
+    ``block_column`` numbers apart.
+    """
 
     def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
-        _, _, _, results, block, source, row_pitch, column_pitch, offsets, begin, end = args
+        _, _, _, results, block, ahead, block_row, block_column, source, row_pitch, column_pitch, *others = args
+        offsets, begin, end = others
         code = _Code(builder)
         registers = _Block(code, rows, columns, vectors)
-        factors = [code.load(VECTOR, home) for home in registers.packed(block)]
+        in_block = registers.distances(block_row, block_column)
+        factors = [code.load(VECTOR, place) for place in registers.places(block, in_block)]
+        for place in registers.places(ahead, in_block):
+            code.prefetch(place)
         distances = registers.distances(row_pitch, column_pitch)
 
         def product(j: ir.Value) -> ir.Value:
@@ -261,7 +297,7 @@ def contract(  # type: ignore[no-untyped-def]
         return context.get_dummy_value()
 
     i64 = types.int64
-    return types.void(rows, columns, vectors, *[i64] * 8), generate
+    return types.void(rows, columns, vectors, *[i64] * 11), generate
 
 
 @intrinsic

@@ -127,6 +127,25 @@ def test_equals_pytorchs_convolution(case: dict, seed: int) -> None:
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5 * max(1.0, float(expected.abs().max())))
 
 
+@pytest.mark.parametrize("channels", [3, 300])  # one block of channels, and several
+@pytest.mark.parametrize("images", [3, 64])  # registers that reach outside of tiles, and that do not
+@pytest.mark.parametrize("kernel", [1, 3])
+@pytest.mark.parametrize("relu", [False, True])
+def test_another_tensor_is_added_and_relu_follows_in_the_same_pass(
+    channels: int, images: int, kernel: int, relu: bool
+) -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(10, channels, kernel, kernel) * (torch.rand(10, channels, kernel, kernel) < 0.3)
+    inputs, added, bias = torch.randn(images, channels, 5, 5), torch.randn(images, 10, 5, 5), torch.randn(10)
+    padding = kernel // 2
+    shape = Shape(10, channels, (kernel, kernel), (1, 1), (padding, padding))
+    outputs = empty_activations(images, 10, 5, 5)
+    kernel_of_layer = ActiveWeights(shape, weight != 0, weight.stride()).forward(Grid(5, 5, images))
+    kernel_of_layer.correlate(image_last(inputs), outputs, 0, weight, bias, image_last(added), relu)
+    expected = F.conv2d(inputs, weight, bias, padding=padding) + added
+    torch.testing.assert_close(outputs, expected.relu() if relu else expected, rtol=1e-4, atol=1e-4)
+
+
 @settings(max_examples=200, deadline=None)
 @given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 300), st.integers(0, 4), st.integers(0, 4), st.booleans())
 def test_tiles_fit_the_registers_and_hold_what_they_cover(
