@@ -1,5 +1,6 @@
 """Comparing tickets and superposing them again, without training, on one tiny run."""
 
+import functools
 import itertools
 import json
 import os
@@ -31,9 +32,9 @@ from sparselearning.training import flags
 DENSITY, FACTOR, MEMBERS = 0.1, 0.3, 3
 ROOT = Path(analyze.__file__).parents[1]
 IMAGENET_FLAGS = shlex.split(
-    "--no-cuda --arch resnet18 --train-crop-size 32 --val-resize-size 40 --val-crop-size 32 -b 4 -j 0 --lr 0.01 "
-    "--sparse --method DST --init-density 0.2 --final-density 0.1 --update-frequency 2 --pre_train --cyclic_train "
-    "--bn_update --pretrain_epoch 1 --cyclic_epochs 1 --cycle 1 --keep-tickets"
+    "--no-cuda --arch mobilenet_v3_small --train-crop-size 32 --val-resize-size 40 --val-crop-size 32 -b 4 -j 0 "
+    "--lr 0.01 --sparse --method DST --init-density 0.2 --final-density 0.1 --update-frequency 2 --pre_train "
+    "--cyclic_train --bn_update --pretrain_epoch 1 --cyclic_epochs 1 --cycle 1 --keep-tickets"
 )
 RUN_FLAGS = shlex.split(
     f"--data digits --model cifar_resnet_8_4 --epochs 3 --cycle 1 --cycle_rate 0.67 --batch-size 128 --lr 0.05 "
@@ -422,6 +423,7 @@ def test_damaged_flags_are_named_or_harmless(run, monkeypatch):
 
     monkeypatch.setattr(analyze, "script_of", lambda config, source: main_suptickets)
     monkeypatch.setattr(main_suptickets, "load", load_once)
+    monkeypatch.setattr(main_suptickets, "make_parser", functools.cache(main_suptickets.make_parser))
     monkeypatch.setattr(analyze, "kept_tickets", stop_before_the_tickets)
     path = run / "config.json"
     refused = 0
