@@ -41,8 +41,17 @@ def pytest_configure(config):
         raise pytest.UsageError("--gpu needs a GPU, and PyTorch sees none here")
 
 
+LONGEST = [
+    "test_imagenet_ranks", "test_execution_kernels", "test_analyze", "test_imagenet_script", "test_study",
+    "test_benchmarks", "test_execution_network", "test_cifar_ranks", "test_examples", "test_script", "test_sweep",
+    "test_damaged_files", "test_damaged_runs",
+]  # fmt: skip
+"""Files that take longest come first, so that all workers have something to do until the end."""
+
+
 def pytest_collection_modifyitems(config, items):
-    """Leave the other tests out of ``--gpu``."""
+    """Put the longest files first, and leave tests without a GPU out of ``--gpu``."""
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
     if config.getoption("--gpu"):
         others = [item for item in items if "gpu" not in item.fixturenames]
         config.hook.pytest_deselected(others)
