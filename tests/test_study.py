@@ -216,7 +216,7 @@ def test_each_claim_is_one_sentence_whose_number_stands_where_it_links_to():
     text = (ROOT / "RESULTS.md").read_text()
     claims = re.findall(r"^\d\. (.*?)(?=^\d\. |\n\n)", text, re.DOTALL | re.MULTILINE)[:5]
     for claim in claims:
-        sentence, page, anchor = re.fullmatch(r"(.*)\(\[table\]\((.*)#(.*)\)\)\.", claim.strip(), re.DOTALL).groups()
+        sentence, page, anchor = re.fullmatch(r"(.*)\[table\]\((.*)#(.*)\)\)\.", claim.strip(), re.DOTALL).groups()
         (number,) = re.findall(r"[\d.]+ ± [\d.]+", sentence)
         linked = (ROOT / page).read_text() if page else text
         sections = re.split(r"^#+ ", linked, flags=re.MULTILINE)
