@@ -87,6 +87,7 @@ def keep(run: Run, folder: Path, images: Path, prepare: str, data: str) -> None:
     packed, card = folder / "network.safetensors", folder / "README.md"
     command = f"python -m sparselearning.predict {packed} {images} --out predictions.csv"
     check_output(card, "the last superposition of a run of")
+    predict.open_images(images)  # or say that there are none, before anything is written
     export.main([str(run.folder.path), str(packed)])
     saved, summary = SavedNetwork.read(run.folder.previous), run.summary
     assert summary is not None

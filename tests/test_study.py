@@ -19,6 +19,7 @@ import sweep  # noqa: E402
 
 from sparselearning import predict, report  # noqa: E402
 from sparselearning.process.errors import UsageError  # noqa: E402
+from sparselearning.training.plan import EpochBudget  # noqa: E402
 
 EXPERIMENTS = [(name, experiment) for name, one in study.STUDIES.items() for experiment in one.experiments]
 
@@ -53,13 +54,18 @@ def test_cycles_alone_differ_from_main_in_flags_about_tickets(name):
     def differing(experiment, other):
         return {key for key, value in parsed(experiment).items() if value != parsed(other)[key]} - {"save"}
 
+    def pretrain_epochs(experiment):
+        flags = parsed(experiment)
+        return EpochBudget.of_share(flags["epochs"], flags["cycle_rate"], flags["cycle"]).pretrain_epochs
+
     again = [name for name in one.experiments if parsed(name)["resume"]]
     for name in again:
         assert parsed(name)["resume"] == Path("work/main/granet/seed41/tickets/ticket_0.pth")
         asked = differing(name, "main") - {"pre_train", "resume"}
-        swa = {"lr_1", "superposing_method"} if name.startswith("swa") else set()
+        swa = {"lr_1", "superposing_method", "cycle_rate"} if name.startswith("swa") else set()
         assert asked <= {"re_explore", "no_maskupdates", "lr_2", "cycle"} | swa
         assert (asked == set()) == (name == "again")
+        assert pretrain_epochs(name) == pretrain_epochs("main")
 
 
 @pytest.mark.parametrize("classes", [100, 3])

@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 from sparselearning.execution import memory, threads
 from sparselearning.execution.kernels import contraction, correlate
 from sparselearning.execution.lists import Correlation, Grid, WeightList
-from sparselearning.execution.planes import BLOCK, PLANES, normalise, statistics
+from sparselearning.execution.planes import CHUNK, PLANES, normalise, statistics
 from sparselearning.execution.planes import backward as planes_backward
 from sparselearning.execution.vectors import LANES
 
@@ -125,8 +125,8 @@ class Shape:
 
 LARGE = 1 << 21
 """Numbers of the smallest tensor that kernels write past the caches, which would not hold it until it is read."""
-VECTOR = 4 * LANES
-"""Bytes of a vector register."""
+VECTOR_BYTES = 4 * LANES
+"""Of a vector register."""
 
 
 class _Kernel:
@@ -162,7 +162,7 @@ class _Kernel:
         if self.keeps_values:
             self._values = values
         address = target.data_ptr() + 4 * begin
-        streams = target.numel() >= LARGE and self.correlation.is_aligned and address % VECTOR == 0
+        streams = target.numel() >= LARGE and self.correlation.is_aligned and address % VECTOR_BYTES == 0
         self._run(
             correlate(*self.correlation.tile.block),
             source=source.data_ptr(),
@@ -401,8 +401,8 @@ def _planes_task(lines: Tensor, **memory: Tensor) -> np.ndarray:
 def _run_planes(kernel: Any, task: np.ndarray) -> None:
     numbers, outputs = int(task["numbers"][0]), int(task["outputs"][0])
     is_large = int(task["channels"][0]) * numbers >= LARGE
-    task["streams"] = is_large and numbers % LANES == 0 and outputs % VECTOR == 0
-    _run(kernel, task, torch.get_num_threads(), 4 * BLOCK)
+    task["streams"] = is_large and numbers % LANES == 0 and outputs % VECTOR_BYTES == 0
+    _run(kernel, task, torch.get_num_threads(), 4 * CHUNK)
 
 
 class BatchNorm(torch.autograd.Function):

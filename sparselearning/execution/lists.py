@@ -166,7 +166,8 @@ class Correlation:
 
     @cached_property
     def region(self) -> tuple[int, int]:
-        """Rows and columns of tiles whose inputs are fetched together: what more than one reads is fetched once.
+        """Rows and columns of tiles whose inputs are fetched together: what more than one reads is fetched once, and
+        where tiles share nothing, longer runs of memory are read.
 
         (0, 0): one tile, fetched block by block of channels, for all would not fit the second-level cache.
         """

@@ -21,9 +21,9 @@ PLANES = np.dtype(
 )  # fmt: skip
 """What a kernel is told: addresses of float32 [channels, numbers] (``inputs``, ``outputs``, ``gradients``, ``added``)
 and [channels], counts and switches. ``scale`` and ``shift`` are what an input is multiplied with, and what is added.
-``streams``: outputs are written past the caches, by way of ``work``, :data:`BLOCK` numbers for each share."""
+``streams``: outputs are written past the caches, by way of ``work``, :data:`CHUNK` numbers for each share."""
 
-BLOCK = 2048  # numbers summed up in float32, whose sums are then added in float64; or written at a time
+CHUNK = 2048  # numbers summed up in float32, whose sums are then added in float64; or written at a time
 
 
 @njit(inline="always")
@@ -33,7 +33,7 @@ def _line(address, channel, numbers):  # type: ignore[no-untyped-def]
 
 @njit(inline="always")
 def _block(address, begin, numbers):  # type: ignore[no-untyped-def]
-    return carray(as_pointer(address + 4 * begin), min(BLOCK, numbers - begin), np.float32)
+    return carray(as_pointer(address + 4 * begin), min(CHUNK, numbers - begin), np.float32)
 
 
 @njit(inline="always")
@@ -49,7 +49,7 @@ def _channels(address, task):  # type: ignore[no-untyped-def]
         if share >= task.shares:
             break
         for c in range(share * task.channels // task.shares, (share + 1) * task.channels // task.shares):
-            yield c, task.work + 4 * BLOCK * share
+            yield c, task.work + 4 * CHUNK * share
 
 
 @njit(inline="always")
@@ -57,8 +57,8 @@ def _moments(x):  # type: ignore[no-untyped-def]
     """Mean and biased variance of a line."""
     first = x[0]
     total = squares = 0.0
-    for begin in range(0, len(x), BLOCK):
-        block = x[begin : begin + BLOCK]
+    for begin in range(0, len(x), CHUNK):
+        block = x[begin : begin + CHUNK]
         a = b = np.float32(0)
         for i in range(len(block)):
             difference = block[i] - first
@@ -100,7 +100,7 @@ def normalise(address):  # type: ignore[no-untyped-def]
     lowest = np.float32(0) if task.relu != 0 else np.float32(-np.inf)
     for c, work in _channels(address, task):
         place = 4 * c * numbers
-        for begin in range(0, numbers, BLOCK):
+        for begin in range(0, numbers, CHUNK):
             x = _block(task.inputs + place, begin, numbers)
             y = _block(work - 4 * begin if streams else task.outputs + place, begin, numbers)
             if task.added != 0:
@@ -121,8 +121,8 @@ def _through_relu(gradient, output, relu):  # type: ignore[no-untyped-def]
 def _products(x, g, mean, scale, shift, relu):  # type: ignore[no-untyped-def]
     """Sums of the gradients that come through ReLU, and of their products with the centred inputs."""
     total = products = 0.0
-    for begin in range(0, len(x), BLOCK):
-        block, gradients = x[begin : begin + BLOCK], g[begin : begin + BLOCK]
+    for begin in range(0, len(x), CHUNK):
+        block, gradients = x[begin : begin + CHUNK], g[begin : begin + CHUNK]
         a = b = np.float32(0)
         for i in range(len(block)):
             gradient = _through_relu(gradients[i], block[i] * scale + shift, relu)
@@ -160,9 +160,9 @@ def backward(address):  # type: ignore[no-untyped-def]
                 slope = -scale[c] * variance[c] * products / numbers
                 offset = -scale[c] * total / numbers - slope * mean[c]
             outputs = task.outputs + 4 * c * numbers
-            for begin in range(0, numbers, BLOCK):
+            for begin in range(0, numbers, CHUNK):
                 y = _block(work - 4 * begin if streams else outputs, begin, numbers)
-                block, gradients = x[begin : begin + BLOCK], g[begin : begin + BLOCK]
+                block, gradients = x[begin : begin + CHUNK], g[begin : begin + CHUNK]
                 _through(block, gradients, y, scale[c], shift[c], relu, np.float32(slope), np.float32(offset))
                 if streams:
                     stream(outputs + 4 * begin, work, len(y))

@@ -27,11 +27,9 @@ VECTOR = ir.VectorType(FLOAT, LANES)
 RUNS = sorted({LANES, 4}, reverse=True)
 """How many numbers are copied at a time: many as long as there are so many, then a few, then one."""
 
-HERE = hashlib.blake2b(
-    f"{binding.get_host_cpu_name()} {binding.get_host_cpu_features().flatten()}".encode() + Path(__file__).read_bytes(),
-    digest_size=6,
-).hexdigest()
-"""Digest of this processor and of the primitives in this file."""
+PROCESSOR = f"{binding.get_host_cpu_name()} {binding.get_host_cpu_features().flatten()} {LANES}"
+HERE = hashlib.blake2b(PROCESSOR.encode() + Path(__file__).read_bytes(), digest_size=6).hexdigest()
+"""Digest of this processor, the width of the registers, and the primitives in this file."""
 
 
 def compiled(*version: int, **options: Any) -> Callable[[Callable], Any]:

@@ -15,8 +15,8 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 from sparselearning.process.errors import FaultError, UsageError
 
 T = TypeVar("T")
-LARGEST = 3.4e38
-"""Largest number of a run, about float32's."""
+LARGEST = 3.4028234663852886e38
+"""Largest number of a run, float32's."""
 Plain = bool | int | float | str | None
 FlagValue = Plain | list[Plain] | dict[str, Plain]
 WORDS: dict[Any, str] = {

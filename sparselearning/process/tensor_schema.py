@@ -102,7 +102,7 @@ def tensor(
         low: least value.
         high: largest value.
         finite: if not, infinities and NaN are allowed.
-        convertible: floating-point numbers and integers of other widths than ``dtype``'s are allowed, too.
+        convertible: in place of a floating-point ``dtype`` any other is allowed, and of an integer one any other.
     """
 
     def check_tensor(value: Any, where: str) -> None:

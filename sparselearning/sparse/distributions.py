@@ -82,8 +82,8 @@ def apportion(total: int, shares: Sequence[float], capacity: Sequence[int]) -> l
     """Divide ``total`` units over places in proportion to ``shares``, no place above its ``capacity``.
 
     Places whose share would overflow are filled and the rest is shared out anew; then every place gets the
-    floor of its quota and the largest remainders take the units left over (ties: the earlier place). Places whose
-    shares are all zero get units in proportion to their capacity.
+    floor of its quota and the largest remainders take the units left over (ties: the earlier place). Where all
+    places that are not full have share zero, they get units in proportion to their capacity.
 
     Returns:
         Integer counts, ``0 <= count[i] <= capacity[i]``, that add up to exactly ``total``.

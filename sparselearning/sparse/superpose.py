@@ -147,7 +147,7 @@ class MovingAverage:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Average the weights after a step in."""
+        """Take the weights that a step has left into the average."""
         if self.average:
             torch._foreach_lerp_(list(self.average.values()), list(self.entries.values()), 1 - self.decay)
         else:

@@ -277,7 +277,7 @@ def check_momentum(modes: Sequence[Mode], is_kept: bool, needed: str = "an optim
         UsageError: if there are such modes.
     """
     if not is_kept and any(mode.reads_momentum for mode in modes):
-        raise UsageError(f"the chosen modes of pruning, growth and redistribution read momentum, and need {needed}")
+        raise UsageError(f"the chosen modes of growth or redistribution read momentum, and need {needed}")
 
 
 # --------------------------------------------------------------------------------------- one whole update

@@ -1,6 +1,7 @@
 """Set what masks leave out to exactly zero."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +20,10 @@ class Zeroing:
 
     def __init__(self) -> None:
         self._kept: dict[tuple[str, torch.dtype], tuple[Tensor, int, Tensor]] = {}  # mask, its version, its factors
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Nothing: a copy has masks of its own, which count their changes anew."""
+        return {"_kept": {}}
 
     def __call__(self, tensors: Iterable[tuple[str, Sequence[Tensor]]], masks: Mapping[str, Tensor]) -> None:
         """Zero ``tensors``: the name of a mask, and tensors of its shape and device."""

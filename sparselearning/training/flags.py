@@ -274,8 +274,8 @@ def add_ticket_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--no_maskupdates", action="store_true", help="stop the periodic topology updates in the cycles")
     group.add_argument(
         "--superposing_method", choices=AVERAGING, default="CIMA",
-        help="CIMA: every ticket has the weight --CIMA_factor; CAA: all members weigh the same; greedy: the factor "
-        "that is best on the images that --valid_split holds out",
+        help="CIMA: each new ticket enters with weight --CIMA_factor; CAA: all members weigh the same; greedy: the "
+        "factor that is best on the images that --valid_split holds out",
     )  # fmt: skip
     group.add_argument("--CIMA_factor", type=rate, default=0.5, help="weight of the new ticket in CIMA")
     group.add_argument(

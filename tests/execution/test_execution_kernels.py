@@ -1,5 +1,10 @@
 """Kernels over active weights, held against numbers worked out by hand and against PyTorch's dense functions."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -209,6 +214,21 @@ def test_batch_norm_equals_pytorchs(
         results.append([outputs.detach(), x.grad, *(leaf.grad for leaf in leaves if leaf is not None)])
     for got, expected in zip(*results, strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_kernels_of_other_widths_are_cached_under_other_names() -> None:
+    program = "from sparselearning.execution.vectors import HERE, LANES; print(LANES, HERE)"
+    lanes, names = zip(
+        *(
+            subprocess.run(
+                [sys.executable, "-c", program], env={**os.environ, "ATEN_CPU_CAPABILITY": capability},
+                cwd=Path(__file__).parents[2], capture_output=True, text=True, check=True,
+            ).stdout.split()
+            for capability in ("default", "avx2")
+        ),
+        strict=True,
+    )  # fmt: skip
+    assert (names[0] == names[1]) == (lanes[0] == lanes[1])
 
 
 def test_activations_lie_image_innermost() -> None:

@@ -90,6 +90,11 @@ def test_networks_of_torchvision(narrow_vit, home, tmp_path, capsys, arch):
     assert metadata["folded_batchnorms"] == (20 if arch == "resnet18" else 0)
 
 
+def test_batchnorms_of_depthwise_convolutions_are_folded_too(trained, tmp_path):
+    export.main([str(trained.path), str(tmp_path / "packed.safetensors"), "--fold-bn"])
+    assert export.load_sparse(tmp_path / "packed.safetensors")[1]["folded_batchnorms"] == 34  # of MobileNet, all
+
+
 def test_sizes_of_images(home, tmp_path):
     sizes = shlex.split("--train-crop-size 32 --val-resize-size 60 --val-crop-size 48")
     assert run(*DENSE, *sizes, home / "imagenet2012", "--save", tmp_path / "run") == 0

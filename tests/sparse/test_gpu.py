@@ -170,6 +170,22 @@ def test_steps_after_a_change_of_masks_follow_the_new_ones(gpu, change):
         assert not weight.detach().masked_fill(masking.masks[name], 0).any(), name
 
 
+def test_a_copy_follows_the_masks_that_it_loads(gpu):
+    model, masking = make(CUDA)
+    for _ in range(2):
+        backward(model)
+        masking.step(keep_gradients=False)
+    copied = copy.deepcopy((model, masking))[1]
+    _, other = make(CUDA, seed=2)
+    state = other.state_dict()
+    state["masks"] = {name: ~mask for name, mask in state["masks"].items()}
+    state["ever_active"] = {name: torch.ones_like(seen) for name, seen in state["ever_active"].items()}
+    copied.load_state_dict(state)
+    copied.apply_masks()
+    for name, weight in copied.parameters.items():
+        assert not weight.detach().masked_fill(state["masks"][name], 0).any(), name
+
+
 def same_gradients(*models):
     """Give networks on different devices the very same gradients."""
     backward(models[0])
