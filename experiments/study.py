@@ -31,7 +31,7 @@ from sparselearning.process import arguments  # noqa: E402
 from sparselearning.process.errors import UsageError  # noqa: E402
 from sparselearning.process.files import check_output, copy_whole, write_json, write_text, write_whole  # noqa: E402
 from sparselearning.process.script import run_script  # noqa: E402
-from sparselearning.reporting.measured import differences_cells, differences_in_full  # noqa: E402
+from sparselearning.reporting.measured import differences_cells  # noqa: E402
 from sparselearning.reporting.runs import Group, find_runs, group_runs, read_run  # noqa: E402
 from sparselearning.reporting.tables import headline_table, markdown, markdown_report  # noqa: E402
 from sparselearning.training.run_folder import RunFolder  # noqa: E402
@@ -424,10 +424,9 @@ KINDS: dict[str, Callable[[Sequence[Group], Sequence[str]], str]] = {
     "report": markdown_report,
     "headline": lambda groups, _: headline_table(groups),
     "differences": lambda groups, _: markdown(differences_cells(groups)),
-    "differences-in-full": lambda groups, _: "\n".join(map(markdown, differences_in_full(groups).values())),
 }
 """Tables of groups of runs: all that ``python -m sparselearning.report`` writes; those with tickets, each beside its
-control; their last superpositions over others; that of all networks in all measures."""
+control; their last superpositions over others."""
 
 
 if __name__ == "__main__":

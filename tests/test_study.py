@@ -191,13 +191,11 @@ def test_a_headline_shows_runs_with_tickets_beside_their_control_by_hand(tmp_pat
     assert study.filled(once) == once
 
 
-def test_differences_stand_alone_or_in_full(tmp_path, monkeypatch):
+def test_differences_stand_alone_or_in_the_report(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name, tickets in (("a", 2), ("plain", 0)):
         write_analysis(write_run(tmp_path / f"results/{name}/seed1", tickets=tickets), 0.0, range(tickets + 1))
-    text = (
-        "<!-- differences results/a -->\n<!-- end -->\n<!-- differences-in-full results/a results/plain --><!-- end -->"
-    )
+    text = "<!-- differences results/a -->\n<!-- end -->\n<!-- report results/a results/plain --><!-- end -->"
     once = study.filled(text)
     brief, full = once.split("<!-- end -->")[:2]
     assert "| GraNet " in brief

@@ -9,6 +9,7 @@ import dataclasses
 import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from numbers import Real
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -112,10 +113,11 @@ def check_option(name: str, value: float, kind: Any) -> None:
     """Refuse a number that an option does not take.
 
     Raises:
-        UsageError: if it is not in the range of ``kind``.
+        UsageError: if it is not in the range of ``kind``, or not whole where that is of whole numbers.
     """
-    if not in_range(value, kind):
-        raise UsageError(f"{name} {rule(kind)}, not {value}")
+    is_whole = isinstance(value, Real) and float(value).is_integer()
+    if (get_args(kind)[0] is int and not is_whole) or not in_range(value, kind):
+        raise UsageError(f"{name} {rule(kind)}, not {value!r}")
 
 
 def check_entry(kind: Any, value: Any, entry: str) -> None:

@@ -3,7 +3,6 @@
 import math
 import weakref
 from collections.abc import Mapping, Sequence
-from numbers import Real
 from typing import Any
 from warnings import warn
 
@@ -13,7 +12,7 @@ from torch.nn.utils import get_total_norm
 
 from sparselearning.process import distributed
 from sparselearning.process.errors import FaultError, UsageError
-from sparselearning.process.schema import Count, Density, Mismatch, Ordinal, Share, check_option, in_range, rule
+from sparselearning.process.schema import Count, Density, Mismatch, Ordinal, Share, check_option
 from sparselearning.process.seeding import derive_seed
 from sparselearning.process.tensor_schema import Check, all_of, conform, inside, like, mapping, optional, record
 from sparselearning.sparse.distributions import active_count, check_leaves_weights, nonzero_counts
@@ -704,7 +703,5 @@ def _check_choice(name: str, value: str, table: Mapping[str, Any]) -> None:
 
 
 def _whole(name: str, value: Any, kind: Any = Count) -> int:
-    number = float(value) if isinstance(value, Real) else math.nan
-    if not (number.is_integer() and in_range(number, kind)):
-        raise UsageError(f"{name} {rule(kind)}, not {value!r}")
+    check_option(name, value, kind)
     return int(value)
