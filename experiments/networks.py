@@ -1,12 +1,10 @@
 """Networks to take away: the last superposition of a finished run, packed, and a card that says what it is."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from string import Template
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
 
 from sparselearning import export, predict
 from sparselearning.process.files import check_output, write_text
@@ -15,8 +13,6 @@ from sparselearning.reporting.tables import final_accuracy, machines
 from sparselearning.training.builders import build_network
 from sparselearning.training.networks import SavedNetwork
 
-BATCH = 32
-"""Images at a time, as ``sparselearning.predict`` takes them."""
 CARD = Template("""\
 # $name, seed $seed: $model at density $density
 
@@ -87,11 +83,11 @@ def keep(run: Run, folder: Path, images: Path, prepare: str, data: str) -> None:
     packed, card = folder / "network.safetensors", folder / "README.md"
     command = f"python -m sparselearning.predict {packed} {images} --out predictions.csv"
     check_output(card, "the last superposition of a run of")
-    predict.open_images(images)  # or say that there are none, before anything is written
+    pictures = predict.open_images(images)  # or say that there are none, before anything is written
     export.main([str(run.folder.path), str(packed)])
     saved, summary = SavedNetwork.read(run.folder.previous), run.summary
     assert summary is not None
-    found = agreement(packed, run, saved, images)
+    found = agreement(packed, run, saved, pictures)
     accuracy = final_accuracy(run)
     write_text(
         card,
@@ -118,21 +114,13 @@ def keep(run: Run, folder: Path, images: Path, prepare: str, data: str) -> None:
     )
 
 
-def agreement(packed: Path, run: Run, saved: SavedNetwork, images: Path) -> Agreement:
+def agreement(packed: Path, run: Run, saved: SavedNetwork, pictures: predict.ImageArray) -> Agreement:
     """Predict with a packed network and with the dense one."""
     sparse, preparation = predict.load_network(packed)
     dense = build_network(run.folder.read_config()["network"], saved.state_dict, run.folder.previous)
-    pictures = predict.open_images(images)
-
-    @torch.no_grad()
-    def logits(network: nn.Module) -> Tensor:
-        return torch.cat([network(batch) for batch in batches()])
-
-    def batches() -> Iterator[Tensor]:
-        for part in torch.arange(len(pictures)).split(BATCH):
-            yield torch.stack([preparation.prepare(pictures[i], i) for i in part.tolist()])
-
-    found, expected = logits(sparse), logits(dense)
+    with torch.no_grad():
+        logits = [(sparse(batch), dense(batch)) for _, batch in predict.batches(pictures, preparation)]
+    found, expected = map(torch.cat, zip(*logits, strict=True))
     first, second = found.topk(2, dim=1).values.unbind(dim=1)
     hits = int((found.argmax(dim=1) == torch.from_numpy(pictures.labels)).sum())
     return Agreement(hits, len(found), (found - expected).abs().max().item(), (first - second).min().item())

@@ -16,7 +16,7 @@ import statistics
 import sys
 import time
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -39,6 +39,7 @@ HEADER = ("image", "class", "probability")
 ARRAYS = {"x_test": "y_test", "x": "y"}
 """Names of the images in an ``.npz`` file, the first that is there, and of their labels, if it has any."""
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".ppm", ".pgm", ".webp", ".tif", ".tiff")
+BATCH = 32  # images at a time
 TIMED_SECONDS = 2.0  # for each size of batch
 
 
@@ -61,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "images", type=arguments.path, metavar="IMAGES", help="an .npz file with x_test or x, or a folder of images"
     )
     parser.add_argument("--out", type=arguments.path, metavar="FILE.csv", help="CSV file to write, in place of stdout")
-    parser.add_argument("--batch-size", type=arguments.positive, default=32, metavar="N", help="images at a time")
+    parser.add_argument("--batch-size", type=arguments.positive, default=BATCH, metavar="N", help="images at a time")
     parser.add_argument("--threads", type=arguments.positive, metavar="N", help="threads (by default PyTorch's choice)")
     parser.add_argument("--time", action="store_true", help="print images/s at batch 1 and at --batch-size to stderr")
     args = parser.parse_args(argv)
@@ -76,9 +77,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     table.writerow(HEADER)
     batch = torch.empty(0)
     predicted: list[int] = []
-    for start in range(0, len(images), args.batch_size):
-        numbers = range(start, min(start + args.batch_size, len(images)))
-        batch = torch.stack([preparation.prepare(images[i], images.name(i)) for i in numbers])
+    for numbers, batch in batches(images, preparation, args.batch_size):
         probabilities, classes = network(batch).softmax(dim=1).max(dim=1)
         predicted += classes.tolist()
         for i, number, share in zip(numbers, classes.tolist(), probabilities.tolist(), strict=True):
@@ -279,6 +278,15 @@ class ImageFolder:
     def name(self, number: int) -> str:
         """Name of an image in the output."""
         return self.files[number].name
+
+
+def batches(
+    images: ImageArray | ImageFolder, preparation: Preparation, size: int = BATCH
+) -> Iterator[tuple[range, Tensor]]:
+    """The images as a network takes them, so many at a time, and their numbers."""
+    for start in range(0, len(images), size):
+        numbers = range(start, min(start + size, len(images)))
+        yield numbers, torch.stack([preparation.prepare(images[i], images.name(i)) for i in numbers])
 
 
 def open_images(path: Path) -> ImageArray | ImageFolder:

@@ -94,6 +94,21 @@ class _Code:
             cgutils.get_or_insert_function(self.builder.module, kind, f"llvm.fma.v{LANES}f32"), [a, b, c]
         )
 
+    def either(
+        self, condition: ir.Value, yes: Callable[[], Sequence[ir.Value]], no: Callable[[], Sequence[ir.Value]]
+    ) -> list[ir.Value]:
+        """``yes()`` if a condition holds, and else ``no()``: as many values of the same types."""
+        ends = []
+        with self.builder.if_else(condition) as branches:
+            for branch, make in zip(branches, (yes, no), strict=True):
+                with branch:
+                    ends.append((make(), self.builder.block))
+        results = [self.builder.phi(value.type) for value in ends[0][0]]
+        for values, block in ends:
+            for result, value in zip(results, values, strict=True):
+                result.add_incoming(value, block)
+        return results
+
     def total(self, vector: ir.Value) -> ir.Value:
         """Sum of a vector's lanes, in halves."""
         while (lanes := vector.type.count) > 1:
@@ -194,19 +209,13 @@ def accumulate(  # type: ignore[no-untyped-def]
         registers = _Block(code, rows, columns, vectors)
         homes = registers.packed(block)
         begins = code.splat(start)
-        with builder.if_else(builder.icmp_signed("!=", fresh, INT64(0))) as (new, kept):
-            with new:
-                initial, new_block = [begins] * len(homes), builder.block
-            with kept:
-                loaded = [builder.fadd(begins, code.load(VECTOR, home)) for home in homes]
-                kept_block = builder.block
-        sums = [builder.phi(VECTOR) for _ in homes]
-        for phi, a, b in zip(sums, initial, loaded, strict=True):
-            phi.add_incoming(a, new_block)
-            phi.add_incoming(b, kept_block)
+        sums = code.either(
+            builder.icmp_signed("!=", fresh, INT64(0)),
+            lambda: [begins] * len(homes),
+            lambda: [builder.fadd(begins, code.load(VECTOR, home)) for home in homes],
+        )
         distances = registers.distances(row_pitch, column_pitch)
         in_target = registers.distances(target_row, target_column)
-        adds = builder.icmp_signed("!=", added, INT64(0))
         with builder.if_then(builder.icmp_signed("!=", ahead, INT64(0))):
             for place in registers.places(ahead, in_target):
                 code.prefetch(place)
@@ -218,20 +227,14 @@ def accumulate(  # type: ignore[no-untyped-def]
             return [code.fma(weight, x, total) for x, total in zip(inputs, sums, strict=True)]
 
         _, sums = code.loop(begin, end, 1, sums, body)
-        with builder.if_else(adds) as (more, no_more):
-            with more:
-                terms = [code.load(VECTOR, place) for place in registers.places(added, in_target)]
-                fuller = [builder.fadd(total, term) for total, term in zip(sums, terms, strict=True)]
-                more_block = builder.block
-            with no_more:
-                no_more_block = builder.block
-        totals = [builder.phi(VECTOR) for _ in sums]
-        for phi, a, b in zip(totals, fuller, sums, strict=True):
-            phi.add_incoming(a, more_block)
-            phi.add_incoming(b, no_more_block)
-        sums = totals
+
+        def with_added() -> list[ir.Value]:
+            terms = [code.load(VECTOR, place) for place in registers.places(added, in_target)]
+            return [builder.fadd(total, term) for total, term in zip(sums, terms, strict=True)]
+
+        totals = code.either(builder.icmp_signed("!=", added, INT64(0)), with_added, lambda: sums)
         least = code.splat(lowest)
-        sums = [builder.select(builder.fcmp_ordered("<", total, least), least, total) for total in sums]
+        sums = [builder.select(builder.fcmp_ordered("<", total, least), least, total) for total in totals]
         with builder.if_else(builder.icmp_signed("!=", target, INT64(0))) as (outside, back):
             with outside:
                 places = registers.places(target, in_target)
