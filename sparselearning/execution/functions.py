@@ -154,10 +154,10 @@ class _Kernel:
         self._values: Tensor | None = None
 
     def correlate(
-        self, source: Tensor, target: Tensor, begin: int, weight: Tensor, bias: Tensor | None,
-        added: Tensor | None = None, relu: bool = False,
+        self, source: Tensor, target: Tensor, begin: int, weight: Tensor, bias: Tensor | None = None,
+        added: Tensor | None = None, relu: bool = False, gate: Tensor | None = None,
     ) -> None:  # fmt: skip
-        """Fill ``target``, whose phase begins at its number ``begin``; ``added`` lies in memory as it does."""
+        """Fill ``target``, whose phase begins at its number ``begin``; ``added`` and ``gate`` lie as it does."""
         values = _memory(weight).index_select(0, self.places) if self._values is None else self._values
         if self.keeps_values:
             self._values = values
@@ -169,9 +169,10 @@ class _Kernel:
             target=address,
             streams=streams,
             values=values.data_ptr(),
-            bias=0 if bias is None else bias.data_ptr(),
-            added=0 if added is None else added.data_ptr() + 4 * begin,
+            bias=_address(bias),
+            added=_address(added, begin),
             relu=relu,
+            gate=_address(gate, begin),
         )
 
     def contract(self, source: Tensor, gradient: Tensor, for_weight: Tensor) -> None:
@@ -188,6 +189,11 @@ class _Kernel:
 
     def _run(self, kernel: Any, **memory: int) -> None:
         _run(kernel, self.task, self.correlation.shares, int(self.task["work_bytes"][0]), **memory)
+
+
+def _address(tensor: Tensor | None, number: int = 0) -> int:
+    """Of one of a tensor's numbers; 0 if there is no tensor."""
+    return 0 if tensor is None else tensor.data_ptr() + 4 * number
 
 
 def _run(kernel: Any, task: np.ndarray, shares: int, work_bytes: int, **memory: int) -> None:
@@ -296,44 +302,80 @@ def _memory(tensor: Tensor) -> Tensor:
     return tensor.detach().as_strided((tensor.numel(),), (1,))
 
 
+class Gate:
+    """The backward pass of a ReLU, which a convolution that reads the ReLU's output may do as it writes a gradient.
+
+    Whether it has is known by the gradient itself: what others read of the output would have been added to another.
+    """
+
+    def __init__(self) -> None:
+        self._passed: tuple[Tensor, int] | None = None
+
+    def let_through(self, gradient: Tensor) -> None:
+        """Take note of a gradient that is zero already where the output is not positive."""
+        self._passed = gradient, gradient._version
+
+    def has_let_through(self, gradient: Tensor) -> bool:
+        """Whether it was this very gradient, which nobody has changed."""
+        passed, self._passed = self._passed, None
+        return passed is not None and passed[0] is gradient and passed[1] == gradient._version
+
+
 class SparseConvolution(torch.autograd.Function):
-    """Convolution [image, channel, row, column] with active weights alone."""
+    """Convolution [image, channel, row, column] with active weights alone.
+
+    It returns the inputs, too, for what reads them next, such as the sum that ends a residual block: the gradient that
+    comes back this way is added where the kernel writes its own, and need not be added in a pass of its own.
+    """
 
     @staticmethod
     def forward(
-        context: Any, inputs: Tensor, weight: Tensor, bias: Tensor | None, active: ActiveWeights, dense_gradient: bool
-    ) -> Tensor:
+        context: Any, inputs: Tensor, weight: Tensor, bias: Tensor | None, active: ActiveWeights, dense_gradient: bool,
+        gate: Gate | None,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         source = image_last(inputs.detach())
         grid = Grid(*source.shape[1:])
         plane = active.shape.target(grid)
         target = empty_activations(grid.images, active.shape.outputs, plane.rows, plane.columns)
         active.forward(grid).correlate(source, target, 0, weight, bias)
-        context.save_for_backward(source, weight)
+        is_view = source.data_ptr() == inputs.data_ptr()
+        context.save_for_backward(inputs if is_view else source.movedim(-1, 0), weight)
         context.active, context.grid, context.dense_gradient = active, grid, dense_gradient
-        return target
+        context.gate = gate if is_view and not active.shape.skips_inputs else None
+        context.set_materialize_grads(False)
+        return target, inputs.view_as(inputs) if context.needs_input_grad[0] else None
 
     @staticmethod
     @once_differentiable
-    def backward(context: Any, gradient: Tensor) -> Any:
-        source, weight = context.saved_tensors
+    def backward(context: Any, gradient: Tensor | None, of_inputs: Tensor | None) -> Any:
+        if gradient is None:
+            return of_inputs, *[None] * 6
+        inputs, weight = context.saved_tensors
         active, grid = context.active, context.grid
-        gradients = image_last(gradient)
+        source, gradients = image_last(inputs.detach()), image_last(gradient)
         for_inputs = for_weight = for_bias = None
         if context.needs_input_grad[0]:
+            # Whoever watches the gradient of the ReLU's output is to see all of it.
+            gate = None if inputs._backward_hooks or inputs.retains_grad else context.gate
+            added = None if of_inputs is None else image_last(of_inputs)
             for_inputs = empty_activations(grid.images, active.shape.channels, grid.rows, grid.columns)
             if active.shape.skips_inputs:
-                for_inputs.zero_()
+                for_inputs.zero_() if of_inputs is None else for_inputs.copy_(of_inputs)
             for kernel, begin in active.backward(grid):
-                kernel.correlate(gradients, for_inputs, begin, weight, None)
+                kernel.correlate(
+                    gradients, for_inputs, begin, weight, added=added, gate=None if gate is None else source
+                )
+            if gate is not None:
+                gate.let_through(for_inputs)
         if context.needs_input_grad[1]:
             if context.dense_gradient:
-                for_weight = _dense_weight_gradient(active.shape, gradient, source.movedim(-1, 0), weight)
+                for_weight = _dense_weight_gradient(active.shape, gradient, inputs.detach(), weight)
             else:
                 for_weight = torch.zeros_like(weight)
                 active.forward(grid).contract(source, gradients, for_weight)
         if context.needs_input_grad[2]:
             for_bias = gradients.sum(dim=(1, 2, 3))
-        return for_inputs, for_weight, for_bias, None, None
+        return for_inputs, for_weight, for_bias, None, None, None, None
 
 
 def _dense_weight_gradient(shape: Shape, gradient: Tensor, inputs: Tensor, weight: Tensor) -> Tensor:
@@ -383,9 +425,8 @@ class Norm:
         """Do the pass, into memory of its own if this very tensor has none yet."""
         if outputs.untyped_storage().nbytes() == 0:
             outputs.data = empty_activations(*outputs.shape)
-        added = 0 if self.added is None else self.added.data_ptr()
         task = _planes_task(self.lines, scale=self.scale, shift=self.shift, outputs=outputs)
-        task["added"], task["relu"] = added, relu
+        task["added"], task["relu"] = _address(self.added), relu
         _run_planes(normalise, task)
 
 
@@ -454,11 +495,11 @@ class ReluOfNorm(torch.autograd.Function):
     """ReLU of a BatchNorm's output that nothing else reads: both are done in one pass, forward and backward."""
 
     @staticmethod
-    def forward(context: Any, inputs: Tensor, norm: Norm, in_place: bool) -> Tensor:
+    def forward(context: Any, inputs: Tensor, norm: Norm, in_place: bool, gate: Gate) -> Tensor:
         outputs = inputs if in_place else empty_activations(inputs.shape[0], *inputs.shape[1:])
         norm.sequel.relu = norm.added is None
         norm.write(outputs, relu=True)
-        context.sequel = norm.sequel
+        context.sequel, context.gate = norm.sequel, gate
         if in_place:
             context.mark_dirty(inputs)
         context.save_for_backward(outputs)
@@ -468,7 +509,8 @@ class ReluOfNorm(torch.autograd.Function):
     @once_differentiable
     def backward(context: Any, gradient: Tensor) -> Any:
         (outputs,) = context.saved_tensors
-        return gradient if context.sequel.relu else _through_relu(gradient, outputs), None, None
+        through = gradient if context.sequel.relu else _through_relu(gradient, outputs, context.gate)
+        return through, None, None, None
 
 
 class AddToNorm(torch.autograd.Function):
@@ -490,18 +532,21 @@ class Relu(torch.autograd.Function):
     """ReLU whose backward pass keeps to the layout of its output."""
 
     @staticmethod
-    def forward(context: Any, inputs: Tensor) -> Tensor:
+    def forward(context: Any, inputs: Tensor, gate: Gate) -> Tensor:
         outputs = inputs.clamp_min(0)
+        context.gate = gate
         context.save_for_backward(outputs)
         return outputs
 
     @staticmethod
     @once_differentiable
     def backward(context: Any, gradient: Tensor) -> Any:
-        return _through_relu(gradient, context.saved_tensors[0])
+        return _through_relu(gradient, context.saved_tensors[0], context.gate), None
 
 
-def _through_relu(gradient: Tensor, outputs: Tensor) -> Tensor:
+def _through_relu(gradient: Tensor, outputs: Tensor, gate: Gate) -> Tensor:
+    if gate.has_let_through(gradient):
+        return gradient
     if gradient.stride() != outputs.stride():
         gradient = image_last(gradient).movedim(-1, 0)
     through = memory.empty(outputs.shape, outputs.stride())

@@ -3,8 +3,9 @@
 All of a convolution's three passes, and a linear layer's, are one of two loops over a list of active weights:
 
 - :func:`correlate`: ``target[o, p] = bias[o] + Σ_j value[j] · source[c_j, p · step + shift_j]``, over the weights j
-  of output o: the forward pass and, with inputs and outputs exchanged, the gradient with respect to the input. In
-  prediction another tensor is added in the same pass, and ReLU follows;
+  of output o: the forward pass and, with inputs and outputs exchanged, the gradient with respect to the input. What
+  comes next may be part of the same pass: another tensor is added, and ReLU follows, or its backward pass, which lets
+  numbers through where those of a third tensor, the *gate*, are above zero;
 - :func:`contraction`: ``result[j] = Σ_p target[o_j, p] · source[c_j, p · step + shift_j]``: the gradient of each active
   weight, where the target holds the gradient of the output.
 
@@ -43,8 +44,8 @@ TASK = np.dtype(
             # shares of the work: taken one by one until none is left, whatever threads there are
             "next_share", "shares", "work", "work_bytes", "scratch_floats",
             # memory
-            "source", "target", "streams", "bias", "added", "relu", "values", "offsets", "entries", "entry_starts",
-            "results", "results_bytes",
+            "source", "target", "streams", "bias", "added", "relu", "gate", "values", "offsets", "entries",
+            "entry_starts", "results", "results_bytes",
             # sizes: source [channels, rows, columns, images], target [outputs, target_rows, target_columns, images]
             "channels", "rows", "columns", "images", "outputs", "target_rows", "target_columns",
             "target_plane", "target_row", "target_column",
@@ -61,12 +62,12 @@ TASK = np.dtype(
 """What a kernel is told.
 
 Memory is given by addresses, 0 where there is none. ``streams``: tiles inside the target are written past the caches.
-``added`` lies in memory as the target does. ``entries`` is int32 [n, 3] of (output, begin, end) into ``values`` and
-``offsets``, for each block of outputs and in it each block of channels, from ``entry_starts`` on. ``target_plane``,
-``target_row`` and ``target_column`` are distances in the target, ``block_row`` and ``block_column`` in a block of sums,
-in numbers. ``whole``: the registers of a tile inside the target hold nothing but numbers of it. A channel takes
-``channel_floats`` numbers of the scratch buffer, the last ``padding`` of which are zero. ``fetches_all``: a region's
-inputs of all channels are fetched at once, not block by block.
+``added`` and ``gate`` lie in memory as the target does. ``entries`` is int32 [n, 3] of (output, begin, end) into
+``values`` and ``offsets``, for each block of outputs and in it each block of channels, from ``entry_starts`` on.
+``target_plane``, ``target_row`` and ``target_column`` are distances in the target, ``block_row`` and ``block_column``
+in a block of sums, in numbers. ``whole``: the registers of a tile inside the target hold nothing but numbers of it. A
+channel takes ``channel_floats`` numbers of the scratch buffer, the last ``padding`` of which are zero. ``fetches_all``:
+a region's inputs of all channels are fetched at once, not block by block.
 """
 
 NEXT_SHARE = 8 * list(TASK.names or ()).index("next_share")  # bytes
@@ -238,21 +239,28 @@ def correlate(rows: int, columns: int, vectors: int) -> Any:
                             bias = np.float32(0)
                             if first and task.bias != 0:
                                 bias = number_at(task.bias + 4 * output)
-                            added = ahead = 0
+                            added = gate = 0
                             begins_with_added = task.added != 0 and not whole
                             if first and begins_with_added:
                                 plane = task.added + 4 * output * task.target_plane
                                 _move_tile(task, block, plane, row, column, image, images, False)
-                            elif last and whole and task.added != 0:
-                                later = entries[min(e + AHEAD, starts[number + 1] - 1), 0]
-                                added = task.added + 4 * output * task.target_plane + place
-                                ahead = task.added + 4 * later * task.target_plane + place
+                            if last and whole:
+                                if task.added != 0:
+                                    added = task.added + 4 * output * task.target_plane + place
+                                if task.gate != 0:
+                                    gate = task.gate + 4 * output * task.target_plane + place
+                            elif last and task.gate != 0:
+                                gate = blocks + 4 * size * task.output_block
+                                plane = task.gate + 4 * output * task.target_plane
+                                _move_tile(task, gate, plane, row, column, image, images, False)
+                            later = entries[min(e + AHEAD, starts[number + 1] - 1), 0]
                             accumulate(
                                 rows, columns, vectors, block, first and not begins_with_added, bias,
                                 source, row_pitch, column_pitch, task.values, task.offsets,
-                                entries[e, 1], entries[e, 2], added, ahead, lowest if last else np.float32(-np.inf),
-                                target + place if last and whole else 0, task.target_row, task.target_column,
-                                task.streams,
+                                entries[e, 1], entries[e, 2], added, gate, 4 * (later - output) * task.target_plane,
+                                lowest if last else np.float32(-np.inf), target + place if last and whole else 0,
+                                task.target_row if whole else columns * vectors * LANES,
+                                task.target_column if whole else vectors * LANES, task.streams,
                             )  # fmt: skip
                             if last and not whole:
                                 _move_tile(task, block, target, row, column, image, images, True)

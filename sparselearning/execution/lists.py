@@ -262,7 +262,7 @@ class Correlation:
         task["shares"] = self.shares
         task["scratch_floats"] = -(-scratch // LANES) * LANES
         task["work_bytes"] = (
-            -(-4 * (task["scratch_floats"][0] + self.output_block * tile.vectors * LANES) // 4096) * 4096 + 128
+            -(-4 * (task["scratch_floats"][0] + (self.output_block + 1) * tile.vectors * LANES) // 4096) * 4096 + 128
         )
         for name, value in {
             "channels": self.channels, "rows": self.source.rows, "columns": self.source.columns,

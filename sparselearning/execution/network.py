@@ -19,6 +19,7 @@ from sparselearning.execution.functions import (
     ActiveWeights,
     AddToNorm,
     BatchNorm,
+    Gate,
     Made,
     Norm,
     Relu,
@@ -39,7 +40,9 @@ class SparseNetwork(nn.Module):
     """Call it in place of ``model``: the same results, but for rounding, without the arithmetic of inactive weights.
 
     Parameters, gradients and state dicts are the model's own. Gradients of inactive weights are zero, but where
-    ``dense_gradients`` or the Masking asks for them. Layers without a kernel (grouped, dilated, …) run masked.
+    ``dense_gradients`` or the Masking asks for them. Layers without a kernel (grouped, dilated, …) run masked. Hooks and
+    ``retain_grad`` see whole gradients of activations; ``torch.autograd.grad`` with respect to a ReLU's output may find
+    zeros where that output is zero.
 
     Args:
         model: on the CPU, float32.
@@ -178,6 +181,10 @@ class _Watch(TorchFunctionMode):
         # Outputs of BatchNorm that are still to be written, by identity; those that a ReLU has taken over, and that may
         # be gone, are held weakly.
         self.unwritten: dict[int, tuple[Callable[[], Tensor | None], Norm]] = {}
+        # By identity of a tensor, which is held: of a ReLU's output its gate; what a convolution that has read a tensor
+        # passes on in its place.
+        self.gates: dict[int, tuple[Tensor, Gate]] = {}
+        self.passed_on: dict[int, tuple[Tensor, Tensor]] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
@@ -226,6 +233,10 @@ class _Watch(TorchFunctionMode):
         del self.unwritten[id(outputs)]
         return norm
 
+    def in_place_of(self, inputs: Tensor) -> Tensor:
+        """What the last convolution that read a tensor has passed on in its place, or the tensor."""
+        return self.passed_on.get(id(inputs), (inputs, inputs))[1]
+
 
 def _tensors(arguments: Any) -> Iterator[Tensor]:
     """All tensors in nested lists and tuples."""
@@ -253,8 +264,12 @@ def _conv2d(
     target = shape.target(Grid(inputs.shape[2], inputs.shape[3], inputs.shape[0]))
     if min(target.rows, target.columns) < 1:
         return NotImplemented  # PyTorch says that the kernel is larger than the image
-    active = network.active(weight, shape)
-    return SparseConvolution.apply(inputs, weight, bias, active, network.wants_dense_gradients)
+    source, active = watch.in_place_of(inputs), network.active(weight, shape)
+    _, gate = watch.gates.get(id(source), (None, None))
+    outputs, passed_on = SparseConvolution.apply(source, weight, bias, active, network.wants_dense_gradients, gate)
+    if passed_on is not None:
+        watch.passed_on[id(inputs)] = inputs, passed_on
+    return outputs
 
 
 def has_kernel(weight: Tensor) -> bool:
@@ -297,7 +312,7 @@ def _linear(watch: _Watch, inputs: Tensor, weight: Tensor, bias: Tensor | None =
         return F.linear(inputs, network.with_active_gradient(weight), bias)
     active = network.active(weight, Shape(weight.shape[0], weight.shape[1], (1, 1)))
     planes = inputs.unsqueeze(-1).unsqueeze(-1)
-    return SparseConvolution.apply(planes, weight, bias, active, network.wants_dense_gradients).flatten(1)
+    return SparseConvolution.apply(planes, weight, bias, active, network.wants_dense_gradients, None)[0].flatten(1)
 
 
 LEAST_LINEAR = 1 << 18
@@ -326,13 +341,19 @@ def _batch_norm(
 
 
 def _relu(watch: _Watch, inputs: Tensor, inplace: bool = False) -> Any:
-    norm = watch.take_over(inputs)
+    norm, gate = watch.take_over(inputs), Gate()
     if norm is not None:
-        outputs = ReluOfNorm.apply(inputs, norm, inplace)
+        outputs = ReluOfNorm.apply(inputs, norm, inplace, gate)
         if not inplace:
             watch.leave_unwritten(inputs, norm)
-        return outputs
-    return NotImplemented if inplace or inputs.dim() != 4 else Relu.apply(inputs)
+    elif inplace or inputs.dim() != 4:
+        return NotImplemented
+    else:
+        outputs = Relu.apply(inputs, gate)
+    is_part_of_norm = norm is not None and norm.sequel.relu
+    if outputs.requires_grad and not is_part_of_norm:
+        watch.gates[id(outputs)] = outputs, gate
+    return outputs
 
 
 def _add_in_place(watch: _Watch, inputs: Tensor, other: Any, *, alpha: float = 1) -> Any:
@@ -344,7 +365,7 @@ def _add_in_place(watch: _Watch, inputs: Tensor, other: Any, *, alpha: float = 1
     if norm.added is not None or alpha != 1 or not fits:
         norm.write(inputs, relu=False)
         return NotImplemented
-    return watch.put_off(AddToNorm.apply(inputs, other, norm), norm)
+    return watch.put_off(AddToNorm.apply(inputs, watch.in_place_of(other), norm), norm)
 
 
 def plane_wise(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -191,20 +191,20 @@ class _Block:
 def accumulate(  # type: ignore[no-untyped-def]
     typing_context, rows, columns, vectors, block, fresh, start,
     source, row_pitch, column_pitch, values, offsets, begin, end,
-    added, ahead, lowest, target, target_row, target_column, streams,
+    added, gate, ahead, lowest, target, target_row, target_column, streams,
 ):  # fmt: skip
     """Add weighted inputs to a block of sums: ``block += Σ_j values[j] · source[offsets[j] + …]``, j from begin to end.
 
     The block starts as ``start`` in all lanes, plus, unless ``fresh``, the numbers at ``block``. In the end those at
-    ``added`` are added, if that is not 0, and sums below ``lowest`` become that; ``ahead`` is an ``added`` that is to
-    be read soon, or 0. The block is written to ``target``, whose rows and columns, like those of ``added``, lie
-    ``target_row`` and ``target_column`` numbers apart or, if that is 0, back to ``block``; with ``streams`` past the
-    caches.
+    ``added`` are added, sums below ``lowest`` become that, and those where the number at ``gate`` is zero or less
+    become zero; 0 in place of an address: none. What lies ``ahead`` bytes after ``added`` and ``gate`` is to be read
+    soon. The block is written to ``target`` or, if that is 0, back to ``block``; with ``streams`` past the caches. Rows
+    and columns at ``added``, ``gate`` and ``target`` lie ``target_row`` and ``target_column`` numbers apart.
     """
 
     def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
         _, _, _, block, fresh, start, source, row_pitch, column_pitch, values, offsets, *others = args
-        begin, end, added, ahead, lowest, target, target_row, target_column, streams = others
+        begin, end, added, gate, ahead, lowest, target, target_row, target_column, streams = others
         code = _Code(builder)
         registers = _Block(code, rows, columns, vectors)
         homes = registers.packed(block)
@@ -216,9 +216,11 @@ def accumulate(  # type: ignore[no-untyped-def]
         )
         distances = registers.distances(row_pitch, column_pitch)
         in_target = registers.distances(target_row, target_column)
-        with builder.if_then(builder.icmp_signed("!=", ahead, INT64(0))):
-            for place in registers.places(ahead, in_target):
-                code.prefetch(place)
+        has_added, has_gate = (builder.icmp_signed("!=", address, INT64(0)) for address in (added, gate))
+        for is_there, address in ((has_added, added), (has_gate, gate)):
+            with builder.if_then(is_there):
+                for place in registers.places(builder.add(address, ahead), in_target):
+                    code.prefetch(place)
 
         def body(j: ir.Value, sums: list[ir.Value]) -> list[ir.Value]:
             weight = code.splat(code.load(FLOAT, code.at(values, j)))
@@ -232,9 +234,16 @@ def accumulate(  # type: ignore[no-untyped-def]
             terms = [code.load(VECTOR, place) for place in registers.places(added, in_target)]
             return [builder.fadd(total, term) for total, term in zip(sums, terms, strict=True)]
 
-        totals = code.either(builder.icmp_signed("!=", added, INT64(0)), with_added, lambda: sums)
+        totals = code.either(has_added, with_added, lambda: sums)
         least = code.splat(lowest)
-        sums = [builder.select(builder.fcmp_ordered("<", total, least), least, total) for total in totals]
+        totals = [builder.select(builder.fcmp_ordered("<", total, least), least, total) for total in totals]
+
+        def through_gate() -> list[ir.Value]:
+            zero = code.splat(FLOAT(0.0))
+            shut = [builder.fcmp_ordered("<=", code.load(VECTOR, x), zero) for x in registers.places(gate, in_target)]
+            return [builder.select(is_shut, zero, total) for is_shut, total in zip(shut, totals, strict=True)]
+
+        sums = code.either(has_gate, through_gate, lambda: totals)
         with builder.if_else(builder.icmp_signed("!=", target, INT64(0))) as (outside, back):
             with outside:
                 places = registers.places(target, in_target)
@@ -249,7 +258,7 @@ def accumulate(  # type: ignore[no-untyped-def]
         return context.get_dummy_value()
 
     i64, f32 = types.int64, types.float32
-    return types.void(rows, columns, vectors, i64, i64, f32, *[i64] * 9, f32, *[i64] * 4), generate
+    return types.void(rows, columns, vectors, i64, i64, f32, *[i64] * 10, f32, *[i64] * 4), generate
 
 
 @intrinsic(prefer_literal=True)

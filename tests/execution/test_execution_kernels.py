@@ -18,6 +18,8 @@ from sparselearning.execution import functions, threads
 from sparselearning.execution.functions import (
     ActiveWeights,
     BatchNorm,
+    Gate,
+    Relu,
     Shape,
     SparseConvolution,
     empty_activations,
@@ -31,7 +33,21 @@ from sparselearning.execution.vectors import BLOCK, LANES
 def convolve(inputs: Tensor, weight: Tensor, bias: Tensor | None = None, stride: int = 1, padding: int = 0) -> Tensor:
     shape = Shape(*weight.shape[:2], tuple(weight.shape[2:]), (stride, stride), (padding, padding))
     active = ActiveWeights(shape, weight.detach() != 0, weight.stride())
-    return SparseConvolution.apply(inputs, weight, bias, active, False)
+    return SparseConvolution.apply(inputs, weight, bias, active, False, None)[0]
+
+
+def convolve_block(inputs: Tensor, weight: Tensor, bias: Tensor | None = None, **shape: int) -> tuple[Tensor, Tensor]:
+    """As a residual block begins: a ReLU, read by the block's first convolution and by the sum at its end."""
+    gate = Gate()
+    positive = Relu.apply(inputs, gate)
+    sizes = (shape["stride"],) * 2, (shape["padding"],) * 2
+    active = ActiveWeights(Shape(*weight.shape[:2], tuple(weight.shape[2:]), *sizes), weight != 0, weight.stride())
+    return SparseConvolution.apply(positive, weight, bias, active, False, gate)
+
+
+def dense_block(inputs: Tensor, weight: Tensor, bias: Tensor | None = None, **shape: int) -> tuple[Tensor, Tensor]:
+    positive = F.relu(inputs)
+    return F.conv2d(positive, weight, bias, **shape), positive
 
 
 def test_one_active_weight_shifts_and_scales_by_hand() -> None:
@@ -82,6 +98,7 @@ SHAPES = st.fixed_dictionaries(
         "threads": st.sampled_from([1, 2]),
         "channels_last": st.booleans(),
         "past_caches": st.booleans(),
+        "block": st.booleans(),
     }
 )
 
@@ -89,7 +106,7 @@ SHAPES = st.fixed_dictionaries(
 # Registers read what follows a channel in the scratch buffer, where nothing but zeros may stand.
 AFTER_A_CHANNEL = dict(
     images=1, channels=3, outputs=5, size=12, kernel=5, stride=1, padding=2, density=1.0, bias=False, threads=1,
-    channels_last=False, past_caches=False,
+    channels_last=False, past_caches=False, block=False,
 )  # fmt: skip
 
 
@@ -116,12 +133,13 @@ def test_equals_pytorchs_convolution(case: dict, seed: int) -> None:
         bias = torch.randn(case["outputs"]) if case["bias"] else None
         active = weight != 0
         results = []
-        for function in (convolve, F.conv2d):
+        for function in (convolve_block, dense_block) if case["block"] else (convolve, F.conv2d):
             leaves = [t.clone().requires_grad_() for t in (inputs, weight, bias) if t is not None]
             outputs = function(*leaves, stride=stride, padding=padding)
+            outputs = [outputs] if isinstance(outputs, Tensor) else [*outputs]
             torch.manual_seed(seed)
-            outputs.backward(torch.randn(outputs.shape))
-            results.append([outputs.detach(), *(leaf.grad for leaf in leaves)])
+            torch.autograd.backward(outputs, [torch.randn(each.shape) for each in outputs])
+            results.append([outputs[0].detach(), *(leaf.grad for leaf in leaves)])
     finally:
         torch.set_num_threads(before)
         functions.LARGE = large
