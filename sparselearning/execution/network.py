@@ -40,9 +40,10 @@ class SparseNetwork(nn.Module):
     """Call it in place of ``model``: the same results, but for rounding, without the arithmetic of inactive weights.
 
     Parameters, gradients and state dicts are the model's own. Gradients of inactive weights are zero, but where
-    ``dense_gradients`` or the Masking asks for them. Layers without a kernel (grouped, dilated, …) run masked. Hooks and
-    ``retain_grad`` see whole gradients of activations; ``torch.autograd.grad`` with respect to a ReLU's output may find
-    zeros where that output is zero.
+    ``dense_gradients`` or the Masking asks for them. Layers without a kernel (grouped, dilated, …) run masked.
+
+    Hooks and ``retain_grad`` see whole gradients of activations; ``torch.autograd.grad`` with respect to the output of
+    a ReLU may find zeros where that output is zero.
 
     Args:
         model: on the CPU, float32.
