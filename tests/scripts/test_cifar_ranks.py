@@ -55,6 +55,18 @@ def test_cifar_in_two_processes_equals_one(undisturbed_cifar, tmp_path):
     assert json.loads((undisturbed_cifar / "config.json").read_text())["world_size"] == 2
 
 
+def test_two_processes_compute_with_active_weights_as_with_masks(ranks, tmp_path):
+    pytest.importorskip("numba")
+    flags = "--model lenet5 --method DST --init-density 0.3 --final-density 0.3 --epochs 2 --cycle 1 --cycle_rate 0"
+    losses = {}
+    for execution in ("sparse", "masked"):
+        folder = tmp_path / execution
+        ranks(main_suptickets.main, [*DIGITS, *flags.split(), "--execution", execution, "--save", str(folder)])
+        losses[execution] = [row["train_loss"] for row in lines(folder / "metrics.jsonl")]
+    assert losses["sparse"] == pytest.approx(losses["masked"], rel=1e-3)
+    assert losses["sparse"] != losses["masked"]  # they do compute in another order
+
+
 def test_cifar_stops_on_sigterm_to_the_launcher_and_resumes_exactly(ranks, undisturbed_cifar, tmp_path):
     folder, log = tmp_path / "run", tmp_path / "log"
     with started([*MULTIPROC, "--nproc_per_node", "2", *CIFAR, "--save", folder], log) as launcher:
