@@ -85,6 +85,26 @@ def restarts() -> int:
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
 
 
+def remember(fact: str) -> None:
+    """Let attempts of this job that torchrun starts later know something; called by one rank."""
+    if (store := _launcher_store()) is not None:
+        store.set(fact, "")
+
+
+def remembers(fact: str) -> bool:
+    """Whether this attempt or an earlier one of the same job has called :func:`remember` with it."""
+    store = _launcher_store()
+    return store is not None and store.check([fact])
+
+
+def _launcher_store() -> dist.Store | None:
+    """The store of torchrun itself, which ends with the job, not with an attempt; None without one."""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return None
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    return dist.TCPStore(address, port, is_master=False, timeout=COLLECTIVE_TIMEOUT)
+
+
 def check_gpus(processes: int) -> None:
     """Refuse more processes on this machine than it has GPUs.
 

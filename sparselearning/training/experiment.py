@@ -239,8 +239,7 @@ def run(recipe: Recipe, plan: Plan, sparse: SparseTraining | None, runtime: Runt
         FaultError: if training or the disk fails, or another run is using the folder.
         Stopped: on a stop signal, after writing the checkpoint.
     """
-    restarted = distributed.restarts() and output.resume is None
-    if restarted and distributed.broadcast_object(output.folder.checkpoint.exists()):  # rank 0's, which wrote it
+    if distributed.broadcast_object(_has_own_checkpoint(output.folder)):  # as rank 0, which wrote it, sees it
         output = replace(output, resume=output.folder.path)
     with stop_signals() as stop_signal, ExitStack() as held:
         start = _find_start(plan, sparse, output)
@@ -258,6 +257,15 @@ def run(recipe: Recipe, plan: Plan, sparse: SparseTraining | None, runtime: Runt
         if stop_signal():  # it came too late to stop this run, but the next one is not to start
             raise Stopped(stop_signal(), output.folder.checkpoint)
     return summary
+
+
+def _has_own_checkpoint(folder: RunFolder) -> bool:
+    """Whether the checkpoint there is of this very job, restarted by the launcher, and not of an earlier run."""
+    return distributed.is_main() and folder.checkpoint.exists() and distributed.remembers(_opened(folder))
+
+
+def _opened(folder: RunFolder) -> str:
+    return f"the run in {folder.path.resolve()} has begun"
 
 
 def _execution(trainer: Trainer) -> str:
@@ -342,6 +350,7 @@ def _open_folder(output: Output, continues: bool, executed: str, held: ExitStack
         write_json(folder.config, {**output.config, "executed": executed})
     else:
         _note_environment(folder, output.config)
+    distributed.remember(_opened(folder))
 
 
 def _note_environment(folder: RunFolder, config: Mapping[str, Any]) -> None:

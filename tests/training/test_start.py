@@ -6,7 +6,8 @@ import weakref
 import pytest
 import torch
 
-from helpers.small_runs import MASKABLE, PLAN, Signals, network, prepare, recipe, sparse
+from helpers.small_runs import MASKABLE, PLAN, Batches, Signals, network, prepare, recipe, sparse
+from sparselearning.process.errors import FaultError
 from sparselearning.process.signals import Stopped
 from sparselearning.sparse import masking
 from sparselearning.training import experiment, start
@@ -110,3 +111,49 @@ def test_the_file_that_a_run_went_on_from_is_not_held_in_memory(tmp_path, monkey
     output = Output(RunFolder(tmp_path), {}, identity={"flags": "the same"}, resume=tmp_path)
     experiment.run(recipe(), PLAN, sparse(), Runtime(amp="off"), output)
     assert watched[1:] == [None]
+
+
+# ------------------------------------------------------------------------------------- restarted by the launcher
+
+
+@pytest.fixture
+def attempt(tmp_path, monkeypatch):
+    """Runs in ``run`` as ranks of one job do that torchrun starts again when one has failed."""
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(store.port))
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+
+    def run(number, resume=None, *, plan=PLAN, fails=False):
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(number))
+        torch.manual_seed(1)
+        brought = recipe(train=Batches(20, 8, shuffled=True, poison=(4, 1) if fails else None))
+        output = Output(RunFolder(tmp_path / "run"), {}, identity={"flags": "the same"}, resume=resume)
+        experiment.run(brought, plan, sparse(), Runtime(amp="off"), output)
+
+    yield run
+    del store  # which listens until then
+
+
+def moved_aside(folder):
+    return [path.name for path in folder.iterdir() if ".old-" in path.name]
+
+
+def test_a_restarted_job_leaves_the_checkpoint_of_an_earlier_run_alone(tmp_path, attempt):
+    stopped(tmp_path / "run")
+    attempt(1)  # the attempt before ended without having come to the folder
+    assert moved_aside(tmp_path) == ["run.old-1"]
+
+
+@pytest.mark.parametrize("resume", [None, "weights.pth", "other"])
+def test_a_restarted_job_resumes_from_its_own_checkpoint(tmp_path, attempt, resume):
+    plan = CYCLES if resume == "weights.pth" else PLAN
+    torch.save(network(0.0).state_dict(), tmp_path / "weights.pth")
+    stopped(tmp_path / "other")
+    source = resume and tmp_path / resume
+    with pytest.raises(FaultError, match="no longer finite at epoch 4"):
+        attempt(0, source, plan=plan, fails=True)
+    before = (tmp_path / "run" / "metrics.jsonl").read_text()
+    attempt(1, source, plan=plan)
+    assert not moved_aside(tmp_path)
+    assert (tmp_path / "run" / "metrics.jsonl").read_text().startswith(before)  # seconds and all
