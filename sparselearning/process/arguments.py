@@ -193,5 +193,5 @@ def _number(text: str, kind: Any) -> Any:
     except ValueError:
         raise argparse.ArgumentTypeError(f"{rule(kind)}, not {text!r}") from None
     if not in_range(value, kind):
-        raise argparse.ArgumentTypeError(f"{rule(kind)}, not {text}")
+        raise argparse.ArgumentTypeError(f"{rule(kind, value)}, not {text}")
     return value

@@ -9,7 +9,7 @@ import dataclasses
 import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from numbers import Real
+from numbers import Integral, Real
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -104,9 +104,9 @@ def in_range(value: float, kind: Any) -> bool:
     return get_args(kind)[1].allows(value)
 
 
-def rule(kind: Any) -> str:
-    """What messages say of an option that takes numbers of ``kind``, after its name."""
-    return f"must be {_words(kind)}"
+def rule(kind: Any, value: Any = None) -> str:
+    """What messages say of an option that takes numbers of ``kind``, after its name, and is given ``value``."""
+    return f"must be {_words(kind, value)}"
 
 
 def check_option(name: str, value: float, kind: Any) -> None:
@@ -115,9 +115,9 @@ def check_option(name: str, value: float, kind: Any) -> None:
     Raises:
         UsageError: if it is not in the range of ``kind``, or not whole where that is of whole numbers.
     """
-    is_whole = isinstance(value, Real) and float(value).is_integer()
+    is_whole = isinstance(value, Integral) or (isinstance(value, Real) and float(value).is_integer())
     if (get_args(kind)[0] is int and not is_whole) or not in_range(value, kind):
-        raise UsageError(f"{name} {rule(kind)}, not {value!r}")
+        raise UsageError(f"{name} {rule(kind, value)}, not {shown(value)}")
 
 
 def check_entry(kind: Any, value: Any, entry: str) -> None:
@@ -142,7 +142,7 @@ def _read(kind: Any, value: Any, entry: str, complete: bool) -> Any:
     if origin is dict and isinstance(value, Mapping):
         return {_read_key(key, entry): _read(arguments[1], value[key], _join(entry, key), complete) for key in value}
     if not _fits(kind, value):
-        raise _mismatch(entry, value, _words(kind))
+        raise _mismatch(entry, value, _words(kind, value))
     return value
 
 
@@ -168,7 +168,7 @@ def _read_union(kind: Any, value: Any, entry: str, complete: bool) -> Any:
     if len(options) == 1:
         return _read(options[0], value, entry, complete)
     if not any(_matches(option, value) for option in options):
-        raise _mismatch(entry, value, _words(kind))
+        raise _mismatch(entry, value, _words(kind, value))
     return value
 
 
@@ -204,17 +204,20 @@ def _is_number(kind: type, value: Any) -> bool:
     return isinstance(value, int if kind is int else (int, float)) and not isinstance(value, bool)
 
 
-def _words(kind: Any) -> str:
-    """What a value should have been, for people."""
+def _words(kind: Any, value: Any = None) -> str:
+    """What a value should have been, for people; ``LARGEST`` is named only where a number is beyond it."""
     origin, arguments = get_origin(kind), get_args(kind)
+    base, bounds = arguments if origin is Annotated else (kind, Between())
+    if base in (int, float) and bounds.high == LARGEST and _is_number(float, value) and value > LARGEST:
+        return f"{WORDS[base]} of at most {LARGEST:.2g}"
     if kind in WORDS:
         return WORDS[kind]
     if origin is Annotated:
-        return WORDS[arguments[0]] + str(arguments[1])
+        return WORDS[base] + str(bounds)
     if origin is Literal:
         return " or ".join(map(repr, arguments))
     if origin in (Union, UnionType):
-        return " or ".join(map(_words, arguments))
+        return " or ".join(_words(argument, value) for argument in arguments)
     if origin in (list, dict):
         return f"a list of {_words(arguments[0])}" if origin is list else "named values"
     return f"a {kind.__name__}"

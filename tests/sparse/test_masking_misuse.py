@@ -45,6 +45,7 @@ WRONG = [
     ("update_frequency", {"update_frequency": math.nan}),
     ("update_frequency", {"update_frequency": 12.5}),
     ("update_frequency", {"update_frequency": "100"}),
+    (r"update_frequency must be a whole number of at most 3.4e\+38", {"update_frequency": 10**400}),
     ("prune_start_step", {"prune_start_step": -1}),
     ("prune_start_step", {"method": "GraNet", "prune_start_step": math.nan, "prune_end_step": 9}),
     ("prune_end_step", {"method": "GraNet", "prune_end_step": math.nan}),
