@@ -177,9 +177,15 @@ def planned(method: str, seed: int, shared: Sequence[str], out: Path, control: b
     layers = [METHODS[method], PLAIN] if control else [METHODS[method]]
     without = {*METHOD_SWITCHES, *(switch for layer in layers for switch in layer.without)}
     words = [word.replace("{seed}", str(seed)) for word in shared if word not in without]
+    given = main_suptickets.make_parser().given(words)
     for flag, own in (("save", "--out"), ("seed", "--seeds")):
-        if flag in main_suptickets.make_parser().given(words):
+        if flag in given:
             raise UsageError(f"--{flag} after -- would be one for all runs: give {own} before it")
+    for flag in ("dry_run", "show_layers"):
+        if flag in given:
+            raise UsageError(
+                f"{given[flag]} after -- would train nothing: for the commands alone, give --dry-run before it"
+            )
     density = main_suptickets.parse(words).final_density
     words += [word for layer in layers for word in layer.flags.format(density=density).split()]
     folder = RunFolder(out / (f"{method}-control" if control else method) / f"seed{seed}")

@@ -275,6 +275,8 @@ def test_a_folder_with_a_run_of_other_flags_is_left_alone(out):
         ("rigl", [*SHARED, "--data", "nowhere.npz"], "nowhere.npz"),
         ("rigl", [*SHARED, "--save", "here"], "--save after -- .* --out"),
         ("rigl", [*SHARED, "--seed=3"], "--seed after -- .* --seeds"),
+        ("rigl", [*SHARED, "--dry-run"], "--dry-run after -- would train nothing: .* give --dry-run before it"),
+        ("rigl", [*SHARED, "--show-layers"], "--show-layers after -- would train nothing"),
     ],
 )
 def test_flags_that_contradict_stop_it_before_anything_runs(out, method, shared, message):
