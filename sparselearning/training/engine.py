@@ -309,7 +309,7 @@ class Trainer:
         """Show the position of the run."""
         epochs = self.plan.end_epoch - self.plan.first_epoch
         done = (self.at.epoch - self.plan.first_epoch) * self.batches + self.at.batch
-        self.progress.start(done, epochs * self.batches)
+        self.progress.start(done, epochs * self.batches, self.measurements.results)
 
     def _show(self, lr: float) -> None:
         """Move the bar by a batch and, every ``log_interval`` batches, print the running figures."""

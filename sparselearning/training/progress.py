@@ -12,7 +12,7 @@ from tqdm import tqdm
 from sparselearning.process import distributed
 from sparselearning.process.errors import first_line
 from sparselearning.sparse.costs import inference_flops
-from sparselearning.training.records import EpochRow, Summary, TicketRow
+from sparselearning.training.records import EpochRow, Results, Summary, TicketRow
 from sparselearning.training.trackers import Tracker
 
 SECONDS_BETWEEN_LINES = 60
@@ -40,10 +40,10 @@ class Progress:
         self._bar = tqdm(disable=True)
         self._last_line = time.monotonic()
 
-    def start(self, done_batches: int, total_batches: int) -> None:
-        """Show the bar of a run of ``total_batches``, of which ``done_batches`` are done."""
+    def start(self, done_batches: int, total_batches: int, so_far: Results) -> None:
+        """Show the bar of a run of ``total_batches``, of which ``done_batches`` are done, with the rows ``so_far``."""
         for tracker in self._trackers:
-            tracker.start()
+            tracker.start(so_far)
         self._bar = tqdm(
             initial=done_batches,
             total=total_batches,

@@ -7,14 +7,14 @@ from typing import Any, Protocol
 
 from sparselearning.process.errors import FaultError, UsageError, first_line
 from sparselearning.process.files import check_folder, write_text
-from sparselearning.training.records import EpochRow, Summary, TicketRow
+from sparselearning.training.records import EpochRow, Results, Summary, TicketRow
 
 
 class Tracker(Protocol):
     """A service that draws curves of runs; making one checks that what it needs is there, and writes nothing."""
 
-    def start(self) -> None:
-        """Begin the run's record there, or continue it; the run's folder exists by now."""
+    def start(self, so_far: Results) -> None:
+        """Begin the run's record there, or continue it after the rows ``so_far``; the run's folder exists by now."""
 
     def epoch(self, row: EpochRow) -> None:
         """Record a finished epoch."""
@@ -50,11 +50,15 @@ class TensorBoard:
         self._writer_class = SummaryWriter
         self._writer: Any = None
 
-    def start(self) -> None:
-        """Open a file."""
+    def start(self, so_far: Results) -> None:
+        """Open a file; that of a resumed run replaces the earlier ones, which may lack points, and have later ones."""
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            self._writer = self._writer_class(str(self._folder))
+            self._writer = self._writer_class(str(self._folder), purge_step=0 if so_far.metrics else None)
+            for row in so_far.metrics:
+                self.epoch(row)
+            for ticket in so_far.tickets:
+                self.ticket(ticket)
         except OSError as error:
             raise FaultError(f"--tensorboard cannot write into {self._folder}: {error.strerror}") from error
 
@@ -117,7 +121,7 @@ class WeightsAndBiases:
         self._run: Any = None
         self._is_finished = False
 
-    def start(self) -> None:
+    def start(self, so_far: Results) -> None:
         """Open the run that the folder knows, or a new one."""
         if not self._id_file.exists():
             write_text(self._id_file, secrets.token_hex(4))  # a random id: two runs may have equal names and flags

@@ -1,5 +1,6 @@
 """What goes to TensorBoard and to Weights & Biases: curves, tickets, flags, the summary."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -14,7 +15,7 @@ from helpers.commands import one_sentence
 from helpers.processes import wait_until
 from sparselearning.process.errors import FaultError, UsageError
 from sparselearning.training.progress import Progress
-from sparselearning.training.records import EpochRow, Summary, TicketRow
+from sparselearning.training.records import EpochRow, Results, Summary, TicketRow
 from sparselearning.training.trackers import TensorBoard, WeightsAndBiases
 
 pytestmark = pytest.mark.usefixtures("workplace")
@@ -29,6 +30,7 @@ SUMMARY = Summary(
     pretrain_acc=0.5, ticket_acc=[0.5], superposed_acc=[0.75], final_acc=0.75, density=0.1, gain=25.0,
     gain_over_ticket=25.0, total_seconds=60.0,
 )  # fmt: skip
+NOTHING = Results(pretrain_acc=None)
 RUN = (
     "--data digits --model lenet-300-100 --batch-size 1200 --seed 3 --pre_train --cyclic_train --epochs 3 --cycle 1 "
     "--cycle_rate 0.34 --sparse --method DST --init-density 0.05 --no-cuda --execution masked --save run"
@@ -85,7 +87,7 @@ def service(monkeypatch):
 def test_what_weights_and_biases_gets(service):
     tracker = WeightsAndBiases("sparse nets", Path("run/id"), CONFIG)
     assert os.listdir() == []
-    tracker.start()
+    tracker.start(NOTHING)
     tracker.epoch(EPOCH)
     tracker.ticket(TICKET)
     tracker.finished(SUMMARY)
@@ -112,7 +114,7 @@ def test_what_weights_and_biases_gets(service):
 def test_a_resumed_run_goes_on_in_the_same_run_there_and_a_new_one_does_not(service):
     for folder in ("run", "run", "other"):
         tracker = WeightsAndBiases("p", Path(folder, "id"), CONFIG)
-        tracker.start()
+        tracker.start(NOTHING)
         tracker.close()
     first, again, other = (run.options["id"] for run in service.runs)
     assert first == again != other
@@ -129,7 +131,7 @@ def test_a_project_that_cannot_be_called_so(service, project, message):
 def test_no_account(service):
     service.lost = True
     with pytest.raises(FaultError, match=r"No API key configured.*WANDB_MODE=offline"):
-        WeightsAndBiases("p", Path("id"), CONFIG).start()
+        WeightsAndBiases("p", Path("id"), CONFIG).start(NOTHING)
 
 
 @pytest.mark.parametrize(
@@ -151,7 +153,7 @@ def test_a_missing_package_is_told_before_anything_is_trained(monkeypatch, capsy
 def test_only_the_first_process_tells(service, monkeypatch):
     monkeypatch.setattr("sparselearning.process.distributed.is_main", lambda: False)
     progress = Progress([WeightsAndBiases("p", Path("id"), CONFIG)])
-    progress.start(0, 1)
+    progress.start(0, 1, NOTHING)
     progress.epoch(EPOCH)
     progress.close()
     assert not service.runs
@@ -162,7 +164,7 @@ def test_a_run_outlives_its_tracker(service, capsys):
         raise ConnectionResetError("Connection lost")
 
     progress = Progress([WeightsAndBiases("p", Path("id"), CONFIG), TensorBoard(Path("events"))])
-    progress.start(0, 1)
+    progress.start(0, 1, NOTHING)
     service.runs[0].log = lost
     for _ in range(2):
         progress.epoch(EPOCH)
@@ -210,7 +212,7 @@ def test_what_tensorboard_gets():
     pytest.importorskip("tensorboard")
     tracker = TensorBoard(Path("events"))
     assert os.listdir() == []
-    tracker.start()
+    tracker.start(NOTHING)
     tracker.epoch(EPOCH)
     tracker.ticket(TICKET)
     tracker.finished(SUMMARY)
@@ -219,6 +221,28 @@ def test_what_tensorboard_gets():
     assert found["eval_acc"] == [(7, 0.5)]
     assert found["ticket/superposed_acc"] == [(2, 0.75)]
     assert found["summary/final_acc"] == [(0, 0.75)]
+
+
+def test_a_resumed_run_has_every_point_once():
+    """Points after its checkpoint, which it writes again, and those that a killed run had not flushed yet."""
+    pytest.importorskip("tensorboard")
+    epochs = [dataclasses.replace(EPOCH, epoch=epoch, eval_acc=epoch / 8) for epoch in range(4)]
+    tickets = [dataclasses.replace(TICKET, ticket=ticket, superposed_acc=ticket / 8) for ticket in (1, 2)]
+
+    def run(so_far, new_epochs, new_tickets):
+        tracker = TensorBoard(Path("events"))
+        tracker.start(so_far)
+        for row in new_epochs:
+            tracker.epoch(row)
+        for row in new_tickets:
+            tracker.ticket(row)
+        tracker.close()
+
+    run(NOTHING, [epochs[0], epochs[2]], tickets)
+    run(Results(pretrain_acc=0.5, metrics=epochs[:2], tickets=tickets[:1]), epochs[2:], tickets[1:])
+    found = scalars("events")
+    assert found["eval_acc"] == [(0, 0.0), (1, 0.125), (2, 0.25), (3, 0.375)]
+    assert found["ticket/superposed_acc"] == [(1, 0.125), (2, 0.25)]
 
 
 def test_both_at_once_from_the_command_line(service):
