@@ -36,6 +36,7 @@ from sparselearning.process.script import run_script
 from sparselearning.process.signals import stop_signals
 from sparselearning.training import flags
 from sparselearning.training.run_folder import RunFolder
+from sparselearning.training.start import differing_flags
 
 SCRIPT = Path(__file__).with_name("main_suptickets.py")
 SECONDS_BETWEEN_LOOKS = 0.1
@@ -208,16 +209,10 @@ def planned(method: str, seed: int, shared: Sequence[str], out: Path, control: b
 def _check_folder(run: Run, identity: dict) -> None:
     if not run.folder.config.is_file():
         return
-    there = run.folder.read_config()
-    differing = [
-        f"{name} {there[name]} there, {value} here"
-        for name, value in identity.items()
-        if name in there and there[name] != value
-    ]
-    if differing:
-        raise UsageError(
-            f"{run.folder.path} holds a run with other flags ({'; '.join(differing)}): choose another --out"
-        )
+    there = identity | run.folder.read_config()  # which an earlier version may have left without some flags
+    if differing := differing_flags(there, identity, flags.settled):
+        others = ", ".join(differing)
+        raise UsageError(f"{run.folder.path} holds a run with other flags, {others}: choose another --out")
 
 
 # ---------------------------------------------------------------------------------------------------- all of them

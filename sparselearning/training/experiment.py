@@ -87,6 +87,7 @@ class Output:
         folder: the run's folder.
         config: content of ``config.json``.
         identity: the part of it that a resumed run must share (``flags.identity``).
+        settled: replaces values in such a part that mean the same here by one (``flags.settled``).
         resume: where to start from.
         log_interval: batches between reads of the running loss.
         keep_tickets: write every ticket to a file of its own.
@@ -97,6 +98,7 @@ class Output:
     folder: RunFolder
     config: dict[str, Any]
     identity: dict[str, Any] = field(default_factory=dict)
+    settled: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict
     resume: Path | None = None
     log_interval: int = 100
     keep_tickets: bool = False
@@ -193,7 +195,7 @@ def prepare(
 
 def _find_start(plan: Plan, sparse: SparseTraining | None, output: Output) -> Start:
     first_masks = sparse.first_masks(plan) if sparse else None
-    return find_start(output.resume, output.folder, output.identity, plan, first_masks)
+    return find_start(output.resume, output.folder, output.identity, plan, first_masks, output.settled)
 
 
 def _trainer(

@@ -4,7 +4,7 @@ import argparse
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -488,7 +488,7 @@ def runtime(args: argparse.Namespace) -> Runtime:
     """What the flags about devices and number formats mean."""
     return Runtime(
         use_cuda=not args.no_cuda,
-        amp="fp16" if args.fp16 else args.amp or "auto",
+        amp=_amp(args.amp, args.fp16),
         channels_last=args.channels_last,
         compile=args.compile,
         execution=args.execution,
@@ -496,6 +496,11 @@ def runtime(args: argparse.Namespace) -> Runtime:
         deterministic=args.deterministic,
         static_loss_scale=getattr(args, "static_loss_scale", None),
     )
+
+
+def _amp(amp: str | None, fp16: bool) -> str:
+    """Number format that both flags ask for, a choice of ``--amp``."""
+    return "fp16" if fp16 else amp or "auto"
 
 
 def action(args: argparse.Namespace) -> Callable[..., object]:
@@ -552,6 +557,7 @@ def output(
         folder=folder,
         config=config,
         identity=identity(known, parser),
+        settled=partial(settled, device=device),
         resume=args.resume,
         log_interval=log_interval,
         keep_tickets=args.keep_tickets,
@@ -658,6 +664,20 @@ def identity(values: Mapping[str, Any], parser: argparse.ArgumentParser) -> dict
     """The flags that a resumed run must share."""
     without_effect = marked(parser, NO_EFFECT)
     return {name: value for name, value in values.items() if name not in without_effect}
+
+
+def settled(values: Mapping[str, Any], device: torch.device | None = None) -> dict[str, Any]:
+    """A run's flags with one word for each number format and execution: two that mean the same become equal.
+
+    Args:
+        values: by name, maybe of an earlier version that had fewer.
+        device: what ``auto`` means on it takes its place; None: ``auto`` stays.
+    """
+    amp = _amp(values.get("amp"), bool(values.get("fp16")))
+    runtime = Runtime(amp=amp, compile=bool(values.get("compile")), execution=str(values.get("execution")))
+    if device is not None:
+        runtime = runtime.resolved(device)
+    return {**values, "amp": runtime.amp, "fp16": runtime.amp == "fp16", "execution": runtime.execution}
 
 
 def command(argv: Sequence[str] | None) -> str:

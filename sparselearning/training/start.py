@@ -1,6 +1,6 @@
 """How a run starts: afresh, from trained weights, or where it was stopped."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,7 +52,12 @@ Start = Fresh | FromWeights | Continue
 
 
 def find_start(
-    resume: Path | None, folder: RunFolder, identity: Mapping[str, Any], plan: Plan, sparse_init: str | None
+    resume: Path | None,
+    folder: RunFolder,
+    identity: Mapping[str, Any],
+    plan: Plan,
+    sparse_init: str | None,
+    settled: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict,
 ) -> Start:
     """Read what ``--resume`` names, and decide how a run starts from it.
 
@@ -65,6 +70,7 @@ def find_start(
         identity: values that a checkpoint must share with the run that resumes from it (``flags.identity``).
         plan: of the run.
         sparse_init: how its first masks are drawn; None: dense training.
+        settled: replaces values in an ``identity`` that mean the same here by one (``flags.settled``).
 
     Raises:
         UsageError: if it is nothing that this run can start from.
@@ -79,7 +85,7 @@ def find_start(
         check(saved, HEAD, source)
     init = None if sparse_init is None else SPARSE_INITS[sparse_init]
     takes_weights = not plan.pre_train or (init is not None and init.needs_trained_weights)
-    differing = _differing(saved["config"], identity) if is_checkpoint else []
+    differing = differing_flags(saved["config"], identity, settled) if is_checkpoint else []
     if is_checkpoint and not differing:
         in_place = RunFolder.of(resume).path.resolve() == folder.path.resolve()
         if not takes_weights or saved["epoch"] != plan.end_epoch or in_place:
@@ -96,12 +102,15 @@ def find_start(
     raise UsageError(f"{resume} belongs to a run with other flags: {', '.join(differing)}")
 
 
-def _differing(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
-    """Flags in which a checkpoint's run and this one differ, with both values, for people."""
+def differing_flags(
+    there: Mapping[str, Any], here: Mapping[str, Any], settled: Callable[[Mapping[str, Any]], Mapping[str, Any]]
+) -> list[str]:
+    """Flags in which a checkpoint's run and this one differ, also when ``settled``, with both values, for people."""
+    settled_there, settled_here = settled(there), settled(here)
     return [
         f"{name} ({there.get(name)} there, {value} here)"
         for name, value in sorted(here.items())
-        if there.get(name) != value
+        if there.get(name) != value and settled_there.get(name) != settled_here[name]
     ]
 
 

@@ -255,8 +255,8 @@ def test_a_folder_with_a_run_of_other_flags_is_left_alone(out):
     folder = out / "rigl" / "seed7"
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config))
-    sweep.planned("rigl", 7, [*SHARED, "--log-interval", "5"], out, control=False)  # changes no result
-    with pytest.raises(UsageError, match=r"seed7 holds a run with other flags \(epochs 2 there, 9 here\)"):
+    sweep.planned("rigl", 7, [*SHARED, "--log-interval", "5", "--amp", "auto"], out, control=False)  # the same run
+    with pytest.raises(UsageError, match=r"seed7 holds a run with other flags, epochs \(2 there, 9 here\)"):
         run_sweep(out, "--seeds", 6, 7, "--methods", "rigl", shared=[*SHARED, "--epochs", "9"])
     (folder / "config.json").write_text("{")
     with pytest.raises(FaultError, match=r"config\.json is damaged"):

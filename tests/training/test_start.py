@@ -1,16 +1,18 @@
 """What --resume names is to a run: nothing, weights to start from, or itself."""
 
 import dataclasses
+import shlex
 import weakref
 
+import main_suptickets
 import pytest
 import torch
 
 from helpers.small_runs import MASKABLE, PLAN, Batches, Signals, network, prepare, recipe, sparse
-from sparselearning.process.errors import FaultError
+from sparselearning.process.errors import FaultError, UsageError
 from sparselearning.process.signals import Stopped
 from sparselearning.sparse import masking
-from sparselearning.training import experiment, start
+from sparselearning.training import experiment, flags, start
 from sparselearning.training.engine import Trainer
 from sparselearning.training.experiment import Output
 from sparselearning.training.run_folder import RunFolder
@@ -61,6 +63,37 @@ def test_what_a_file_is_to_a_run_in_another_folder(tmp_path, epoch, lr, plan, in
 def test_a_finished_run_goes_on_in_its_own_folder(tmp_path):
     write(tmp_path, END)
     assert isinstance(find_start(tmp_path, RunFolder(tmp_path), {"lr": 0.1}, CYCLES, "resume"), Continue)
+
+
+@pytest.mark.parametrize(
+    ("there", "here", "differs"),
+    [
+        ("", "--amp auto --execution auto", None),
+        ("--amp auto", "", None),
+        ("--amp auto", "--amp off", None),
+        ("--amp off", "", None),
+        ("--amp bf16", "--amp bf16 --execution masked", None),  # active weights alone are computed with in float32
+        ("--fp16", "--amp fp16", None),
+        ("--amp auto", "--amp bf16", r"amp \(auto there, bf16 here\)$"),
+        ("--amp bf16", "", r"amp \(bf16 there, None here\)$"),
+        ("", "--execution masked", r"execution \(auto there, masked here\)$"),
+    ],
+)
+def test_a_flag_that_means_the_same_here_is_no_other_flag(tmp_path, there, here, differs):
+    def output(flags_given, resume=None):
+        argv = shlex.split(f"--pre_train --sparse {flags_given}")
+        args = main_suptickets.parse([*argv, *(["--resume", str(resume)] if resume else [])])
+        folder = RunFolder(tmp_path / "run")
+        return flags.output(args, main_suptickets.make_parser(), argv, folder, {}, torch.device("cpu"), 1)
+
+    first = output(there)
+    head = {"config": first.identity, "epoch": 2, "masking": None, "ranks": [{}], "state_dict": {}}
+    torch.save(head, tmp_path / "checkpoint.pth")
+    if differs is None:
+        assert isinstance(experiment._find_start(PLAN, sparse(), output(here, tmp_path)), Continue)
+    else:
+        with pytest.raises(UsageError, match=differs):
+            experiment._find_start(PLAN, sparse(), output(here, tmp_path))
 
 
 def test_without_a_file_a_run_starts_afresh(tmp_path):
