@@ -1,10 +1,13 @@
 """Memory for activations, kept from pass to pass.
 
 PyTorch returns the memory of large tensors to the system at once, and the system clears new memory page by page when it
-is first written to: a fifth of the time of a ResNet50 step.
+is first written to: a fifth of the time of a ResNet50 step. Kernels read a little of every channel, each in a page of
+its own; with large pages, where the system has them, the processor finds them faster.
 """
 
+import contextlib
 import math
+import mmap
 import weakref
 from collections.abc import Sequence
 from threading import Lock
@@ -36,13 +39,25 @@ def empty(shape: Sequence[int], strides: Sequence[int]) -> Tensor:
     block = _take(numbers)
     if block is None:
         _drop_old()
-        block = torch.empty(numbers)
+        block = _new(numbers)
     lent = block.numpy()
     weakref.finalize(lent, _give_back, block).atexit = False
     # Without a Python storage object: while one exists, autograd does not sum up gradients in place.
     return torch.ops.aten.set_.source_Tensor_storage_offset(
         torch.empty(0), torch.from_numpy(lent), 0, list(shape), list(strides)
     )
+
+
+def _new(numbers: int) -> Tensor:
+    if not hasattr(mmap, "MADV_HUGEPAGE"):  # not on Linux
+        return torch.empty(numbers)
+    try:
+        area = mmap.mmap(-1, 4 * numbers, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as error:
+        raise MemoryError(f"there is no memory for {numbers:,} numbers") from error
+    with contextlib.suppress(OSError):  # a system without large pages
+        area.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(area, dtype=torch.float32)
 
 
 def _give_back(block: Tensor) -> None:

@@ -1,5 +1,7 @@
 """Memory of activations is used anew once nobody reads it, and kept no longer than it serves."""
 
+import errno
+import mmap
 from collections.abc import Iterator
 
 import pytest
@@ -81,3 +83,18 @@ def test_predictions_of_other_sizes_make_room_for_each_other() -> None:
 def test_small_tensors_are_left_to_pytorch() -> None:
     memory.empty([7], [1])
     assert not free()
+
+
+@pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="systems that are asked for large pages")
+def test_more_memory_than_there_is_is_a_memory_error_and_large_pages_need_not_be_there(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with pytest.raises(MemoryError, match="no memory for 1,152,921,504,606,846,976 numbers"):
+        memory.empty([1 << 60], [1])
+
+    class SmallPages(mmap.mmap):
+        def madvise(self, *_: object) -> None:
+            raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(mmap, "mmap", SmallPages)
+    assert memory.empty([20], [1]).fill_(3).sum() == 60
