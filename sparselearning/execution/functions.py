@@ -559,9 +559,12 @@ class ActiveGradient(torch.autograd.Function):
     @staticmethod
     def forward(context: Any, weight: Tensor, mask: Tensor) -> Tensor:
         context.save_for_backward(mask)
+        context.strides = weight.stride()
         return weight.view_as(weight)
 
     @staticmethod
     @once_differentiable
     def backward(context: Any, gradient: Tensor) -> Any:
-        return gradient.masked_fill(~context.saved_tensors[0], 0), None
+        # Where a dimension has size 1, as in depthwise layers, the view's and masked_fill's strides may be others.
+        kept = gradient.new_empty_strided(gradient.shape, context.strides).copy_(gradient)
+        return kept.masked_fill_(~context.saved_tensors[0], 0), None

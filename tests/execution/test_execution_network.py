@@ -287,6 +287,19 @@ def test_whoever_watches_the_gradient_of_a_relus_output_sees_all_of_it() -> None
     torch.testing.assert_close(mine[0], dense[0])
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_gradients_lie_in_memory_as_their_weights_do(layout: torch.memory_format) -> None:
+    """Or data-parallel averaging copies them, and warns; masked layers, here the depthwise one, are no exception."""
+    torch.manual_seed(8)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3, groups=4), nn.Conv2d(4, 2, 1)).to(memory_format=layout)
+    _, masking = masked(model, density=0.5)
+    network = sparse_execution(model, masking)
+    for network.dense_gradients in (False, True):
+        outputs = network(torch.randn(2, 3, 6, 6).to(memory_format=layout))
+        gradients = torch.autograd.grad(outputs.sum(), [*model.parameters()])
+        assert [gradient.stride() for gradient in gradients] == [weight.stride() for weight in model.parameters()]
+
+
 def test_a_graph_can_be_gone_through_again() -> None:
     torch.manual_seed(7)
     model = Residual()
