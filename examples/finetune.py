@@ -31,9 +31,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone runs wit
 from sparselearning import Masking
 
 BATCH, FIRST_LR, LR = 64, 0.05, 0.01
+OTHERS = "googlenet", "inception", "squeezenet"  # those of further outputs in training, or without a linear layer
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("--arch", default="resnet18", metavar="NAME", choices=list_models(torchvision.models),
+parser.add_argument("--arch", default="resnet18", metavar="NAME",
+                    choices=[name for name in list_models(torchvision.models) if not name.startswith(OTHERS)],
                     help="network of torchvision that ends with a linear layer (default: %(default)s)")  # fmt: skip
 parser.add_argument("--pretrained", action="store_true", help="start from torchvision's weights, which it downloads")
 parser.add_argument("--data", type=Path, metavar="DIR", help="folder of images (default: digits)")
@@ -108,10 +110,13 @@ def accuracy(model: nn.Module) -> float:
 
 torch.manual_seed(args.seed)
 model = get_model(args.arch, weights="DEFAULT" if args.pretrained else None)
-linear = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, nn.Linear)]
-if not linear:
-    parser.error(f"{args.arch} does not end with a linear layer")
-name, head = linear[-1]
+side = 224 if args.data else 32
+try:
+    copy.deepcopy(model).to("meta").eval()(torch.empty(1, 3, side, side, device="meta"))
+except (AssertionError, RuntimeError) as error:
+    reason = str(error).splitlines()[0]
+    parser.error(f"{args.arch} takes no images of {side} x {side} pixels ({reason}); those of --data have 224 x 224")
+name, head = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, nn.Linear)][-1]
 model.set_submodule(name, nn.Linear(head.in_features, classes))
 model.to(device)
 

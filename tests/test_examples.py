@@ -64,6 +64,9 @@ def test_a_network_is_fine_tuned_to_a_density(example, tmp_path, data):
         ("finetune.py", "--epochs 0", "--epochs is at least 1, and --density lies in (0, 1]"),
         ("finetune.py", "--data missing", "missing has no folders train and val"),
         ("finetune.py", "--arch resnet19", "invalid choice: 'resnet19'"),
+        ("finetune.py", "--arch googlenet", "invalid choice: 'googlenet'"),  # in training it returns three logits
+        ("finetune.py", "--arch squeezenet1_1", "invalid choice: 'squeezenet1_1'"),  # it ends with a convolution
+        ("finetune.py", "--arch alexnet", "alexnet takes no images of 32 x 32 pixels (Given input size"),
     ],
 )
 def test_wrong_calls_are_told(example, capsys, name, flags, told):
