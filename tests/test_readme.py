@@ -205,6 +205,9 @@ def test_the_kept_demo_can_be_reported_and_is_what_the_text_says(tmp_path):
     assert f"{summary['final_acc']:.1%} against {summary['ticket_acc'][-1]:.1%}" in said.replace(" %", "%")
     assert f"PyTorch {config['versions']['torch'][:4]}, commit {config['commit']}" in said
     assert config["command"] == "python CIFAR/main_suptickets.py --demo --seed 2"
+    accuracy = f"{summary['final_acc']:.1%}".replace("%", " %")
+    assert f"`--seed 2`, ended at {accuracy}, as its pre-training had" in README.replace("\n", " ")
+    assert summary["pretrain_acc"] == summary["final_acc"]
 
 
 def test_what_masks_save_is_what_was_measured():
