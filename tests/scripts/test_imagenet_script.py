@@ -302,4 +302,4 @@ def test_weights_of_another_network_are_refused(home, trained, tmp_path, capsys)
 
 
 def test_the_other_script_is_the_same_program():
-    assert runpy.run_path(str(SCRIPTS / "main_suptickets.py"))["main"] is main.main
+    assert runpy.run_path(str(SCRIPTS / "main_suptickets.py"))["main"].__code__.co_filename == main.__file__

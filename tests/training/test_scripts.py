@@ -1,5 +1,6 @@
 """A run's config.json leads to the script that made it, and to nothing else."""
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,15 @@ def test_the_script_beside_the_networks(builder, flag):
     script = script_of({"network": {"builder": builder}}, CONFIG)
     assert flag in vars(script.make_parser().parse_args(["data"] * (flag == "arch")))
     assert script_of({"network": {"builder": builder}}, CONFIG) is script
+
+
+def test_another_main_on_the_path_is_none_of_this(tmp_path, monkeypatch):
+    (tmp_path / "main.py").write_text("raise AssertionError('this is the main of another project')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in [name for name in sys.modules if name == "main" or name.startswith("main_suptickets of")]:
+        monkeypatch.delitem(sys.modules, name)
+    script = script_of({"network": {"builder": "imagenet_resnet:build_model"}}, CONFIG)
+    assert vars(script.make_parser().parse_args(["data"]))["arch"] == "resnet50"
 
 
 def test_a_folder_of_ones_own(tmp_path, monkeypatch):
