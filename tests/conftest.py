@@ -3,6 +3,7 @@
 import contextlib
 import os
 import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -29,9 +30,11 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     """Hide GPUs, from child processes too: bits are compared, and the other tests are about the CPU.
 
+    Child processes compute in one thread, as this one does, and take no time from others while they wait.
     Hangups and interrupts get their default meaning back, which ``nohup`` and ``&`` take from a process and all its
     children.
     """
+    os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if hasattr(signal, "SIGHUP"):
         signal.signal(signal.SIGHUP, signal.SIG_DFL)
@@ -41,10 +44,12 @@ def pytest_configure(config):
         raise pytest.UsageError("--gpu needs a GPU, and PyTorch sees none here")
 
 
+RANKS = ["test_imagenet_ranks", "test_cifar_ranks", "test_distributed"]
+"""Files of tests that ask the same two ``ranks``: these are started once for all."""
 LONGEST = [
-    "test_imagenet_ranks", "test_execution_kernels", "test_analyze", "test_imagenet_script", "test_study",
-    "test_benchmarks", "test_execution_network", "test_cifar_ranks", "test_examples", "test_script", "test_sweep",
-    "test_damaged_files", "test_damaged_runs",
+    *RANKS, "test_execution_kernels", "test_analyze", "test_imagenet_script", "test_execution_network", "test_study",
+    "test_cifar_resuming", "test_script", "test_benchmarks", "test_models", "test_resuming", "test_package",
+    "test_examples", "test_runtime", "test_launch", "test_damaged_runs", "test_damaged_files", "test_sweep",
 ]  # fmt: skip
 """Files that take longest come first, so that all workers have something to do until the end."""
 
@@ -63,8 +68,13 @@ def pytest_xdist_make_scheduler(config, log):
     """``-n``: a file's tests stay in one worker, and with them the processes and runs that they share."""
     from xdist.scheduler import LoadFileScheduling
 
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid):
+            file = super()._split_scope(nodeid)
+            return "ranks" if Path(file).stem in RANKS else file
+
     config.option.loadscopereorder = False  # or files of few tests, which start processes, would come last
-    return LoadFileScheduling(config, log)
+    return Scheduling(config, log)
 
 
 @pytest.fixture
@@ -90,7 +100,7 @@ def workplace(tmp_path, monkeypatch, no_waiting_for_the_disk):
     return tmp_path
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def ranks():
     """Two processes that form one group, and run what a test calls them with."""
     from helpers.ranks import Ranks

@@ -7,7 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import sklearn.datasets
 import torch
+from sklearn.datasets import load_digits
 
 from helpers.imagenet import write_images
 
@@ -46,7 +48,10 @@ def test_a_language_model_is_superposed(example):
 
 
 @pytest.mark.parametrize("data", ["digits", "folder"])
-def test_a_network_is_fine_tuned_to_a_density(example, tmp_path, data):
+def test_a_network_is_fine_tuned_to_a_density(example, tmp_path, monkeypatch, data):
+    pixels, labels = load_digits(return_X_y=True)
+    few = pixels[: 599 + 192], labels[: 599 + 192]  # to evaluate on, and to train on
+    monkeypatch.setattr(sklearn.datasets, "load_digits", lambda return_X_y: few)
     for part in ("train", "val"):
         write_images(tmp_path / part, classes=("ant", "bee"), per_class=2)
     flags = "--arch mobilenet_v3_small --epochs 1 --density 0.3" + (f" --data {tmp_path}" if data == "folder" else "")

@@ -52,11 +52,25 @@ def test_the_wheel_holds_every_module(installed):
     assert (installed / "sparselearning" / "py.typed").exists()
 
 
-@pytest.mark.parametrize("command", ["report", "analyze", "export", "predict"])
-def test_commands_run_outside_of_a_clone(installed, tmp_path, command):
-    done = python("-m", f"sparselearning.{command}", "--help", installed=installed, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith(f"usage: python -m sparselearning.{command} [-h]")
+COMMANDS = ["report", "analyze", "export", "predict"]
+HELP_OF_ALL = """
+import contextlib, runpy, sys
+for command in sys.argv[1:]:
+    sys.argv = [command, "--help"]
+    with contextlib.suppress(SystemExit):
+        runpy.run_module(f"sparselearning.{command}", run_name="__main__")
+"""
+
+
+def test_commands_run_outside_of_a_clone(installed, tmp_path):
+    done = python("-c", HELP_OF_ALL, *COMMANDS, installed=installed, cwd=tmp_path)
+    assert done.stderr == ""
+    usages = [line for line in done.stdout.splitlines() if line.startswith("usage: ")]
+    for usage, command in zip(usages, COMMANDS, strict=True):
+        assert usage.startswith(f"usage: python -m sparselearning.{command} [-h]")
+    done = python("-m", f"sparselearning.{COMMANDS[0]}", "--help", installed=installed, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith(usages[0])
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """The study's commands make sense before hours are spent on them, and RESULTS.md says what results/ says."""
 
+import functools
 import json
 import re
 import sys
@@ -46,6 +47,7 @@ def test_every_run_can_be_started_and_every_control_pairs_with_its_runs(name, ex
 def test_cycles_alone_differ_from_main_in_flags_about_tickets(name):
     one = study.STUDIES[name]
 
+    @functools.cache
     def parsed(experiment):
         words = study.sweep_words(one, experiment, Path("work") / experiment, [41])
         run = sweep.planned("granet", 41, words[words.index("--") + 1 :], Path("work") / experiment, control=False)

@@ -173,6 +173,8 @@ def _read_union(kind: Any, value: Any, entry: str, complete: bool) -> Any:
 
 
 def _matches(kind: Any, value: Any) -> bool:
+    if get_origin(kind) not in (list, dict):
+        return _fits(kind, value)
     try:
         _read(kind, value, "", complete=False)
     except Mismatch:

@@ -86,10 +86,10 @@ def test_a_linear_layer_is_a_convolution_of_one_pixel_by_hand() -> None:
 
 SHAPES = st.fixed_dictionaries(
     {
-        "images": st.sampled_from([1, 2, 3, 16, 33, 64, 65]),
+        "images": st.sampled_from([1, 16, 65]),
         "channels": st.sampled_from([1, 3, 20, 70]),
         "outputs": st.sampled_from([1, 5, 18]),
-        "size": st.integers(1, 9),
+        "size": st.sampled_from([1, 6]),
         "kernel": st.sampled_from([1, 2, 3, 5]),
         "stride": st.sampled_from([1, 2, 3]),
         "padding": st.integers(0, 2),
@@ -110,7 +110,7 @@ AFTER_A_CHANNEL = dict(
 )  # fmt: skip
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=30, deadline=None)
 @example(AFTER_A_CHANNEL, 0)
 @given(SHAPES, st.integers(0, 2**31))
 def test_equals_pytorchs_convolution(case: dict, seed: int) -> None:

@@ -17,9 +17,15 @@ CPU = torch.device("cpu")
 
 
 class Ranks:
-    """Two processes in one gloo group. A call runs a function in both and returns both results, rank 0's first."""
+    """Two processes in one gloo group. A call runs a function in both and returns both results, rank 0's first.
+
+    Ranks that had to be killed are followed by others.
+    """
 
     def __init__(self):
+        self._start()
+
+    def _start(self):
         port, context = free_port(), multiprocessing.get_context("spawn")
         self._pools = [ProcessPoolExecutor(1, context, join_group, (rank, port)) for rank in (0, 1)]
         self._processes = [future.result(PATIENCE) for future in [pool.submit(os.getpid) for pool in self._pools]]
@@ -27,7 +33,8 @@ class Ranks:
     def __call__(self, function, *args):
         futures = [pool.submit(function, *args) for pool in self._pools]
         if wait(futures, timeout=PATIENCE).not_done:
-            self.kill()
+            self.close()
+            self._start()
             pytest.fail(f"the ranks wait for each other in {function.__name__}")
         return [future.result() for future in futures]
 

@@ -128,13 +128,28 @@ def at(content, path):
     return content
 
 
-def damages(content):
-    """(path to the entry, what is wrong with it, the damaged content), for every entry."""
-    for path in entries(content):
+def damages(content, paths=None):
+    """(path to the entry, what is wrong with it, the damaged content), for every entry, or those at ``paths``."""
+    for path in entries(content) if paths is None else paths:
         for name, change in replacements(at(content, path)):
             value = at(content, path)
             if type(change) is not type(value) or isinstance(value, torch.Tensor) or change != value:
                 yield path, name, damaged(content, path, change)
+
+
+def is_alike(content, path, value):
+    """Whether there is an entry at ``path`` of the same kind as ``value``: the same code reads it."""
+    try:
+        return kind_of(at(content, path)) == kind_of(value)
+    except (KeyError, IndexError, TypeError):
+        return False
+
+
+def new_entries(saved, name):
+    """Paths to the entries of one of STOPPED's checkpoints that those before it do not have."""
+    names, content = list(STOPPED), saved[name]
+    before = [saved[other] for other in names[: names.index(name)]]
+    return [path for path in entries(content) if not any(is_alike(one, path, at(content, path)) for one in before)]
 
 
 def harmless(path, name):
@@ -205,10 +220,12 @@ def test_no_damaged_entry_of_a_checkpoint_is_believed(saved, trainer_of, name):
         check(content, HEAD, path)
         trainer.checkpoint.load(content, path)
 
-    ends = [(keys, what, fault(lambda c=content: go_on(c))) for keys, what, content in damages(saved[name])]
+    paths = new_entries(saved, name)
+    found = damages(saved[name], paths)
+    ends = [(keys, what, fault(lambda c=content: go_on(c))) for keys, what, content in found]
     assert [(keys, what) for keys, what, told in ends if told is None and not harmless(keys, what)] == []
     assert [end for end in ends if end[2] and badly_told(end[2], path, end[0])] == []
-    assert len([told for *_, told in ends if told]) > 300
+    assert len([told for *_, told in ends if told]) > (300 if name == next(iter(STOPPED)) else 10)
     trainer.checkpoint.load(saved[name], path)
     after = [trainer.model.state_dict(), trainer.optimizer.state_dict()["state"]]
     torch.testing.assert_close(after, before, rtol=0, atol=0)

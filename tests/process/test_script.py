@@ -216,7 +216,7 @@ run_script(lambda: main_suptickets.main(["--no-cuda", "--pre_train", "--data", d
 def test_a_rank_that_fails_alone_ends_the_job_in_seconds(tmp_path, rank):
     (tmp_path / "child.py").write_text(ONE_ASTRAY)
     command = [*MULTIPROC, "--nproc_per_node", "2", "--master_port", str(free_port()), tmp_path / "child.py", rank]
-    assert finished([*command, tmp_path / "run", CIFAR.parent], tmp_path / "log", seconds=90) == 2
+    assert finished([*command, tmp_path / "run", CIFAR.parent], tmp_path / "log") == 2  # or it waits for 600 s
     log = (tmp_path / "log").read_text()
     assert "child.py: error: there is no data set or file 'nowhere.npz'" in log
     assert "Traceback" not in log

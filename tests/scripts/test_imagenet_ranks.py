@@ -1,5 +1,7 @@
-"""The published ImageNet lines in two processes, on images of 224 pixels, as users have them; ranks that are killed."""
+"""The published ImageNet lines in two processes; ranks that are killed."""
 
+import contextlib
+import io
 import json
 import os
 import shlex
@@ -8,11 +10,12 @@ import sys
 import time
 from pathlib import Path
 
+import main as imagenet_main
 import pytest
 
 from helpers.comparing import assert_identical, lines, results
 from helpers.imagenet import TRAIN_IMAGES, VAL_IMAGES
-from helpers.processes import finished, free_port, marked_processes, on_linux, started, wait_until
+from helpers.processes import PATIENCE, finished, free_port, marked_processes, on_linux, started, wait_until
 from helpers.tensors import active
 from sparselearning.process.files import load_torch
 from sparselearning.training.run_folder import RunFolder
@@ -35,10 +38,11 @@ PUBLISHED["Granet"] = (
     .replace("--indicate_method Rigl", "--indicate_method Granet")
 )
 EPOCHS = 3  # 2 of pre-training, then one cycle of 1
+SMALL = "--train-crop-size 64 --val-resize-size 72 --val-crop-size 64"
 
 
 def shrunk(name):
-    """A published line with its numbers cut down to a minute's work, consistently, and a port that is free."""
+    """A published line with its numbers cut down to seconds of work, consistently, and a port that is free."""
     cut = {
         "--arch resnet50": "--arch resnet18",
         "-b 64": "-b 2",
@@ -61,25 +65,29 @@ def shrunk(name):
     return line
 
 
-def as_command(line, *more):
-    """The same line as a list of words, so that signals reach the launcher and no shell."""
-    _, *words = shlex.split(line.replace("$1", "").replace("$2", ""))
-    return [sys.executable, *words, *more]
+def words_of(line, more=""):
+    """The words of a line, the launcher first."""
+    return shlex.split(line.replace("$1", "").replace("$2", more))[1:]
 
 
-def paste(home, name):
-    """Paste a line into a shell that has neither $1 nor $2; return the run's folder and what was printed."""
-    log = home / f"{name}.log"
-    shell = ["sh", "-c", 'python() { "$PYTHON" "$@"; }; ' + shrunk(name)]
-    assert finished(shell, log, home / "clone" / "ImageNet") == 0, log.read_text()
-    folder = "cycle_num_1/pretrain_epoch_2/cyclic_epochs_1/density_0.1/M=1/ex_rate=0.5/seed17"
-    saved_models = home / "clone" / "ImageNet" / "saved_models"
-    return RunFolder(saved_models / name / "resnet18" / "imagenet2012" / folder), log.read_text()
+def quick(name):
+    """The words of the same line, for a network and images that train in a second, without kernels to compile."""
+    line = shrunk(name).replace("--arch resnet18 -c fanin", "--arch mobilenet_v3_small")
+    return words_of(line, f"{SMALL} --execution masked")
 
 
-@pytest.fixture(scope="module")
-def rigl(home):
-    return paste(home, "Rigl")
+def run_script(folder, words):
+    """Run the script in a folder, in a process that is a rank already; return what it told on stderr."""
+    with pytest.MonkeyPatch.context() as context, contextlib.redirect_stderr(io.StringIO()) as told:
+        context.chdir(folder)
+        imagenet_main.main(words)
+    return told.getvalue()
+
+
+def on_ranks(ranks, home, name, *more):
+    """Run a line's script on ranks that stand ready, without its launcher and workers; return what rank 0 told."""
+    words = quick(name)
+    return ranks(run_script, home / "clone" / "ImageNet", [*words[words.index("main.py") + 1 :], "-j0", *more])[0]
 
 
 def check_published_run(folder, density):
@@ -111,17 +119,46 @@ def check_published_run(folder, density):
     assert list(folder.path.rglob("*.partial")) == []
 
 
-def test_the_published_rigl_line(rigl):
-    folder, printed = rigl
-    assert "note: DST keeps --init-density 0.5; only the superposition is cut to --final-density 0.1" in printed
-    assert "Traceback" not in printed
-    check_published_run(folder, density=0.5)
+NOTES = {
+    "Rigl": "DST keeps --init-density 0.5; only the superposition is cut to --final-density 0.1",
+    "Granet": "GraNet has nothing to prune at --init-density = --final-density = 0.1",
+}
 
 
-def test_the_published_granet_line(home):
-    folder, printed = paste(home, "Granet")
-    assert "note: GraNet has nothing to prune at --init-density = --final-density = 0.1" in printed
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_published_line_is_understood_as_it_stands(name):
+    words = words_of(PUBLISHED[name])
+    args = imagenet_main.parse(words[words.index("main.py") + 1 :])
+    assert (args.arch, args.model_config, args.workers, args.print_freq) == ("resnet50", "fanin", 20, 500)
+    assert (args.batch_size, args.label_smoothing, args.warmup, args.master_port) == (64, 0.1, 5, 7768)
+    budget = imagenet_main.epoch_budget(args)
+    assert (budget.pretrain_epochs, budget.cycle_epochs, budget.tickets) == (92, 2, 4)
+    assert [warning for warning in imagenet_main.check(args, budget) if NOTES[name] in warning]
+
+
+def test_the_published_rigl_line_pasted_into_a_shell(home):
+    """Whose $1 is empty, as it is when pasted, and whose $2 lets the images trained on be smaller."""
+    log = home / "Rigl.log"
+    shell = ["sh", "-c", 'python() { "$PYTHON" "$@"; }; ' + shrunk("Rigl"), "sh", "", SMALL]
+    assert finished(shell, log, home / "clone" / "ImageNet", 2 * PATIENCE) == 0, log.read_text()
+    printed = log.read_text()
+    assert f"note: {NOTES['Rigl']}" in printed
     assert "Traceback" not in printed
+    saved_models = home / "clone" / "ImageNet" / "saved_models" / "Rigl" / "resnet18" / "imagenet2012"
+    folder = "cycle_num_1/pretrain_epoch_2/cyclic_epochs_1/density_0.1/M=1/ex_rate=0.5/seed17"
+    check_published_run(RunFolder(saved_models / folder), density=0.5)
+
+
+@pytest.fixture(scope="module")
+def granet(ranks, home):
+    """The other published line: what its run left, and what it told."""
+    folder = RunFolder(home / "granet")
+    return folder, on_ranks(ranks, home, "Granet", "--save", str(folder.path))
+
+
+def test_the_published_granet_line(granet):
+    folder, told = granet
+    assert f"note: {NOTES['Granet']}" in told
     check_published_run(folder, density=0.1)
 
 
@@ -149,10 +186,11 @@ def kill_when(launcher, rank, condition):
 
 
 @pytest.fixture(scope="module")
-def killed(home, rigl):
-    """The published run again, whose rank 1 is killed in its second epoch: folder, exit status, seconds, output."""
+def killed(home):
+    """That run by the launcher, whose rank 1 is killed in its second epoch: folder, exit status, seconds, output."""
     folder, log = RunFolder(home / "killed"), home / "killed.log"
-    with started(as_command(shrunk("Rigl"), "--save", folder.path), log, home / "clone" / "ImageNet") as launcher:
+    command = [sys.executable, *quick("Granet"), "--save", folder.path]
+    with started(command, log, home / "clone" / "ImageNet") as launcher:
         kill_when(launcher, 1, folder.checkpoint.exists)
         assert len(marked_processes(log)) > 3  # the launcher, two ranks, and what they started
         began = time.monotonic()
@@ -189,8 +227,7 @@ def test_a_killed_rank_leaves_whole_files(killed):
 
 
 @on_linux
-def test_a_killed_run_resumes_exactly(home, rigl, killed):
-    folder, log = killed[0], home / "resumed.log"
-    resume = as_command(shrunk("Rigl"), "--save", folder.path, "--resume", folder.path)
-    assert finished(resume, log, home / "clone" / "ImageNet") == 0, log.read_text()
-    assert_identical(results(folder.path), results(rigl[0].path))
+def test_a_killed_run_resumes_exactly(ranks, home, granet, killed):
+    folder = killed[0].path
+    on_ranks(ranks, home, "Granet", "--save", str(folder), "--resume", str(folder))
+    assert_identical(results(folder), results(granet[0].path))

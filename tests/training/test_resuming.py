@@ -68,8 +68,7 @@ def test_a_run_with_many_stops_equals_one_without(tmp_path, name):
         assert not different, f"stopped every {every}"
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.4])
-@pytest.mark.parametrize("explore_rate", [None, 0.4])
+@pytest.mark.parametrize(("dropout", "explore_rate"), [(0.0, None), (0.4, 0.4)])
 def test_a_stop_at_any_point_changes_nothing(tmp_path, dropout, explore_rate):
     """Within an epoch, after its last batch, while evaluating, while re-estimating BatchNorm; in every epoch."""
     plan = dataclasses.replace(PLAN, budget=EpochBudget(1, 1, 2), explore_rate=explore_rate)
