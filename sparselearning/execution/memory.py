@@ -17,6 +17,8 @@ from torch import Tensor
 
 LEAST = 1 << 18
 """Numbers of the smallest tensor whose memory is kept here; smaller blocks ``malloc`` keeps."""
+HUGE = 1 << 20
+"""Numbers of the smallest block in large pages, which are of 2 MiB."""
 LARGEST_WASTE = 2
 """How many times too large a block may be, such as that of a whole batch for an epoch's last one."""
 
@@ -26,7 +28,7 @@ _pass = 0
 
 
 def begin_pass() -> None:
-    """Count a pass through a network: blocks that were given back before may be dropped when other sizes are needed."""
+    """Count a pass through a network: blocks that were given back before may make room for other sizes."""
     global _pass
     _pass += 1
 
@@ -38,7 +40,7 @@ def empty(shape: Sequence[int], strides: Sequence[int]) -> Tensor:
         return torch.empty_strided(tuple(shape), tuple(strides))
     block = _take(numbers)
     if block is None:
-        _drop_old()
+        _make_room(numbers)
         block = _new(numbers)
     lent = block.numpy()
     weakref.finalize(lent, _give_back, block).atexit = False
@@ -49,7 +51,7 @@ def empty(shape: Sequence[int], strides: Sequence[int]) -> Tensor:
 
 
 def _new(numbers: int) -> Tensor:
-    if not hasattr(mmap, "MADV_HUGEPAGE"):  # not on Linux
+    if numbers < HUGE or not hasattr(mmap, "MADV_HUGEPAGE"):  # which only Linux has
         return torch.empty(numbers)
     try:
         area = mmap.mmap(-1, 4 * numbers, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -74,8 +76,11 @@ def _take(numbers: int) -> Tensor | None:
     return None
 
 
-def _drop_old() -> None:
-    """Drop the free blocks of earlier passes."""
+def _make_room(numbers: int) -> None:
+    """Drop as much as a new block is to take of the free blocks of earlier passes, those first that wait longest."""
     with _taking:
-        for blocks in list(_free.values()):
-            blocks[:] = [(when, block) for when, block in blocks if when >= _pass]
+        waiting = sorted((when, size) for size, blocks in _free.items() for when, _ in blocks if when < _pass)
+        for _, size in waiting:
+            if numbers > 0:
+                _free[size].pop(0)  # of one size, the first has waited longest
+                numbers -= size
