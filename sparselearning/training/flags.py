@@ -594,9 +594,10 @@ def take_over(parser: Parser, argv: Sequence[str]) -> None:
         FaultError: if it is damaged.
     """
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    finder.add_argument("--config", type=path, nargs="?")
-    if (source := finder.parse_known_args(argv)[0].config) is None:
+    finder.add_argument("--config", nargs="?")
+    if not (found := finder.parse_known_args(argv)[0].config):  # the parser itself says what is wrong with none
         return
+    source = path(found)
     if not source.is_file():
         raise UsageError(f"--config {source}: there is no such file")
     kept = read(dict[str, FlagValue], flags_of(read_json(source)), str(source))

@@ -101,6 +101,7 @@ WRONG_CALLS = {
     RUN + "--iters 2 --resume nowhere": "--iters",
     "--pre_train --sparse-init resume --iters 2 --resume nowhere": "--iters",  # dense: no mask takes the weights over
     # what is not there
+    RUN + "--config=": "it is a path, not an empty text",  # as of a shell's variable that is not set
     RUN + "--resume nowhere": "nowhere",
     RUN + "--data nothing": "nothing",
     RUN + "--data nothing.npz": "nothing.npz",
