@@ -165,7 +165,7 @@ def prepare(
     """
     first_masks = sparse.first_masks(plan) if sparse else None
     trainer_with = partial(_trainer, recipe, plan, sparse, runtime, output, stop_signal)
-    start = start or _find_start(plan, sparse, output)
+    start = start or start_of(plan, sparse, output)
     match start:
         case Fresh():
             trainer = trainer_with(first_masks)
@@ -193,7 +193,8 @@ def prepare(
     return trainer
 
 
-def _find_start(plan: Plan, sparse: SparseTraining | None, output: Output) -> Start:
+def start_of(plan: Plan, sparse: SparseTraining | None, output: Output) -> Start:
+    """Read what ``output.resume`` names: see :func:`find_start`."""
     first_masks = sparse.first_masks(plan) if sparse else None
     return find_start(output.resume, output.folder, output.identity, plan, first_masks, output.settled)
 
@@ -244,7 +245,7 @@ def run(recipe: Recipe, plan: Plan, sparse: SparseTraining | None, runtime: Runt
     if distributed.broadcast_object(_has_own_checkpoint(output.folder)):  # as rank 0, which wrote it, sees it
         output = replace(output, resume=output.folder.path)
     with stop_signals() as stop_signal, ExitStack() as held:
-        start = _find_start(plan, sparse, output)
+        start = start_of(plan, sparse, output)
         continues = isinstance(start, Continue)
         trainer = prepare(recipe, plan, sparse, runtime, output, stop_signal, start)
         del start  # a whole checkpoint, which need not stay in memory until the end
@@ -314,6 +315,26 @@ def _note_empty_layers(masking: Masking) -> None:
         )
 
 
+def stays_in_place(output: Output, continues: bool) -> bool:
+    """Whether a run goes on in the folder that holds it, rather than in one that is to be free.
+
+    Args:
+        output: of the run.
+        continues: the run resumes the one that ``output.resume`` names.
+    """
+    source = _source(output, continues)
+    return source is not None and source.path.resolve() == output.folder.path.resolve()
+
+
+def _source(output: Output, continues: bool) -> RunFolder | None:
+    """The run whose files are this one's too; None: a new one, or one that goes back to an earlier checkpoint."""
+    if output.resume is None or not continues:
+        return None
+    source = RunFolder.of(output.resume)
+    goes_back = find_checkpoint(output.resume).resolve() != source.checkpoint.resolve()
+    return None if goes_back else source
+
+
 def _open_folder(output: Output, continues: bool, executed: str, held: ExitStack) -> None:
     """Make the run's folder and write ``config.json``; another run there is moved aside, unless it is still running.
 
@@ -330,14 +351,10 @@ def _open_folder(output: Output, continues: bool, executed: str, held: ExitStack
         FaultError: if another run is using the folder, or it cannot be made.
         UsageError: if the folder holds something else than a run.
     """
-    folder = output.folder
-    source, goes_back = None, False
-    if output.resume and continues:
-        source = RunFolder.of(output.resume)
-        goes_back = find_checkpoint(output.resume).resolve() != source.checkpoint.resolve()
+    folder, source = output.folder, _source(output, continues)
     if not held.enter_context(folder.in_use()):
         print_notes(f"the file system of {folder.path} has no locks: no other run may write there meanwhile")
-    if source is None or goes_back or source.path.resolve() != folder.path.resolve():
+    if not stays_in_place(output, continues):
         on_windows = os.name == "nt"  # which moves no folder with an open file in it
         if on_windows:
             held.close()
@@ -346,7 +363,7 @@ def _open_folder(output: Output, continues: bool, executed: str, held: ExitStack
             print_notes(f"the earlier run in {folder.path} was moved to {aside}")
         if aside or on_windows:
             held.enter_context(folder.in_use())
-        if source and not goes_back:
+        if source:
             folder.copy_from(source.path)
     if not folder.config.exists():
         write_json(folder.config, {**output.config, "executed": executed})

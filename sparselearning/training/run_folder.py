@@ -106,7 +106,7 @@ class RunFolder:
         """Refuse a folder that a run could not begin in, and make nothing.
 
         Args:
-            goes_on: the run resumes an earlier one, which may be the one in the folder.
+            goes_on: the run resumes the one in the folder.
 
         Raises:
             FaultError: if another run is in it, or it cannot be written into.

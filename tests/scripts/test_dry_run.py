@@ -71,6 +71,14 @@ def test_a_run_that_goes_on(script, stopped, capsys):
     assert tree(stopped) == before
 
 
+@pytest.mark.parametrize("dry", ["", "--dry-run"])
+def test_a_folder_that_a_resumed_run_could_not_begin_in(script, stopped, capsys, dry):
+    Path("other").mkdir()
+    Path("other/config.json").write_text("{}")
+    assert script(WHOLE_METHOD, "--save other --resume", stopped, dry) == 2
+    assert "other/config.json is no run's" in one_sentence(capsys.readouterr().err)
+
+
 def test_a_run_that_has_ended(script, undisturbed, capsys):
     finished = undisturbed["sgd"]
     assert script(WHOLE_METHOD, "--save", finished, "--resume", finished, "--dry-run") == 0

@@ -90,10 +90,10 @@ def test_a_flag_that_means_the_same_here_is_no_other_flag(tmp_path, there, here,
     head = {"config": first.identity, "epoch": 2, "masking": None, "ranks": [{}], "state_dict": {}}
     torch.save(head, tmp_path / "checkpoint.pth")
     if differs is None:
-        assert isinstance(experiment._find_start(PLAN, sparse(), output(here, tmp_path)), Continue)
+        assert isinstance(experiment.start_of(PLAN, sparse(), output(here, tmp_path)), Continue)
     else:
         with pytest.raises(UsageError, match=differs):
-            experiment._find_start(PLAN, sparse(), output(here, tmp_path))
+            experiment.start_of(PLAN, sparse(), output(here, tmp_path))
 
 
 def test_without_a_file_a_run_starts_afresh(tmp_path):
