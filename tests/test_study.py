@@ -243,7 +243,7 @@ def test_an_experiment_runs_is_analysed_and_collected(tmp_path, monkeypatch, cap
     monkeypatch.setattr(sweep, "SCRIPT", ROOT / "CIFAR" / "main_suptickets.py")
     small = study.Study(
         "--pre_train --cyclic_train --epochs 2 --cycle 1 --cycle_rate 0.5 --final-density 0.3 --final-prune-epoch 1 "
-        "--model cifar_resnet_8_4 --batch-size 100 --keep-tickets",
+        "--model cifar_resnet_8_4 --batch-size 100 --keep-tickets --execution masked",
         {"main": study.Experiment(["rigl"], control=True)},
         seeds=(5, 6), subset=study.Subset("part", 100, images_per_class=10), kept=["main"],
     )  # fmt: skip

@@ -1,10 +1,10 @@
 """The slim residual networks made for CIFAR (He et al., arXiv 1512.03385, section 4.2)."""
 
 from torch import nn
-from torchvision.models.resnet import BasicBlock
 
 from sparselearning.process.errors import UsageError
 
+from .blocks import BasicBlock
 from .resnet import ResNet
 
 

@@ -1,8 +1,9 @@
-"""Residual networks for small images (He et al., arXiv 1512.03385), out of torchvision's residual blocks."""
+"""Residual networks for small images (He et al., arXiv 1512.03385)."""
 
 import torch
 from torch import nn
-from torchvision.models.resnet import BasicBlock, Bottleneck, conv1x1, conv3x3
+
+from .blocks import BasicBlock, Bottleneck, conv1x1, conv3x3
 
 # Depth: (block, number of blocks in each stage).
 RESNETS: dict[int, tuple[type[BasicBlock | Bottleneck], tuple[int, ...]]] = {

@@ -3,9 +3,10 @@
 import torch
 from torch import nn
 from torch.nn.functional import relu
-from torchvision.models.resnet import conv1x1, conv3x3
 
 from sparselearning.process.errors import UsageError
+
+from .blocks import conv1x1, conv3x3
 
 
 class PreActivationBlock(nn.Module):
