@@ -305,9 +305,9 @@ def test_misspelt_calls_exit_2(out, words):
 # ------------------------------------------------------------------------------------------------------ for real
 
 
-def test_a_real_sweep_ends_with_a_table_that_knows_the_control(tmp_path, capfd):
-    masked = [*SHARED, "--execution", "masked"]  # no kernels to compile
-    run_sweep(tmp_path, "--seeds", 7, "--methods", "rigl", "--control", "--gpus", 0, 1, shared=masked)
+def test_a_real_sweep_ends_with_a_table_that_knows_the_control(tmp_path, data, capfd):
+    small = [*SHARED, "--data", str(data), "--execution", "masked"]  # few images, no kernels to compile
+    run_sweep(tmp_path, "--seeds", 7, "--methods", "rigl", "--control", "--gpus", 0, 1, shared=small)
     out = capfd.readouterr().out
     groups, left_out = runs.group_runs(runs.read_run(path) for path in runs.find_runs([tmp_path]))
     assert not left_out
