@@ -192,7 +192,7 @@ class _Kernel:
 
 
 def _address(tensor: Tensor | None, number: int = 0) -> int:
-    """Of one of a tensor's numbers; 0 if there is no tensor."""
+    """Address of one of a tensor's numbers; 0 if there is no tensor."""
     return 0 if tensor is None else tensor.data_ptr() + 4 * number
 
 
@@ -303,20 +303,24 @@ def _memory(tensor: Tensor) -> Tensor:
 
 
 class Gate:
-    """The backward pass of a ReLU, which a convolution that reads the ReLU's output may do as it writes a gradient.
+    """The backward pass of a ReLU, which the convolution that reads the ReLU's output may do as it writes a gradient.
 
-    Whether it has is known by the gradient itself: what others read of the output would have been added to another.
+    The ReLU knows the gradient again that is zero already. If there are other readers, autograd hands it a sum.
+
+    Attributes:
+        readers: convolutions with active weights that read the output; where there are several, none does the pass.
     """
 
     def __init__(self) -> None:
+        self.readers = 0
         self._passed: tuple[Tensor, int] | None = None
 
-    def let_through(self, gradient: Tensor) -> None:
-        """Take note of a gradient that is zero already where the output is not positive."""
+    def pass_on(self, gradient: Tensor) -> None:
+        """Take note of a gradient that is zero where the output is not positive."""
         self._passed = gradient, gradient._version
 
-    def has_let_through(self, gradient: Tensor) -> bool:
-        """Whether it was this very gradient, which nobody has changed."""
+    def take(self, gradient: Tensor) -> bool:
+        """Whether it is this gradient that has been passed on, and nobody has changed it since; then forget it."""
         passed, self._passed = self._passed, None
         return passed is not None and passed[0] is gradient and passed[1] == gradient._version
 
@@ -324,8 +328,8 @@ class Gate:
 class SparseConvolution(torch.autograd.Function):
     """Convolution [image, channel, row, column] with active weights alone.
 
-    It returns the inputs, too, for what reads them next, such as the sum that ends a residual block: the gradient that
-    comes back this way is added where the kernel writes its own, and need not be added in a pass of its own.
+    It returns the inputs, too, for the sum at the end of a residual block that it begins: the gradient that comes back
+    this way is added where the kernel writes its own, and need not be added in a pass of its own.
     """
 
     @staticmethod
@@ -349,24 +353,29 @@ class SparseConvolution(torch.autograd.Function):
     @once_differentiable
     def backward(context: Any, gradient: Tensor | None, of_inputs: Tensor | None) -> Any:
         if gradient is None:
-            return of_inputs, *[None] * 6
+            return of_inputs, None, None, None, None, None, None
         inputs, weight = context.saved_tensors
         active, grid = context.active, context.grid
         source, gradients = image_last(inputs.detach()), image_last(gradient)
         for_inputs = for_weight = for_bias = None
         if context.needs_input_grad[0]:
+            gate = context.gate
             # Whoever watches the gradient of the ReLU's output is to see all of it.
-            gate = None if inputs._backward_hooks or inputs.retains_grad else context.gate
+            if gate is not None and (gate.readers > 1 or inputs._backward_hooks or inputs.retains_grad):
+                gate = None
             added = None if of_inputs is None else image_last(of_inputs)
             for_inputs = empty_activations(grid.images, active.shape.channels, grid.rows, grid.columns)
             if active.shape.skips_inputs:
-                for_inputs.zero_() if of_inputs is None else for_inputs.copy_(of_inputs)
+                if of_inputs is None:
+                    for_inputs.zero_()
+                else:
+                    for_inputs.copy_(of_inputs)
             for kernel, begin in active.backward(grid):
                 kernel.correlate(
                     gradients, for_inputs, begin, weight, added=added, gate=None if gate is None else source
                 )
             if gate is not None:
-                gate.let_through(for_inputs)
+                gate.pass_on(for_inputs)
         if context.needs_input_grad[1]:
             if context.dense_gradient:
                 for_weight = _dense_weight_gradient(active.shape, gradient, inputs.detach(), weight)
@@ -545,7 +554,7 @@ class Relu(torch.autograd.Function):
 
 
 def _through_relu(gradient: Tensor, outputs: Tensor, gate: Gate) -> Tensor:
-    if gate.has_let_through(gradient):
+    if gate.take(gradient):
         return gradient
     if gradient.stride() != outputs.stride():
         gradient = image_last(gradient).movedim(-1, 0)

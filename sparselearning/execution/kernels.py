@@ -4,8 +4,8 @@ All of a convolution's three passes, and a linear layer's, are one of two loops 
 
 - :func:`correlate`: ``target[o, p] = bias[o] + Σ_j value[j] · source[c_j, p · step + shift_j]``, over the weights j
   of output o: the forward pass and, with inputs and outputs exchanged, the gradient with respect to the input. What
-  comes next may be part of the same pass: another tensor is added, and ReLU follows, or its backward pass, which lets
-  numbers through where those of a third tensor, the *gate*, are above zero;
+  comes next may be part of the same pass: another tensor is added, and ReLU follows, or its backward pass, which makes
+  numbers zero where those of a third tensor, the *gate*, are zero or less;
 - :func:`contraction`: ``result[j] = Σ_p target[o_j, p] · source[c_j, p · step + shift_j]``: the gradient of each active
   weight, where the target holds the gradient of the output.
 

@@ -42,8 +42,9 @@ class SparseNetwork(nn.Module):
     Parameters, gradients and state dicts are the model's own. Gradients of inactive weights are zero, but where
     ``dense_gradients`` or the Masking asks for them. Layers without a kernel (grouped, dilated, …) run masked.
 
-    Hooks and ``retain_grad`` see whole gradients of activations; ``torch.autograd.grad`` with respect to the output of
-    a ReLU may find zeros where that output is zero.
+    Tensor hooks, ``retain_grad`` and modules' full backward hooks see the gradients that the model's own would be; what
+    else watches the gradient of a ReLU's output, such as ``torch.autograd.grad`` with respect to it, may find zeros
+    where that output is zero.
 
     Args:
         model: on the CPU, float32.
@@ -173,6 +174,26 @@ def _state(entries: Tensor) -> Any:
     return entries.data_ptr(), object() if entries.is_inference() else entries._version
 
 
+class _Notes(Generic[Made]):
+    """What is known of tensors, as long as they stay what they are."""
+
+    def __init__(self) -> None:
+        self._notes: dict[int, tuple[Tensor, Any, Made]] = {}  # by identity; a tensor that is held keeps its own
+
+    def take(self, tensor: Tensor, note: Made) -> None:
+        """Take note of something."""
+        self._notes[id(tensor)] = tensor, self._state(tensor), note
+
+    def of(self, tensor: Tensor) -> Made | None:
+        """What is known of a tensor, if anything."""
+        held, state, note = self._notes.get(id(tensor), (None, None, None))
+        return note if held is tensor and state == self._state(tensor) else None
+
+    @staticmethod
+    def _state(tensor: Tensor) -> Any:
+        return tensor._version, tensor.data_ptr(), tensor.grad_fn
+
+
 class _Watch(TorchFunctionMode):
     """Replaces functions while a model runs."""
 
@@ -182,10 +203,8 @@ class _Watch(TorchFunctionMode):
         # Outputs of BatchNorm that are still to be written, by identity; those that a ReLU has taken over, and that may
         # be gone, are held weakly.
         self.unwritten: dict[int, tuple[Callable[[], Tensor | None], Norm]] = {}
-        # By identity of a tensor, which is held: of a ReLU's output its gate; what a convolution that has read a tensor
-        # passes on in its place.
-        self.gates: dict[int, tuple[Tensor, Gate]] = {}
-        self.passed_on: dict[int, tuple[Tensor, Tensor]] = {}
+        self.gates: _Notes[Gate] = _Notes()  # of outputs of ReLU
+        self.passed_on: _Notes[Tensor] = _Notes()  # of what a convolution has read: the same, as it passed it on
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
@@ -234,9 +253,26 @@ class _Watch(TorchFunctionMode):
         del self.unwritten[id(outputs)]
         return norm
 
-    def in_place_of(self, inputs: Tensor) -> Tensor:
-        """What the last convolution that read a tensor has passed on in its place, or the tensor."""
-        return self.passed_on.get(id(inputs), (inputs, inputs))[1]
+    def added_to(self, inputs: Tensor, other: Tensor) -> Tensor:
+        """What to add in place of ``other``: what the convolution passed on that read it and leads to ``inputs``.
+
+        Only then do gradients of the sum come to that convolution by both ways, or by none.
+        """
+        passed_on = self.passed_on.of(other)
+        return other if passed_on is None or not _leads_to(passed_on.grad_fn, inputs.grad_fn) else passed_on
+
+
+def _leads_to(first: Any, last: Any) -> bool:
+    """Whether the first inputs of operations lead from one to another, within a residual block."""
+    for _ in range(LONGEST_BLOCK):
+        if last is first or last is None or not last.next_functions:
+            break
+        last = last.next_functions[0][0]
+    return last is first
+
+
+LONGEST_BLOCK = 32
+"""Operations of a residual block, at most."""
 
 
 def _tensors(arguments: Any) -> Iterator[Tensor]:
@@ -265,11 +301,12 @@ def _conv2d(
     target = shape.target(Grid(inputs.shape[2], inputs.shape[3], inputs.shape[0]))
     if min(target.rows, target.columns) < 1:
         return NotImplemented  # PyTorch says that the kernel is larger than the image
-    source, active = watch.in_place_of(inputs), network.active(weight, shape)
-    _, gate = watch.gates.get(id(source), (None, None))
-    outputs, passed_on = SparseConvolution.apply(source, weight, bias, active, network.wants_dense_gradients, gate)
-    if passed_on is not None:
-        watch.passed_on[id(inputs)] = inputs, passed_on
+    active, gate = network.active(weight, shape), watch.gates.of(inputs)
+    outputs, passed_on = SparseConvolution.apply(inputs, weight, bias, active, network.wants_dense_gradients, gate)
+    if torch.is_grad_enabled() and passed_on is not None:
+        watch.passed_on.take(inputs, passed_on)
+        if gate is not None:
+            gate.readers += 1
     return outputs
 
 
@@ -353,7 +390,7 @@ def _relu(watch: _Watch, inputs: Tensor, inplace: bool = False) -> Any:
         outputs = Relu.apply(inputs, gate)
     is_part_of_norm = norm is not None and norm.sequel.relu
     if outputs.requires_grad and not is_part_of_norm:
-        watch.gates[id(outputs)] = outputs, gate
+        watch.gates.take(outputs, gate)
     return outputs
 
 
@@ -366,7 +403,7 @@ def _add_in_place(watch: _Watch, inputs: Tensor, other: Any, *, alpha: float = 1
     if norm.added is not None or alpha != 1 or not fits:
         norm.write(inputs, relu=False)
         return NotImplemented
-    return watch.put_off(AddToNorm.apply(inputs, watch.in_place_of(other), norm), norm)
+    return watch.put_off(AddToNorm.apply(inputs, watch.added_to(inputs, other), norm), norm)
 
 
 def plane_wise(function: Callable[..., Any]) -> Callable[..., Any]:

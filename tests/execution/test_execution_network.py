@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 pytest.importorskip("numba")
 
+from helpers.masked_networks import masked
 from sparselearning import Masking, UsageError
 from sparselearning.execution import sparse_execution
 from sparselearning.process.signals import Stopped
@@ -25,13 +26,6 @@ from sparselearning.sparse.costs import layer_flops
 from sparselearning.training import experiment
 
 NETWORKS = ["cifar_resnet_8", "ResNet18", "vgg11", "wrn-10-1", "lenet5", "lenet-300-100"]
-
-
-def masked(model: nn.Module, density: float = 0.2, **settings: object) -> tuple[torch.optim.Optimizer, Masking]:
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4)
-    masking = Masking(optimizer, init_density=density, final_density=density, **{"update_frequency": 10**6, **settings})
-    masking.add_module(model)
-    return optimizer, masking
 
 
 def gradients(network: nn.Module, model: nn.Module, images: Tensor) -> dict[str, Tensor]:
@@ -206,87 +200,6 @@ def test_a_norms_output_that_is_read_twice_counts_twice(in_place: bool) -> None:
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
 
-class Residual(nn.Module):
-    """Two residual blocks behind a convolution; ``between`` happens to what the second one reads."""
-
-    def __init__(self, between: Callable[[Tensor, Tensor], Tensor] = lambda x, y: x, stride: int = 1) -> None:
-        super().__init__()
-        self.between = between
-        self.first = nn.Conv2d(3, 6, 3, padding=1)
-        self.convs = nn.ModuleList(nn.Conv2d(6, 6, 1, bias=False) for _ in range(2))
-        self.norms = nn.ModuleList(nn.BatchNorm2d(6) for _ in range(2))
-        self.last = nn.Conv2d(6, 6, 1, stride)
-
-    def forward(self, images: Tensor) -> Tensor:
-        x = self.first(images)
-        for conv, norm in zip(self.convs, self.norms, strict=True):
-            y = norm(conv(x))
-            x = self.between(x, y)
-            y += x
-            x = F.relu(y)
-        return self.last(x).mean(dim=(2, 3)) if self.last.stride == (1, 1) else self.last(x).mean(dim=(2, 3)) + x.mean()
-
-
-def read_by_others(x: Tensor, y: Tensor) -> Tensor:
-    y.add_(x.mean())
-    return x
-
-
-def backward_operations(run: Callable[[], None]) -> list[str]:
-    with torch.autograd.profiler.profile() as profile:
-        run()
-    return [event.name for event in profile.function_events]
-
-
-def test_the_sum_and_the_relu_that_end_a_residual_block_are_part_of_a_convolutions_backward_pass() -> None:
-    torch.manual_seed(4)
-    model = Residual()
-    _, masking = masked(model, density=0.5)
-    loss = sparse_execution(model, masking)(torch.randn(2, 3, 4, 4)).sum()
-    done = backward_operations(loss.backward)
-    assert not {"aten::threshold_backward", "aten::add", "aten::add_"}.intersection(done)
-
-
-@pytest.mark.parametrize("stride", [1, 2])
-@pytest.mark.parametrize("between", [lambda x, y: x, lambda x, y: x + 1, read_by_others])
-def test_gradients_of_residual_blocks_equal_masked_ones(between: Callable, stride: int) -> None:
-    torch.manual_seed(5)
-    model = Residual(between, stride)
-    _, masking = masked(model, density=0.5)
-    images = torch.randn(3, 3, 5, 5)
-    mine, dense = [
-        torch.autograd.grad(one(images).pow(2).sum(), [*model.parameters()])
-        for one in (sparse_execution(model, masking), model)
-    ]
-    for (name, _), got, expected in zip(model.named_parameters(), mine, dense, strict=True):
-        torch.testing.assert_close(got, expected * masking.masks.get(name, torch.ones(())), rtol=1e-4, atol=1e-5)
-
-
-def test_whoever_watches_the_gradient_of_a_relus_output_sees_all_of_it() -> None:
-    torch.manual_seed(6)
-    seen: list[Tensor] = []
-    kept: list[Tensor] = []
-
-    def watch(x: Tensor, _: Tensor) -> Tensor:
-        x.register_hook(seen.append)
-        x.retain_grad()
-        kept.append(x)
-        return x
-
-    model = Residual(watch)
-    _, masking = masked(model, density=0.5)
-    images = torch.randn(2, 3, 4, 4)
-    found = []
-    for one in (sparse_execution(model, masking), model):
-        seen.clear(), kept.clear()
-        one(images).sum().backward()
-        found.append(([*seen], [x.grad for x in kept][-1]))
-    (mine, kept_mine), (dense, kept_dense) = found
-    assert bool(((kept_dense != 0) & (kept[-1] == 0)).any())  # where the ReLU lets nothing through
-    torch.testing.assert_close(kept_mine, kept_dense)
-    torch.testing.assert_close(mine[0], dense[0])
-
-
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_gradients_lie_in_memory_as_their_weights_do(layout: torch.memory_format) -> None:
     """Or data-parallel averaging copies them, and warns; masked layers, here the depthwise one, are no exception."""
@@ -298,15 +211,6 @@ def test_gradients_lie_in_memory_as_their_weights_do(layout: torch.memory_format
         outputs = network(torch.randn(2, 3, 6, 6).to(memory_format=layout))
         gradients = torch.autograd.grad(outputs.sum(), [*model.parameters()])
         assert [gradient.stride() for gradient in gradients] == [weight.stride() for weight in model.parameters()]
-
-
-def test_a_graph_can_be_gone_through_again() -> None:
-    torch.manual_seed(7)
-    model = Residual()
-    _, masking = masked(model, density=0.5)
-    loss = sparse_execution(model, masking)(torch.randn(2, 3, 4, 4)).sum()
-    first, second = [torch.autograd.grad(loss, [*model.parameters()], retain_graph=True) for _ in range(2)]
-    assert all(map(torch.equal, first, second))
 
 
 @pytest.mark.parametrize("in_place", [True, False])

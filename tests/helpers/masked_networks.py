@@ -39,6 +39,14 @@ def step(model, masking, gradient, bias_gradient=0.0, scaler=None):
     masking.step(scaler) if scaler else masking.step()
 
 
+def masked(model, density=0.2, **settings):
+    """An optimizer and a Masking of a whole network."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4)
+    masking = Masking(optimizer, init_density=density, final_density=density, **{"update_frequency": 10**6, **settings})
+    masking.add_module(model)
+    return optimizer, masking
+
+
 def active(masking, name="weight"):
     return masking.masks[name].flatten().nonzero().squeeze(1).tolist()
 
