@@ -219,3 +219,27 @@ def test_what_masks_save_is_what_was_measured():
     for network, ratios in cells.items():
         assert f"| {network} | {' | '.join(ratios)} |" in PAGES["docs/speed.md"]
     assert f"ResNet18 at density 0.05 takes {cells['ResNet18'][1].split()[0]} of" in README.replace("\n", " ")
+
+
+def test_what_masks_save_beside_others_is_what_was_measured():
+    """The second table of docs/speed.md, and prediction."""
+    medians = {
+        (path.stem, row["what"].split(",")[0], row["what"].partition(": ")[2]): row["ratio"]["median"]
+        for path in sorted((ROOT / "results/speed").glob("sparse-*.json"))
+        for row in json.loads(path.read_text())["rows"]
+        if "density 0.05" in row["what"] and "batch 1," not in row["what"]
+    }
+    page = PAGES["docs/speed.md"]
+    for name, what, files in (
+        ("the masked network", "step beside masked", ("references", "compiled", "compiled")),
+        ("the dense one in bfloat16", "step beside bf16", ("references", "compiled", "compiled")),
+        ("the dense one, compiled", "step beside compiled", ("references", "compiled", "compiled")),
+        ("the dense one, both on two threads", "step beside dense", ("2-threads",) * 3),
+        ("the dense one, both with AVX2 alone", "step beside dense", ("avx2",) * 3),
+        ("the masked one: memory", "memory beside masked", ("references", "compiled", "compiled")),
+    ):
+        keys = zip(files, ("ResNet50", "ResNet18", "cifar_resnet_20"), strict=True)
+        cells = [medians.get((f"sparse-{file}", network, what)) for file, network in keys]
+        assert f"| {name} | {' | '.join('-' if x is None else f'{x:.2f}' for x in cells)} |" in page
+    of_32 = medians["sparse-references", "ResNet50", "prediction beside onnxruntime"]
+    assert f"and {of_32:.2f} times at batch 32" in page.replace("\n", " ")
