@@ -1,5 +1,6 @@
 """Fixtures of the tests of the scripts."""
 
+import multiprocessing
 import signal
 
 import main_suptickets
@@ -86,3 +87,10 @@ def home(tmp_path_factory):
     for name in ("multiproc.py", "main.py"):
         (scripts / name).symlink_to(SCRIPTS / name)
     return home
+
+
+@pytest.fixture
+def children():
+    """Processes that this one has started during the test: ranks that tests share may run on."""
+    others = set(multiprocessing.active_children())
+    return lambda: [process for process in multiprocessing.active_children() if process not in others]

@@ -1,7 +1,6 @@
 """Processes that decode images: they outlive signals, end with the pass, and their faults are told."""
 
 import contextlib
-import multiprocessing
 import os
 import resource
 import select
@@ -18,16 +17,16 @@ from helpers.processes import marked_processes, on_linux, wait_until
 from sparselearning.process.errors import FaultError
 
 
-def test_workers_end_with_the_pass_also_when_it_is_abandoned(image_folder):
+def test_workers_end_with_the_pass_also_when_it_is_abandoned(image_folder, children):
     batches = load(image_folder, workers=2).train.epoch(0)
     next(batches)
-    assert len(multiprocessing.active_children()) == 2
+    assert len(children()) == 2
     batches.close()
-    assert multiprocessing.active_children() == []
+    assert children() == []
 
 
 @pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="this system cannot tell who sent a signal")
-def test_workers_leave_signals_to_the_main_process(image_folder, tmp_path):
+def test_workers_leave_signals_to_the_main_process(image_folder, children, tmp_path):
     def answer(signal_number, frame):  # the main process's; a worker must not run it
         (tmp_path / str(os.getpid())).touch()
 
@@ -36,7 +35,7 @@ def test_workers_leave_signals_to_the_main_process(image_folder, tmp_path):
         loader = load(image_folder, batch_size=1, workers=2).train
         batches = loader.epoch(0)
         seen = [next(batches), next(batches)]  # one from each worker: both are up
-        workers = multiprocessing.active_children()
+        workers = children()
         for name in ("INT", "TERM"):  # from a process that is not their parent
             subprocess.run(["sh", "-c", f"kill -{name} {workers[0].pid} {workers[1].pid}"], check=True)
         seen += batches
@@ -44,7 +43,7 @@ def test_workers_leave_signals_to_the_main_process(image_folder, tmp_path):
 
         batches = loader.epoch(0)
         next(batches), next(batches)
-        workers = multiprocessing.active_children()
+        workers = children()
         for worker in workers:
             worker.terminate()
             worker.join(10)

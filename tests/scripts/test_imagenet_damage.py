@@ -1,6 +1,5 @@
 """Damaged images, spoilt folders and wrong calls: left out and counted, or refused in a sentence."""
 
-import multiprocessing
 import os
 import shutil
 from pathlib import Path
@@ -60,7 +59,7 @@ def test_a_damaged_image_is_named_once_left_out_and_counted(folder, damage, work
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_strict_data_stops_at_a_damaged_image(folder, workers):
+def test_strict_data_stops_at_a_damaged_image(folder, children, workers):
     bad = folder / "val" / "cat" / "1.jpg"
     scramble(bad)
     data = load(folder, workers=workers, strict_data=True)
@@ -71,7 +70,7 @@ def test_strict_data_stops_at_a_damaged_image(folder, workers):
         f"damaged image {bad} (not an image of a known format): mend or remove it, or run without --strict-data"
     )
     del caught
-    assert multiprocessing.active_children() == []
+    assert children() == []
 
 
 @pytest.mark.parametrize("workers", [0, 2])
