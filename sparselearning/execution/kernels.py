@@ -239,25 +239,26 @@ def correlate(rows: int, columns: int, vectors: int) -> Any:
                             bias = np.float32(0)
                             if first and task.bias != 0:
                                 bias = number_at(task.bias + 4 * output)
-                            added = gate = 0
+                            added = gate = ahead = 0
                             begins_with_added = task.added != 0 and not whole
                             if first and begins_with_added:
                                 plane = task.added + 4 * output * task.target_plane
                                 _move_tile(task, block, plane, row, column, image, images, False)
-                            if last and whole:
+                            if last and whole and (task.added != 0 or task.gate != 0):
+                                later = entries[min(e + AHEAD, starts[number + 1] - 1), 0]
+                                ahead = 4 * (later - output) * task.target_plane
                                 if task.added != 0:
                                     added = task.added + 4 * output * task.target_plane + place
                                 if task.gate != 0:
                                     gate = task.gate + 4 * output * task.target_plane + place
-                            elif last and task.gate != 0:
+                            elif last and not whole and task.gate != 0:
                                 gate = blocks + 4 * size * task.output_block
                                 plane = task.gate + 4 * output * task.target_plane
                                 _move_tile(task, gate, plane, row, column, image, images, False)
-                            later = entries[min(e + AHEAD, starts[number + 1] - 1), 0]
                             accumulate(
                                 rows, columns, vectors, block, first and not begins_with_added, bias,
                                 source, row_pitch, column_pitch, task.values, task.offsets,
-                                entries[e, 1], entries[e, 2], added, gate, 4 * (later - output) * task.target_plane,
+                                entries[e, 1], entries[e, 2], added, gate, ahead,
                                 lowest if last else np.float32(-np.inf), target + place if last and whole else 0,
                                 task.target_row if whole else columns * vectors * LANES,
                                 task.target_column if whole else vectors * LANES, task.streams,

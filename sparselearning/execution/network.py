@@ -182,16 +182,16 @@ class _Notes(Generic[Made]):
 
     def take(self, tensor: Tensor, note: Made) -> None:
         """Take note of something."""
-        self._notes[id(tensor)] = tensor, self._state(tensor), note
+        self._notes[id(tensor)] = tensor, self._seen(tensor), note
 
     def of(self, tensor: Tensor) -> Made | None:
         """What is known of a tensor, if anything."""
         held, state, note = self._notes.get(id(tensor), (None, None, None))
-        return note if held is tensor and state == self._state(tensor) else None
+        return note if held is tensor and state == self._seen(tensor) else None
 
     @staticmethod
-    def _state(tensor: Tensor) -> Any:
-        return tensor._version, tensor.data_ptr(), tensor.grad_fn
+    def _seen(tensor: Tensor) -> Any:
+        return _state(tensor), tensor.grad_fn
 
 
 class _Watch(TorchFunctionMode):
