@@ -237,6 +237,14 @@ STUDIES = {
         },
         subset=TEN_THOUSAND,
     ),
+    "execution": Study(
+        flags=f"{TICKETS} --model cifar_resnet_20 --epochs 10 --cycle 1 --cycle_rate 0.2 --sparse-init ERK "
+        "--update-frequency 500 --batch-size 128 --lr 0.1 --prune-rate 0.5 --prune magnitude --final-density 0.05",
+        experiments={
+            "sparse": Experiment(["rigl"], flags="--execution sparse"),
+            "masked": Experiment(["rigl"], flags="--execution masked"),
+        },
+    ),
     "cifar100": Study(
         flags=f"{TICKETS} --model ResNet50 --epochs 250 --cycle 8 --cycle_rate 0.1 --decay-schedule constant "
         "--sparse-init ERK --update-frequency 1000 --batch-size 128 --prune-rate 0.5 --prune magnitude "
