@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sparselearning.execution import memory, threads
-from sparselearning.execution.kernels import contraction, correlate
+from sparselearning.execution.kernels import contraction, correlate, tile_by_tile
 from sparselearning.execution.lists import Correlation, Grid, WeightList
 from sparselearning.execution.planes import CHUNK, PLANES, normalise, statistics
 from sparselearning.execution.planes import backward as planes_backward
@@ -187,8 +187,9 @@ class _Kernel:
         )
         _memory(for_weight).index_copy_(0, self.places, parts.sum(dim=0))
 
-    def _run(self, kernel: Any, **memory: int) -> None:
-        _run(kernel, self.task, self.correlation.shares, int(self.task["work_bytes"][0]), **memory)
+    def _run(self, tile_function: Any, **memory: int) -> None:
+        shares, work_bytes = self.correlation.shares, int(self.task["work_bytes"][0])
+        _run(tile_by_tile, self.task, shares, work_bytes, tile_function=tile_function.address, **memory)
 
 
 def _address(tensor: Tensor | None, number: int = 0) -> int:

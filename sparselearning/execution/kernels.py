@@ -15,6 +15,9 @@ output's weights go by. A *region* is a few tiles. What it reads of the source, 
 ``step`` is not 1, every ``step``-th row and column side by side (a *phase*), is first copied to a scratch buffer that
 fits the second-level cache. There every weight is one constant offset from wherever the tile is. Channels are read in
 blocks of so many as fit the first-level cache for one tile.
+
+:func:`tile_by_tile` goes over regions and tiles. What it calls for each, one of the two loops, is compiled anew for
+every shape of a tile in registers, and short for that reason.
 """
 
 from functools import cache
@@ -27,6 +30,7 @@ from sparselearning.execution.vectors import (
     LANES,
     accumulate,
     as_pointer,
+    call,
     clear,
     compiled,
     contract,
@@ -42,7 +46,7 @@ TASK = np.dtype(
         (name, np.int64)
         for name in (
             # shares of the work: taken one by one until none is left, whatever threads there are
-            "next_share", "shares", "work", "work_bytes", "scratch_floats",
+            "next_share", "shares", "tile_function", "work", "work_bytes", "scratch_floats",
             # memory
             "source", "target", "streams", "bias", "added", "relu", "gate", "values", "offsets", "entries",
             "entry_starts", "results", "results_bytes",
@@ -61,7 +65,9 @@ TASK = np.dtype(
 )  # fmt: skip
 """What a kernel is told.
 
-Memory is given by addresses, 0 where there is none. ``streams``: tiles inside the target are written past the caches.
+Memory is given by addresses, 0 where there is none. ``tile_function`` is called with the task, the share, where the
+tile's inputs of a block of channels begin, the tile's first row, column and image, its number of images, and which
+block of outputs and of channels it is. ``streams``: tiles inside the target are written past the caches.
 ``added`` and ``gate`` lie in memory as the target does. ``entries`` is int32 [n, 3] of (output, begin, end) into
 ``values`` and ``offsets``, for each block of outputs and in it each block of channels, from ``entry_starts`` on.
 ``target_plane``, ``target_row`` and ``target_column`` are distances in the target, ``block_row`` and ``block_column``
@@ -189,85 +195,93 @@ def _lists(task):  # type: ignore[no-untyped-def]
     return starts, carray(as_pointer(task.entries), (starts[len(starts) - 1], 3), np.int32)
 
 
+@compiled()
+def tile_by_tile(address):  # type: ignore[no-untyped-def]
+    """Do a task: fetch what each region reads, and let the task's ``tile_function`` go over its tiles."""
+    task = carray(as_pointer(address), 1, TASK)[0]
+    regions = _regions(task)
+    items = regions * task.output_blocks
+    while True:
+        share = fetch_and_add(address + NEXT_SHARE, 1)
+        if share >= task.shares:
+            break
+        scratch = task.work + share * task.work_bytes
+        _clear_end(task, scratch)
+        for item in range(share * items // task.shares, (share + 1) * items // task.shares):
+            first_row, first_column, image, images = _region(task, item % regions)
+            if task.fetches_all:
+                _pack(task, scratch, 0, task.channels, first_row, first_column, image, images)
+            for tile in range(task.region_rows * task.region_columns):
+                down = tile // task.region_columns * task.tile_rows
+                right = tile % task.region_columns * task.tile_columns
+                row, column = first_row + down, first_column + right
+                if row >= task.target_rows or column >= task.target_columns:
+                    continue
+                for channel_block in range(task.channel_blocks):
+                    source = scratch + 4 * (down * task.phase_columns + right) * task.tile_images
+                    channel = channel_block * task.channel_block
+                    if task.fetches_all:
+                        source += 4 * channel * task.channel_floats
+                    else:
+                        end = min(channel + task.channel_block, task.channels)
+                        _pack(task, scratch, channel, end, first_row, first_column, image, images)
+                    call(
+                        task.tile_function,
+                        address, share, source, row, column, image, images, item // regions, channel_block,
+                    )  # fmt: skip
+    finish_streams()
+
+
 @cache
 def correlate(rows: int, columns: int, vectors: int) -> Any:
-    """Compiled correlation whose sums are blocks of ``rows`` times ``columns`` times ``vectors`` registers."""
+    """Compiled correlation of a tile and a block of channels; sums are ``rows · columns · vectors`` registers."""
     size = rows * columns * vectors * LANES
 
     @compiled(rows, columns, vectors)
-    def kernel(address):  # type: ignore[no-untyped-def]
+    def tile(address, share, source, row, column, image, images, output_block, channel_block):  # type: ignore[no-untyped-def]
         task = carray(as_pointer(address), 1, TASK)[0]
         starts, entries = _lists(task)
-        regions = _regions(task)
-        items = regions * task.output_blocks
+        blocks = task.work + share * task.work_bytes + 4 * task.scratch_floats
         row_pitch, column_pitch = task.phase_columns * task.tile_images, task.tile_images
-        lowest = np.float32(0) if task.relu != 0 else np.float32(-np.inf)
-        while True:
-            share = fetch_and_add(address + NEXT_SHARE, 1)
-            if share >= task.shares:
-                break
-            scratch = task.work + share * task.work_bytes
-            blocks = scratch + 4 * task.scratch_floats
-            _clear_end(task, scratch)
-            for item in range(share * items // task.shares, (share + 1) * items // task.shares):
-                output_block = item // regions
-                first_row, first_column, image, images = _region(task, item % regions)
-                if task.fetches_all:
-                    _pack(task, scratch, 0, task.channels, first_row, first_column, image, images)
-                for tile in range(task.region_rows * task.region_columns):
-                    down = tile // task.region_columns * task.tile_rows
-                    right = tile % task.region_columns * task.tile_columns
-                    row, column = first_row + down, first_column + right
-                    if row >= task.target_rows or column >= task.target_columns:
-                        continue
-                    whole = task.whole and _is_whole(task, row, column, images)
-                    place = 4 * (row * task.target_row + column * task.target_column + image)
-                    for channel_block in range(task.channel_blocks):
-                        first, last = channel_block == 0, channel_block == task.channel_blocks - 1
-                        number = output_block * task.channel_blocks + channel_block
-                        channel = channel_block * task.channel_block
-                        source = scratch + 4 * (down * row_pitch + right * column_pitch)
-                        if task.fetches_all:
-                            source += 4 * channel * task.channel_floats
-                        else:
-                            end = min(channel + task.channel_block, task.channels)
-                            _pack(task, scratch, channel, end, first_row, first_column, image, images)
-                        for e in range(starts[number], starts[number + 1]):
-                            output = entries[e, 0]
-                            block = blocks + 4 * size * (output - output_block * task.output_block)
-                            target = task.target + 4 * output * task.target_plane
-                            bias = np.float32(0)
-                            if first and task.bias != 0:
-                                bias = number_at(task.bias + 4 * output)
-                            added = gate = ahead = 0
-                            begins_with_added = task.added != 0 and not whole
-                            if first and begins_with_added:
-                                plane = task.added + 4 * output * task.target_plane
-                                _move_tile(task, block, plane, row, column, image, images, False)
-                            if last and whole and (task.added != 0 or task.gate != 0):
-                                later = entries[min(e + AHEAD, starts[number + 1] - 1), 0]
-                                ahead = 4 * (later - output) * task.target_plane
-                                if task.added != 0:
-                                    added = task.added + 4 * output * task.target_plane + place
-                                if task.gate != 0:
-                                    gate = task.gate + 4 * output * task.target_plane + place
-                            elif last and not whole and task.gate != 0:
-                                gate = blocks + 4 * size * task.output_block
-                                plane = task.gate + 4 * output * task.target_plane
-                                _move_tile(task, gate, plane, row, column, image, images, False)
-                            accumulate(
-                                rows, columns, vectors, block, first and not begins_with_added, bias,
-                                source, row_pitch, column_pitch, task.values, task.offsets,
-                                entries[e, 1], entries[e, 2], added, gate, ahead,
-                                lowest if last else np.float32(-np.inf), target + place if last and whole else 0,
-                                task.target_row if whole else columns * vectors * LANES,
-                                task.target_column if whole else vectors * LANES, task.streams,
-                            )  # fmt: skip
-                            if last and not whole:
-                                _move_tile(task, block, target, row, column, image, images, True)
-            finish_streams()
+        whole = task.whole and _is_whole(task, row, column, images)
+        place = 4 * (row * task.target_row + column * task.target_column + image)
+        first, last = channel_block == 0, channel_block == task.channel_blocks - 1
+        lowest = np.float32(0) if last and task.relu != 0 else np.float32(-np.inf)
+        number = output_block * task.channel_blocks + channel_block
+        for e in range(starts[number], starts[number + 1]):
+            output = entries[e, 0]
+            block = blocks + 4 * size * (output - output_block * task.output_block)
+            target = task.target + 4 * output * task.target_plane
+            bias = np.float32(0)
+            if first and task.bias != 0:
+                bias = number_at(task.bias + 4 * output)
+            added = gate = ahead = 0
+            begins_with_added = task.added != 0 and not whole
+            if first and begins_with_added:
+                plane = task.added + 4 * output * task.target_plane
+                _move_tile(task, block, plane, row, column, image, images, False)
+            if last and whole and (task.added != 0 or task.gate != 0):
+                later = entries[min(e + AHEAD, starts[number + 1] - 1), 0]
+                ahead = 4 * (later - output) * task.target_plane
+                if task.added != 0:
+                    added = task.added + 4 * output * task.target_plane + place
+                if task.gate != 0:
+                    gate = task.gate + 4 * output * task.target_plane + place
+            elif last and not whole and task.gate != 0:
+                gate = blocks + 4 * size * task.output_block
+                plane = task.gate + 4 * output * task.target_plane
+                _move_tile(task, gate, plane, row, column, image, images, False)
+            accumulate(
+                rows, columns, vectors, block, first and not begins_with_added, bias,
+                source, row_pitch, column_pitch, task.values, task.offsets,
+                entries[e, 1], entries[e, 2], added, gate, ahead, lowest, target + place if last and whole else 0,
+                task.target_row if whole else columns * vectors * LANES,
+                task.target_column if whole else vectors * LANES, task.streams,
+            )  # fmt: skip
+            if last and not whole:
+                _move_tile(task, block, target, row, column, image, images, True)
 
-    return kernel
+    return tile
 
 
 @cache
@@ -276,61 +290,34 @@ def contraction(rows: int, columns: int, vectors: int) -> Any:
     size = rows * columns * vectors * LANES
 
     @compiled(rows, columns, vectors)
-    def kernel(address):  # type: ignore[no-untyped-def]
+    def tile(address, share, source, row, column, image, images, output_block, channel_block):  # type: ignore[no-untyped-def]
         task = carray(as_pointer(address), 1, TASK)[0]
         starts, entries = _lists(task)
-        regions = _regions(task)
-        items = regions * task.output_blocks
+        results = task.results + share * task.results_bytes
         row_pitch, column_pitch = task.phase_columns * task.tile_images, task.tile_images
-        while True:
-            share = fetch_and_add(address + NEXT_SHARE, 1)
-            if share >= task.shares:
-                break
-            scratch = task.work + share * task.work_bytes
-            blocks = scratch + 4 * task.scratch_floats
-            results = task.results + share * task.results_bytes
-            _clear_end(task, scratch)
-            for item in range(share * items // task.shares, (share + 1) * items // task.shares):
-                output_block = item // regions
-                first = output_block * task.output_block
+        first = output_block * task.output_block
+        # Gradients are read where they are, unless registers reach outside of the tile.
+        if task.whole and _is_whole(task, row, column, images):
+            place = first * task.target_plane + row * task.target_row + column * task.target_column + image
+            tiles, tile_plane = task.target + 4 * place, task.target_plane
+            tile_row, tile_column = task.target_row, task.target_column
+        else:
+            tiles, tile_plane = task.work + share * task.work_bytes + 4 * task.scratch_floats, size
+            tile_row, tile_column = columns * vectors * LANES, vectors * LANES
+            if channel_block == 0:
                 last = min(first + task.output_block, task.outputs)
-                first_row, first_column, image, images = _region(task, item % regions)
-                if task.fetches_all:
-                    _pack(task, scratch, 0, task.channels, first_row, first_column, image, images)
-                for tile in range(task.region_rows * task.region_columns):
-                    down = tile // task.region_columns * task.tile_rows
-                    right = tile % task.region_columns * task.tile_columns
-                    row, column = first_row + down, first_column + right
-                    if row >= task.target_rows or column >= task.target_columns:
-                        continue
-                    # Gradients are read where they are, unless registers reach outside of the tile.
-                    if task.whole and _is_whole(task, row, column, images):
-                        place = first * task.target_plane + row * task.target_row + column * task.target_column + image
-                        tiles, tile_plane = task.target + 4 * place, task.target_plane
-                        tile_row, tile_column = task.target_row, task.target_column
-                    else:
-                        tiles, tile_plane = blocks, size
-                        tile_row, tile_column = columns * vectors * LANES, vectors * LANES
-                        clear(blocks, size * (last - first))  # numbers outside of the tile count as zero
-                        for output in range(first, last):
-                            block = blocks + 4 * size * (output - first)
-                            target = task.target + 4 * output * task.target_plane
-                            _move_tile(task, block, target, row, column, image, images, False)
-                    for channel_block in range(task.channel_blocks):
-                        number = output_block * task.channel_blocks + channel_block
-                        channel = channel_block * task.channel_block
-                        source = scratch + 4 * (down * row_pitch + right * column_pitch)
-                        if task.fetches_all:
-                            source += 4 * channel * task.channel_floats
-                        else:
-                            end = min(channel + task.channel_block, task.channels)
-                            _pack(task, scratch, channel, end, first_row, first_column, image, images)
-                        for e in range(starts[number], starts[number + 1]):
-                            later = entries[min(e + AHEAD, starts[number + 1] - 1), 0]
-                            contract(
-                                rows, columns, vectors, results, tiles + 4 * tile_plane * (entries[e, 0] - first),
-                                tiles + 4 * tile_plane * (later - first), tile_row, tile_column,
-                                source, row_pitch, column_pitch, task.offsets, entries[e, 1], entries[e, 2],
-                            )  # fmt: skip
+                clear(tiles, size * (last - first))  # numbers outside of the tile count as zero
+                for output in range(first, last):
+                    block = tiles + 4 * size * (output - first)
+                    target = task.target + 4 * output * task.target_plane
+                    _move_tile(task, block, target, row, column, image, images, False)
+        number = output_block * task.channel_blocks + channel_block
+        for e in range(starts[number], starts[number + 1]):
+            later = entries[min(e + AHEAD, starts[number + 1] - 1), 0]
+            contract(
+                rows, columns, vectors, results, tiles + 4 * tile_plane * (entries[e, 0] - first),
+                tiles + 4 * tile_plane * (later - first), tile_row, tile_column,
+                source, row_pitch, column_pitch, task.offsets, entries[e, 1], entries[e, 2],
+            )  # fmt: skip
 
-    return kernel
+    return tile

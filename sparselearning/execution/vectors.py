@@ -7,6 +7,7 @@ Addresses are integers and count bytes; offsets, pitches and counts are in float
 
 import hashlib
 from collections.abc import Callable, Sequence
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ HERE = hashlib.blake2b(PROCESSOR.encode() + Path(__file__).read_bytes(), digest_
 
 
 def compiled(*version: int, **options: Any) -> Callable[[Callable], Any]:
-    """Decorator that compiles a C function of one address, and caches it in files of its own.
+    """Decorator that compiles a C function of addresses and counts, and caches it in files of its own.
 
     Numba keeps one index for all versions of a function, and does not lock it: processes that compile at the same time
     can mix its entries up, and load another version than they ask for, for good. Nor does it notice when this file
@@ -45,8 +46,9 @@ def compiled(*version: int, **options: Any) -> Callable[[Callable], Any]:
     """
 
     def compile(function: Callable) -> Any:
+        count = len(signature(function).parameters)
         function.__qualname__ = "_".join([function.__qualname__.partition(".")[0], *map(str, version), HERE])
-        return cfunc(types.void(types.int64), cache=True, **options)(function)
+        return cfunc(types.void(*[types.int64] * count), cache=True, **options)(function)
 
     return compile
 
@@ -413,6 +415,19 @@ def finish_streams(typing_context):  # type: ignore[no-untyped-def]
         return context.get_dummy_value()
 
     return types.void(), generate
+
+
+@intrinsic
+def call(typing_context, function, task, share, source, row, column, image, images, output_block, channel_block):  # type: ignore[no-untyped-def]
+    """Call the compiled function at an address."""
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
+        function, *numbers = args
+        kind = ir.FunctionType(ir.VoidType(), [INT64] * len(numbers))
+        builder.call(builder.inttoptr(function, kind.as_pointer()), numbers)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 10), generate
 
 
 @intrinsic
