@@ -4,6 +4,7 @@ import platform
 import re
 import subprocess
 from dataclasses import fields
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -39,10 +40,11 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu: {cpu_name()}"
 
 
+@cache
 def commit() -> str | None:
     """Short hash of the checkout that this code belongs to, ``-dirty`` if its code changed since; else None.
 
-    Changes to documents and to kept results do not count.
+    Changes to documents and to kept results do not count, nor do any once this process has asked: its code is loaded.
     """
     try:
         _git("ls-files", "--error-unmatch", __file__)  # fails for an installed copy that merely lies in some checkout

@@ -23,7 +23,6 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
 aten = torch.ops.aten
@@ -38,8 +37,17 @@ BLOCKS_PER_KERNEL, NUMBERS_PER_BLOCK = 320, 65536
 MultiTensorApply.cuh)."""
 
 
-def _tensors(*trees: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(trees) if isinstance(leaf, Tensor)]
+def _tensors(*values: Any) -> list[Tensor]:
+    """The tensors among some values and in their lists, tuples and dicts."""
+    found: list[Tensor] = []
+    for value in values:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, list | tuple):
+            found += _tensors(*value)
+        elif isinstance(value, dict):
+            found += _tensors(*value.values())
+    return found
 
 
 @dataclass(frozen=True)

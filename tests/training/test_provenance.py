@@ -29,12 +29,12 @@ def git(folder, *words):
 
 def test_the_commit_is_named_and_marked_if_code_changed(checkout):
     head = git(checkout, "rev-parse", "--short", "HEAD")
-    assert provenance.commit() == head
+    assert provenance.commit.__wrapped__() == head
     (checkout / "NOTES.md").write_text("others\n")
     (checkout / "package" / "new.txt").write_text("untracked\n")
-    assert provenance.commit() == head
+    assert provenance.commit.__wrapped__() == head
     (checkout / "package" / "provenance.py").write_text("# other code\n")
-    assert provenance.commit() == f"{head}-dirty"
+    assert provenance.commit.__wrapped__() == f"{head}-dirty"
 
 
 def test_code_that_no_checkout_tracks_has_no_commit(checkout, tmp_path_factory, monkeypatch):
@@ -44,9 +44,17 @@ def test_code_that_no_checkout_tracks_has_no_commit(checkout, tmp_path_factory, 
     outside = tmp_path_factory.mktemp("outside") / "provenance.py"
     for path in (installed, outside):
         monkeypatch.setattr(provenance, "__file__", str(path))
-        assert provenance.commit() is None
+        assert provenance.commit.__wrapped__() is None
     monkeypatch.setenv("PATH", "")
-    assert provenance.commit() is None
+    assert provenance.commit.__wrapped__() is None
+
+
+def test_a_process_asks_once_for_its_commit(checkout):
+    provenance.commit.cache_clear()
+    head = provenance.commit()
+    (checkout / "package" / "provenance.py").write_text("# code that this process has not loaded\n")
+    assert provenance.commit() == head == git(checkout, "rev-parse", "--short", "HEAD")
+    provenance.commit.cache_clear()
 
 
 def test_a_cpu_is_named_with_its_bfloat16_units(monkeypatch):
