@@ -1,6 +1,7 @@
 """Processes that decode images: they outlive signals, end with the pass, and their faults are told."""
 
 import contextlib
+import gc
 import os
 import resource
 import select
@@ -123,8 +124,11 @@ def raise_anything(image):
 
 @pytest.fixture
 def impatient(monkeypatch):
-    """PyTorch looks after its processes every tenth of a second, not every five seconds, while it waits for them."""
-    monkeypatch.setattr(_MultiProcessingDataLoaderIter._try_get_data, "__defaults__", (0.1,))
+    """PyTorch looks after its processes every second, not every five, while it waits for them, and at their end."""
+    monkeypatch.setattr(_MultiProcessingDataLoaderIter._try_get_data, "__defaults__", (1.0,))
+    monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 1.0)
+    yield
+    gc.collect()  # what a fault keeps alive
 
 
 def loader_of(image_folder, view, device="cpu"):
@@ -153,6 +157,6 @@ def test_pinning_that_ends_early_is_a_fault(impatient, gpu, image_folder, monkey
         list(loader_of(image_folder, raise_anything, "cuda").epoch(0))
 
 
-def test_other_errors_of_a_worker_come_as_they_are(image_folder):
+def test_other_errors_of_a_worker_come_as_they_are(impatient, image_folder):
     with pytest.raises(RuntimeError, match="a mistake of one's own"):
         list(loader_of(image_folder, raise_anything).epoch(0))
