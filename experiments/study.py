@@ -143,14 +143,16 @@ class Study:
     kept: Sequence[str] = ()
 
 
-def cycles_again(flags: str = "", without: Sequence[str] = (), analysis: str | None = None) -> Experiment:
-    """Cycles alone, from the pre-trained networks of ``main``.
+def cycles_again(
+    flags: str = "", without: Sequence[str] = (), analysis: str | None = None, study: str = "{before}"
+) -> Experiment:
+    """Cycles alone, from the pre-trained networks of ``main``, the study's own or another one's.
 
     They start without momentum: compare them with ``cycles_again()``, which has the flags of ``main`` itself.
     """
     return Experiment(
         ["granet"],
-        flags=f"{flags} --resume {{before}}/main/granet/seed{{seed}}/tickets/ticket_0.pth",
+        flags=f"{flags} --resume {study}/main/granet/seed{{seed}}/tickets/ticket_0.pth",
         without=["--pre_train", *without],
         analysis=analysis,
     )
@@ -179,6 +181,12 @@ FITTED = (
     "--valid_split 0.2 --ema 0.999 --keep-tickets"
 )
 """The published flags, with batches and updates scaled to 600 images, which the network fits (RESULTS.md)."""
+
+
+def tuned(flags: str, explores: bool = False) -> Experiment:
+    """Other cycles from the pre-trained networks of ``claim``, to choose by images that it does not test on."""
+    return cycles_again(flags, without=[] if explores else ["--re_explore"], study=f"{WORK}/claim")
+
 
 STUDIES = {
     "cifar100-10k": Study(
@@ -226,6 +234,29 @@ STUDIES = {
         subset=Subset("cifar100-claim", classes=10, images_per_class=75, pixels=16, rest=slice(200)),
         analysis="--grid --points 3 --on test --corruptions",
         kept=["main", "methods"],
+    ),
+    "recipe": Study(
+        flags=FITTED,
+        experiments={
+            "again": tuned("", explores=True),
+            "rate-0.02": tuned("--lr_2 0.02"),
+            "rate-0.05": tuned("--lr_2 0.05"),
+            "rate-0.1": tuned("--lr_2 0.1"),
+            "rate-0.05-cycles-of-12": tuned("--lr_2 0.05 --cycle 12"),
+            "rate-0.05-cycles-of-4": tuned("--lr_2 0.05 --cycle 4"),
+            "rate-0.05-cycles-of-2": tuned("--lr_2 0.05 --cycle 2"),
+            "rate-0.05-explore-0.1": tuned("--lr_2 0.05 --large-death-rate 0.1", explores=True),
+            "rate-0.05-explore-0.3": tuned("--lr_2 0.05 --large-death-rate 0.3", explores=True),
+            "twice-the-cycles-rate-0.05": Experiment(
+                ["granet"], flags="--cycle_rate 0.2 --lr_2 0.05", without=["--re_explore"], seeds=(41, 42, 43)
+            ),
+        },
+        seeds=(41, 42, 43, 44, 45),
+        # The training images of claim, and those that it neither trains nor tests on.
+        subset=Subset(
+            "cifar100-recipe", classes=10, images_per_class=75, pixels=16, rest=slice(200, None), test_images=False
+        ),
+        analysis="--grid --points 2 --on test",
     ),
     "number-formats": Study(
         flags=f"{TICKETS} {SHORT} --model cifar_resnet_8 --epochs 4 --cycle 1 --cycle_rate 0.5 --final-prune-epoch 1",

@@ -45,29 +45,28 @@ def test_every_run_can_be_started_and_every_control_pairs_with_its_runs(name, ex
 
 @pytest.mark.parametrize("name", [name for name in study.STUDIES if name != "number-formats"])
 def test_cycles_alone_differ_from_main_in_flags_about_tickets(name):
-    one = study.STUDIES[name]
+    """From the networks of their own study or, to choose a recipe, of the one whose claim it is to improve."""
+    source, folder = ("claim", Path("study/claim")) if name == "recipe" else (name, Path("work"))
 
     @functools.cache
-    def parsed(experiment):
-        words = study.sweep_words(one, experiment, Path("work") / experiment, [41])
+    def parsed(experiment, name=name):
+        words = study.sweep_words(study.STUDIES[name], experiment, Path("work") / experiment, [41])
         run = sweep.planned("granet", 41, words[words.index("--") + 1 :], Path("work") / experiment, control=False)
         return vars(sweep.main_suptickets.parse(run.flags))
 
-    def differing(experiment, other):
-        return {key for key, value in parsed(experiment).items() if value != parsed(other)[key]} - {"save"}
-
-    def pretrain_epochs(experiment):
-        flags = parsed(experiment)
+    def pretrain_epochs(flags):
         return EpochBudget.of_share(flags["epochs"], flags["cycle_rate"], flags["cycle"]).pretrain_epochs
 
-    again = [name for name in one.experiments if parsed(name)["resume"]]
-    for name in again:
-        assert parsed(name)["resume"] == Path("work/main/granet/seed41/tickets/ticket_0.pth")
-        asked = differing(name, "main") - {"pre_train", "resume"}
-        swa = {"lr_1", "superposing_method", "cycle_rate"} if name.startswith("swa") else set()
-        assert asked <= {"re_explore", "no_maskupdates", "lr_2", "cycle"} | swa
-        assert (asked == set()) == (name == "again")
-        assert pretrain_epochs(name) == pretrain_epochs("main")
+    again = [name for name in study.STUDIES[name].experiments if parsed(name)["resume"]]
+    main = parsed("main", source) if again else {}
+    for experiment in again:
+        flags = parsed(experiment)
+        assert flags["resume"] == folder / "main/granet/seed41/tickets/ticket_0.pth"
+        asked = {key for key, value in flags.items() if value != main[key]} - {"save", "pre_train", "resume"}
+        swa = {"lr_1", "superposing_method", "cycle_rate"} if experiment.startswith("swa") else set()
+        assert asked <= {"re_explore", "large_death_rate", "no_maskupdates", "lr_2", "cycle"} | swa
+        assert (asked == set()) == (experiment == "again")
+        assert pretrain_epochs(flags) == pretrain_epochs(main)
 
 
 @pytest.mark.parametrize("classes", [100, 3])
