@@ -6,6 +6,7 @@ import re
 import sys
 from pathlib import Path
 
+import main as imagenet_main
 import numpy as np
 import pytest
 
@@ -17,9 +18,12 @@ sys.path.insert(0, str(ROOT / "experiments"))
 import networks  # noqa: E402  found once its folder is on the path
 import study  # noqa: E402
 import sweep  # noqa: E402
+import tiny_imagenet  # noqa: E402
 
 from sparselearning import predict, report  # noqa: E402
+from sparselearning.process import arguments  # noqa: E402
 from sparselearning.process.errors import UsageError  # noqa: E402
+from sparselearning.training import flags  # noqa: E402
 from sparselearning.training.plan import EpochBudget  # noqa: E402
 
 EXPERIMENTS = [(name, experiment) for name, one in study.STUDIES.items() for experiment in one.experiments]
@@ -67,6 +71,20 @@ def test_cycles_alone_differ_from_main_in_flags_about_tickets(name):
         assert asked <= {"re_explore", "large_death_rate", "no_maskupdates", "lr_2", "cycle"} | swa
         assert (asked == set()) == (experiment == "again")
         assert pretrain_epochs(flags) == pretrain_epochs(main)
+
+
+@pytest.mark.parametrize("method", tiny_imagenet.METHODS)
+def test_runs_on_photographs_differ_from_their_controls_in_flags_about_tickets(method):
+    run, control = (
+        imagenet_main.parse([*tiny_imagenet.words_of(method, schedule, 41), "DIR"])
+        for schedule in tiny_imagenet.SCHEDULES
+    )
+    for args, tickets in ((run, 2), (control, 0)):
+        budget = imagenet_main.epoch_budget(args)
+        assert (budget.pretrain_epochs + budget.cyclic_epochs, budget.tickets) == (20, tickets)
+        assert not imagenet_main.check(args, budget)
+    about_tickets = arguments.marked(imagenet_main.make_parser(), flags.ABOUT_TICKETS)
+    assert {key for key, value in vars(run).items() if value != getattr(control, key)} <= about_tickets
 
 
 @pytest.mark.parametrize("classes", [100, 3])
