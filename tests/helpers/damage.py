@@ -1,6 +1,7 @@
 """JSON files with any one entry damaged, in every way."""
 
 import json
+from itertools import islice
 
 DAMAGE = {
     "removed": None, "null": "null", "true": "true", "text": '"text"', "empty text": '""',
@@ -34,11 +35,15 @@ def spoilt(content, place, damage):
     return json.dumps(content).replace('"@@"', DAMAGE[damage] or "")
 
 
+EVERY = 3
+"""Of the damages each entry gets every third, its neighbour those after them: all of them meet every kind of entry."""
+
+
 def damages(text, lines):
-    """(place, damage, damaged text) for each way to damage a file."""
+    """(place, damage, damaged text) for each entry of a file and every third damage, shifted from entry to entry."""
     content = [json.loads(line) for line in text.splitlines()] if lines else json.loads(text)
-    for place in entries(content):
-        for damage in DAMAGE:
+    for number, place in enumerate(entries(content)):
+        for damage in islice(DAMAGE, number % EVERY, None, EVERY):
             if lines:
                 rows = [json.dumps(row) for row in content]
                 first, *inner = place

@@ -160,8 +160,13 @@ import os, pathlib, signal, sys, time, torch
 from sparselearning.process import distributed
 
 first_attempt = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
+there = pathlib.Path(sys.argv[1], "there")
 if not first_attempt and os.environ["RANK"] == "0":
-    time.sleep(2)  # the other rank, which is there first, must not take the dead rank's address for this one's
+    while not there.exists():
+        time.sleep(0.02)
+    time.sleep(0.3)  # the other rank, which is there first, must not take the dead rank's address for this one's
+elif not first_attempt:
+    there.touch()
 distributed.start(use_cuda=False)
 distributed.sum_over_ranks(torch.ones(1))
 if first_attempt and distributed.is_main():
@@ -178,5 +183,5 @@ distributed.stop()
 def test_ranks_find_each_other_again_after_an_elastic_restart(tmp_path):
     (tmp_path / "child.py").write_text(MORTAL)
     command = [*MULTIPROC, "--nproc_per_node", "2", "--max_restarts", "1", tmp_path / "child.py", tmp_path]
-    assert finished([*command, "--master_port", str(free_port())], tmp_path / "log", seconds=60) == 0
+    assert finished([*command, "--master_port", str(free_port())], tmp_path / "log") == 0
     assert [(tmp_path / f"rank{rank}").read_text() for rank in (0, 1)] == ["2", "2"]

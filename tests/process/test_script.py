@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from helpers.commands import exit_code, one_sentence
 from helpers.processes import MULTIPROC, PATIENCE, ROOT, environment, finished, free_port, wait_until
-from sparselearning.process import launch
+from sparselearning.process import distributed, launch
 from sparselearning.process.errors import UsageError
 from sparselearning.process.script import run_script
 from sparselearning.process.signals import stop_signals
@@ -202,23 +202,33 @@ def test_a_process_whose_parent_is_gone_is_told_to_stop(tmp_path):
 
 # ------------------------------------------------------------------------------------------------------ other ranks
 
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_fails_alone_leaves_at_once(monkeypatch, capsys, rank):
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    monkeypatch.setattr(distributed, "rank", lambda: rank)
+    monkeypatch.setattr(distributed, "stop", lambda: pytest.fail("it waits for the others to leave the group with it"))
+    monkeypatch.setattr(os, "_exit", sys.exit)
+    assert exit_code(raising(UsageError("there is no data set"))) == 2
+    assert one_sentence(capsys.readouterr().err).endswith("error: there is no data set")
+
+
 ONE_ASTRAY = """
 import os, sys, time
 import torch.distributed as dist
-sys.path.insert(0, sys.argv[3])
+sys.path.insert(0, sys.argv[2])
 import main_suptickets
 from sparselearning.process.script import run_script
 
 dist.destroy_process_group = lambda: time.sleep(600)  # NCCL's waits for ranks that wait for this one
-data = "nowhere.npz" if os.environ["RANK"] == sys.argv[1] else "digits"
-run_script(lambda: main_suptickets.main(["--no-cuda", "--pre_train", "--data", data, "--save", sys.argv[2]]))
+data = "nowhere.npz" if os.environ["RANK"] == "1" else "digits"
+run_script(lambda: main_suptickets.main(["--no-cuda", "--pre_train", "--data", data, "--save", sys.argv[1]]))
 """
 
 
-@pytest.mark.parametrize("rank", ["0", "1"])
-def test_a_rank_that_fails_alone_ends_the_job_in_seconds(tmp_path, rank):
+def test_a_rank_that_fails_alone_ends_the_job_in_seconds(tmp_path):
     (tmp_path / "child.py").write_text(ONE_ASTRAY)
-    command = [*MULTIPROC, "--nproc_per_node", "2", "--master_port", str(free_port()), tmp_path / "child.py", rank]
+    command = [*MULTIPROC, "--nproc_per_node", "2", "--master_port", str(free_port()), tmp_path / "child.py"]
     assert finished([*command, tmp_path / "run", CIFAR.parent], tmp_path / "log") == 2  # or it waits for 600 s
     log = (tmp_path / "log").read_text()
     assert "child.py: error: there is no data set or file 'nowhere.npz'" in log

@@ -1,9 +1,13 @@
 """The CIFAR script under torchrun: two processes end where one does, and stop and go on together."""
 
 import json
+import os
 import re
 import shlex
+import signal
 import sys
+import time
+from pathlib import Path
 
 import main_suptickets
 import pytest
@@ -23,7 +27,7 @@ DIGITS = shlex.split(
     "--test-batch-size 101 --lr 0.02 --large-death-rate 0.3"
 )
 CIFAR = [ROOT / "CIFAR" / "main_suptickets.py", *DIGITS]
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
 
 
 @pytest.fixture(scope="module")
@@ -84,9 +88,10 @@ def test_cifar_stops_on_sigterm_to_the_launcher_and_resumes_exactly(ranks, undis
 
 
 @on_linux
-def test_torchrun_that_is_killed_leaves_no_ranks_and_a_checkpoint(tmp_path):
+def test_torchrun_that_is_killed_leaves_no_rank_and_a_checkpoint(tmp_path):
+    """One rank will do: that two stop at the same batch is seen above."""
     folder, log = tmp_path / "run", tmp_path / "log"
-    with started([*TORCHRUN, *CIFAR, "--save", folder, "--epochs", "400"], log) as launcher:
+    with started([*TORCHRUN, "1", *CIFAR, "--save", folder, "--epochs", "400"], log) as launcher:
         wait_until(lambda: lines(folder / "metrics.jsonl") or launcher.poll() is not None)
         launcher.kill()
         launcher.wait()
@@ -94,6 +99,67 @@ def test_torchrun_that_is_killed_leaves_no_ranks_and_a_checkpoint(tmp_path):
     assert f"stopped by SIGTERM: continue with --resume {folder}\n" in log.read_text()
     assert load_torch(folder / "checkpoint.pth")["epoch"] >= 1
     assert not RunFolder(folder).lock.exists()
+
+
+def rank_processes(launcher):
+    """Process ids of a launcher's ranks, by rank."""
+    found = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+            variables = (folder / "environ").read_bytes().split(b"\0") if parent == launcher.pid else []
+        except OSError:  # it has just ended
+            continue
+        found |= {int(entry[5:]): int(folder.name) for entry in variables if entry.startswith(b"RANK=")}
+    return found
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory):
+    """A run whose rank 1 is killed after its first epoch: folder, exit status, seconds that it took, output."""
+    home = tmp_path_factory.mktemp("killed")
+    folder, log = RunFolder(home / "run"), home / "log"
+    with started([*MULTIPROC, "--nproc_per_node", "2", *CIFAR, "--save", folder.path], log) as launcher:
+        wait_until(lambda: folder.checkpoint.exists() or launcher.poll() is not None)
+        os.kill(rank_processes(launcher)[1], signal.SIGKILL)
+        began = time.monotonic()
+        status = launcher.wait(120)
+    return folder, status, time.monotonic() - began, log
+
+
+@on_linux
+def test_a_killed_rank_takes_the_job_down(killed):
+    folder, status, seconds, log = killed
+    printed = log.read_text()
+    assert status != 0
+    assert seconds < 60
+    assert f"process 1 of {CIFAR[0]} failed with exit code -9" in printed
+    assert "Traceback" not in printed
+    assert 1 <= len(lines(folder.metrics)) < 6
+    wait_until(lambda: not marked_processes(log), 30)
+
+
+@on_linux
+def test_a_killed_rank_leaves_whole_files(killed):
+    files = [
+        path
+        for path in killed[0].path.rglob("*")
+        if path.is_file() and path.suffix != ".partial" and path != killed[0].lock
+    ]
+    assert {path.name for path in files} >= {"config.json", "metrics.jsonl", "checkpoint.pth"}
+    for path in files:
+        if path.suffix == ".pth":
+            load_torch(path)
+        else:
+            for text in path.read_text().splitlines() if path.suffix == ".jsonl" else [path.read_text()]:
+                json.loads(text)
+
+
+@on_linux
+def test_a_killed_run_resumes_exactly(ranks, undisturbed_cifar, killed):
+    folder = killed[0].path
+    ranks(main_suptickets.main, [*DIGITS, "--save", str(folder), "--resume", str(folder)])
+    assert_identical(results(folder), results(undisturbed_cifar))
 
 
 def test_cifar_with_another_number_of_processes_is_refused(undisturbed_cifar, tmp_path, capsys):
