@@ -319,27 +319,47 @@ def _start(run: Run) -> str | None:
 
 
 def _label(groups: Sequence[Group]) -> None:
-    """Name each group, and add what tells it from others of that name; number it where that takes too many words."""
-    for number, group in enumerate(groups, start=1):
-        namesakes = [other for other in groups if other.name == group.name]
-        parts = [group.name]
-        if not group.ticket_flags and any(other.ticket_flags for other in namesakes):
-            parts.append("plain")
-        flags = [
-            f"{name} {_show(column)[namesakes.index(group)]}"
-            for name, column in differing_flags(namesakes).items()
-            if name in {**group.recipe, **group.ticket_flags}
+    """Name each group, and add what tells it from others of that name.
+
+    Where that takes too many words, fewer flags tell them apart; where it still does, a number.
+    """
+    for name in dict.fromkeys(group.name for group in groups):
+        family = [group for group in groups if group.name == name]
+        flags = differing_flags(family)
+        full = labels = _named(family, flags)
+        if max(map(len, full)) > LONGEST_LABEL:
+            labels = _named(family, _fewest(family, flags))
+        for group, full_label, label, head in zip(family, full, labels, _named(family, {}), strict=True):
+            group.full_label, group.label = full_label, label
+            if len(label) > LONGEST_LABEL:
+                ending = f" #{1 + groups.index(group)}"
+                group.label = shortened(head, LONGEST_LABEL - len(ending)) + ending
+
+
+def _named(family: Sequence[Group], flags: Mapping[str, Sequence[Any]]) -> list[str]:
+    """The name of each group with its values of these flags, as far as they took effect."""
+    has_tickets = any(group.ticket_flags for group in family)
+    labels = [f"{group.name}, plain" if has_tickets and not group.ticket_flags else group.name for group in family]
+    for flag, column in flags.items():
+        labels = [
+            f"{label}, {flag} {value}" if flag in {**group.recipe, **group.ticket_flags} else label
+            for label, value, group in zip(labels, _show(column), family, strict=True)
         ]
-        group.full_label = group.label = ", ".join([*parts, *flags])
-        if len(group.full_label) > LONGEST_LABEL:
-            ending = f" #{number}"
-            group.label = shortened(", ".join(parts), LONGEST_LABEL - len(ending)) + ending
+    return labels
+
+
+def _fewest(family: Sequence[Group], flags: Mapping[str, Sequence[Any]]) -> Mapping[str, Sequence[Any]]:
+    """As few of these flags as tell all groups apart, the first ones where there is a choice."""
+    for flag in reversed(list(flags)):
+        fewer = {name: column for name, column in flags.items() if name != flag}
+        flags = fewer if len(set(_named(family, fewer))) == len(family) else flags
+    return flags
 
 
 def legend(groups: Iterable[Group]) -> list[str]:
-    """Explanations of the numbers in labels."""
+    """What labels that leave out flags, or are numbers, stand for."""
     return [
-        f"{group.label}: {group.full_label.removeprefix(group.label.rpartition(' #')[0] + ', ')}"
+        f"{group.label}: {group.full_label.removeprefix(f'{group.name}, ')}"
         for group in groups
         if group.label != group.full_label
     ]

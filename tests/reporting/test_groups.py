@@ -29,27 +29,37 @@ def test_labels_name_the_method_and_only_what_tells_groups_apart(tmp_path):
     assert labels[4:] == ["mine, lr_2 0.5", "mine, lr_2 0.01, re_explore on", "mine, lr_2 0.01, re_explore off"]
 
 
-def test_long_labels_are_numbered_and_explained(tmp_path):
+def test_long_labels_name_fewer_flags_and_are_explained(tmp_path):
     long = {"pre_train": False, "large_death_rate": 0.5}
     folders = [
         write_run(tmp_path / "1", resume="study/main/seed1/checkpoint.pth", update_frequency=1000, **long),
         write_run(tmp_path / "2", resume="study/other/seed1/checkpoint.pth", update_frequency=10, **long),
-        write_run(tmp_path / "3", indicate_method="a" * 300),
-        write_run(tmp_path / "4", tickets=0, final_density=0.2, update_frequency=10),
+        write_run(tmp_path / "3", tickets=0, final_density=0.2, update_frequency=10),
+        write_run(tmp_path / "4", indicate_method="other", tickets=0, final_density=0.2),
     ]
     groups, _ = groups_of(*folders)
-    assert [group.label for group in groups][:2] == ["GraNet #1", "GraNet #2"]
-    assert groups[2].label == "a" * (LONGEST_LABEL - 4) + "… #3"
-    assert groups[3].label == "GraNet, plain, final_density 0.2, update_frequency 10"
-    assert max(len(group.label) for group in groups) <= LONGEST_LABEL
-    assert legend(groups)[:2] == [
-        "GraNet #1: final_density 0.1, update_frequency 1000, resume …/main/…",
-        "GraNet #2: final_density 0.1, update_frequency 10, resume …/other/…",
+    assert [group.label for group in groups] == [
+        "GraNet, update_frequency 1000", "GraNet, update_frequency 10", "GraNet, plain, update_frequency 10", "other",
+    ]  # fmt: skip
+    assert legend(groups) == [
+        "GraNet, update_frequency 1000: final_density 0.1, update_frequency 1000, resume …/main/…",
+        "GraNet, update_frequency 10: final_density 0.1, update_frequency 10, resume …/other/…",
+        "GraNet, plain, update_frequency 10: plain, final_density 0.2, update_frequency 10",
     ]
     report = markdown_report(groups)
     assert all(f"- {sentence}\n" in report for sentence in legend(groups))
     assert f"% {legend(groups)[1]}\n" in latex_table(groups)
     assert [row["method"] for row in csv.DictReader(io.StringIO(csv_table(groups)))] == [g.full_label for g in groups]
+
+
+def test_labels_that_are_too_long_even_so_are_numbered(tmp_path):
+    folders = [
+        write_run(tmp_path / "1", indicate_method="short"),
+        *(write_run(tmp_path / str(rate), indicate_method="a" * 300, lr_2=rate) for rate in (0.1, 0.2)),
+    ]
+    groups, _ = groups_of(*folders)
+    assert [group.label for group in groups] == ["short", *("a" * (LONGEST_LABEL - 4) + f"… #{n}" for n in (2, 3))]
+    assert legend(groups) == [f"{groups[n].label}: lr_2 {rate}" for n, rate in ((1, 0.1), (2, 0.2))]
 
 
 def test_a_name_of_several_lines_breaks_no_table(tmp_path):
