@@ -257,7 +257,13 @@ def test_an_experiment_runs_is_analysed_and_collected(tmp_path, monkeypatch, cap
     images = np.random.default_rng(0).integers(0, 255, (50_000, 8, 8, 3), dtype=np.uint8)
     np.savez(tmp_path / "all.npz", x_train=images, y_train=labels, x_test=images[:100], y_test=labels[:100])
     monkeypatch.setattr(study, "ROOT", tmp_path)
-    monkeypatch.setattr(sweep, "SCRIPT", ROOT / "CIFAR" / "main_suptickets.py")
+
+    def execute(runs, *_):
+        for run in runs:  # in this process, which has imported it all
+            sweep.main_suptickets.main(run.flags)
+        return []
+
+    monkeypatch.setattr(sweep, "execute", execute)
     small = study.Study(
         "--pre_train --cyclic_train --epochs 2 --cycle 1 --cycle_rate 0.5 --final-density 0.3 --final-prune-epoch 1 "
         "--model cifar_resnet_8_4 --batch-size 100 --keep-tickets --execution masked",

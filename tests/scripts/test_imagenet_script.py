@@ -192,7 +192,7 @@ def test_a_run_goes_back_to_one_of_its_checkpoints(home, trained, tmp_path, epoc
         (["--benchmark-training", "--benchmark-inference"], ["training step", "loader", "evaluation step", "images/s"]),
         (["--prof", *SMALL], ["aten::", "convolution"]),
         (
-            ["--sparse", "--dense-layers", "fc", "--show-layers"],
+            ["--arch", "resnet18", "--sparse", "--dense-layers", "fc", "--show-layers"],
             ["layer4.1.conv2.weight", "512x512x3x3", "by magnitude"],
         ),
         ([*SMALL, "--dry-run"], ["1 epoch of pre-training, then 2 cycles", "s a step", "saved_models"]),
@@ -203,7 +203,7 @@ def test_what_is_done_in_place_of_training_writes_nothing(home, tmp_path, monkey
     monkeypatch.setattr(profiling, "WARMUP_STEPS", 1)
     monkeypatch.setattr(profiling, "STEPS", 1)
     monkeypatch.chdir(tmp_path)
-    assert run("--no-cuda", "--arch", "resnet18", "-b", "4", "-j", "0", *flags, home / "imagenet2012") == 0
+    assert run("--no-cuda", "--arch", ARCH, "-b", "4", "-j", "0", *flags, home / "imagenet2012") == 0
     text = capsys.readouterr().out
     assert all(words in text for words in printed)
     assert list(tmp_path.iterdir()) == []

@@ -86,7 +86,7 @@ AVX2_ALONE = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}
 def test_a_narrow_network_trains(tmp_path, width, size, processor):
     images, labels = np.random.default_rng(0).integers(0, 256, (64, size, size, 3), dtype=np.uint8), np.arange(64) % 4
     np.savez(tmp_path / "set.npz", x_train=images, y_train=labels, x_test=images[:8], y_test=labels[:8])
-    line = f"--data set.npz --model cifar_resnet_8_{width} --pre_train --epochs 4 --cycle_rate 0 --no-cuda --save run"
+    line = f"--data set.npz --model cifar_resnet_8_{width} --pre_train --epochs 1 --cycle_rate 0 --no-cuda --save run"
     # glibc's debugging allocator aborts when a block comes back that was written past.
     checked = {"LD_PRELOAD": "libc_malloc_debug.so.0", "MALLOC_CHECK_": "3", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
