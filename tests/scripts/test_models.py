@@ -89,7 +89,7 @@ def test_number_of_layers_outside_shortcuts(name, weight_layers):
 
 
 @pytest.mark.parametrize("name", ALL_NAMES)
-@pytest.mark.parametrize(("channels", "size"), [(3, 32), (1, 28), (3, 28), (1, 32)])
+@pytest.mark.parametrize(("channels", "size"), [(3, 32), (1, 28)])
 def test_images_of_each_data_set_give_one_logit_per_class(name, channels, size):
     model = on_meta(name, 7, channels, size)
     assert model(torch.empty(2, channels, size, size, device="meta")).shape == (2, 7)
