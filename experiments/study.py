@@ -158,7 +158,7 @@ def cycles_again(
     )
 
 
-def swa(rate: float) -> Experiment:
+def swa(rate: float, analysis: str = "--points 2 --on test --corruptions", study: str = "{before}") -> Experiment:
     """Stochastic weight averaging (Izmailov et al. 2018, algorithm 1) for as many epochs as the cycles take.
 
     A constant rate, and the mean of the pre-trained network and that of every epoch since; what is measured of so many
@@ -166,7 +166,7 @@ def swa(rate: float) -> Experiment:
     """
     # 24 of 250 epochs, as three cycles of 8 are: of a tenth of them, 25, none is left over by cycles of one.
     flags = f"--cycle 1 --cycle_rate 0.096 --lr_1 {rate} --lr_2 {rate} --superposing_method CAA"
-    return cycles_again(flags, without=["--re_explore"], analysis="--points 2 --on test --corruptions")
+    return cycles_again(flags, without=["--re_explore"], analysis=analysis, study=study)
 
 
 TICKETS = (
@@ -247,6 +247,7 @@ STUDIES = {
             "rate-0.05-cycles-of-2": tuned("--lr_2 0.05 --cycle 2"),
             "rate-0.05-explore-0.1": tuned("--lr_2 0.05 --large-death-rate 0.1", explores=True),
             "rate-0.05-explore-0.3": tuned("--lr_2 0.05 --large-death-rate 0.3", explores=True),
+            **{f"swa-rate-{rate}": swa(rate, "--points 2 --on test", f"{WORK}/claim") for rate in (0.02, 0.05, 0.1)},
             "twice-the-cycles-rate-0.05": Experiment(
                 ["granet"], flags="--cycle_rate 0.2 --lr_2 0.05", without=["--re_explore"], seeds=(41, 42, 43)
             ),

@@ -326,9 +326,7 @@ def _label(groups: Sequence[Group]) -> None:
     for name in dict.fromkeys(group.name for group in groups):
         family = [group for group in groups if group.name == name]
         flags = differing_flags(family)
-        full = labels = _named(family, flags)
-        if max(map(len, full)) > LONGEST_LABEL:
-            labels = _named(family, _fewest(family, flags))
+        full, labels = _named(family, flags), _named(family, _fitting(family, flags))
         for group, full_label, label, head in zip(family, full, labels, _named(family, {}), strict=True):
             group.full_label, group.label = full_label, label
             if len(label) > LONGEST_LABEL:
@@ -348,9 +346,11 @@ def _named(family: Sequence[Group], flags: Mapping[str, Sequence[Any]]) -> list[
     return labels
 
 
-def _fewest(family: Sequence[Group], flags: Mapping[str, Sequence[Any]]) -> Mapping[str, Sequence[Any]]:
-    """As few of these flags as tell all groups apart, the first ones where there is a choice."""
+def _fitting(family: Sequence[Group], flags: Mapping[str, Sequence[Any]]) -> Mapping[str, Sequence[Any]]:
+    """These flags but for the last ones that are not needed to tell all groups apart, until labels are short enough."""
     for flag in reversed(list(flags)):
+        if max(map(len, _named(family, flags))) <= LONGEST_LABEL:
+            break
         fewer = {name: column for name, column in flags.items() if name != flag}
         flags = fewer if len(set(_named(family, fewer))) == len(family) else flags
     return flags
