@@ -36,7 +36,7 @@ def spoilt(content, place, damage):
 
 
 EVERY = 3
-"""Of the damages each entry gets every third, its neighbour those after them: all of them meet every kind of entry."""
+"""Each entry gets every third of the damages, from one later than the entry before: all of them occur in every file."""
 
 
 def damages(text, lines):

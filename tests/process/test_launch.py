@@ -183,5 +183,5 @@ distributed.stop()
 def test_ranks_find_each_other_again_after_an_elastic_restart(tmp_path):
     (tmp_path / "child.py").write_text(MORTAL)
     command = [*MULTIPROC, "--nproc_per_node", "2", "--max_restarts", "1", tmp_path / "child.py", tmp_path]
-    assert finished([*command, "--master_port", str(free_port())], tmp_path / "log") == 0
+    assert finished([*command, "--master_port", str(free_port())], tmp_path / "log", seconds=60) == 0
     assert [(tmp_path / f"rank{rank}").read_text() for rank in (0, 1)] == ["2", "2"]
