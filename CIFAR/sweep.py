@@ -94,21 +94,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         print("\n".join(f"# finished: {run.name}" if run.finished else shlex.join(run.command()) for run in runs))
         return
 
-    to_do = [run for run in runs if not run.finished]
-    print(f"runs: {len(runs)}, of them finished before: {len(runs) - len(to_do)}", flush=True)
-    with stop_signals() as stop_signal:
-        failed = execute(to_do, args.gpus, stop_signal)
-        stopped = stop_signal()
-    if stopped:
-        print("sweep.py: stopped: the same command resumes where it stopped", file=sys.stderr)
-        sys.exit(128 + stopped)
-
+    failed = do(runs, args.gpus)
     without_plots = [] if importlib.util.find_spec("matplotlib") else ["--no-plots"]
     if finished := [str(run.folder.path) for run in runs if run.finished]:
         report.main([*finished, "--out", str(args.out / "report"), *without_plots])
-    if failed:
-        names = ", ".join(run.name for run in failed)
-        raise FaultError(f"runs failed: {len(failed)} of {len(runs)} ({names}): the same command tries them again")
+    check_done(failed, runs)
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -216,6 +206,30 @@ def _check_folder(run: Run, identity: dict) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------- all of them
+
+
+def do(runs: Sequence[Run], gpus: Sequence[str] | None = None) -> list[Run]:
+    """Do all runs that are not finished; return those that failed.
+
+    Raises:
+        SystemExit: on a stop signal, which the runs get, too.
+    """
+    to_do = [run for run in runs if not run.finished]
+    print(f"runs: {len(runs)}, of them finished before: {len(runs) - len(to_do)}", flush=True)
+    with stop_signals() as stop_signal:
+        failed = execute(to_do, gpus, stop_signal)
+        stopped = stop_signal()
+    if stopped:
+        print("stopped: the same command resumes where it stopped", file=sys.stderr)
+        sys.exit(128 + stopped)
+    return failed
+
+
+def check_done(failed: Sequence[Run], runs: Sequence[Run]) -> None:
+    """Raise FaultError if runs failed."""
+    if failed:
+        names = ", ".join(run.name for run in failed)
+        raise FaultError(f"runs failed: {len(failed)} of {len(runs)} ({names}): the same command tries them again")
 
 
 def execute(runs: Sequence[Run], gpus: Sequence[str] | None, stop_signal: Callable[[], int]) -> list[Run]:

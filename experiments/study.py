@@ -32,7 +32,7 @@ from sparselearning.process.errors import UsageError  # noqa: E402
 from sparselearning.process.files import check_output, copy_whole, write_json, write_text, write_whole  # noqa: E402
 from sparselearning.process.script import run_script  # noqa: E402
 from sparselearning.reporting.measured import differences_cells  # noqa: E402
-from sparselearning.reporting.runs import Group, find_runs, group_runs, read_run  # noqa: E402
+from sparselearning.reporting.runs import Group, find_runs, group_runs, legend, read_run  # noqa: E402
 from sparselearning.reporting.tables import headline_table, markdown, markdown_report  # noqa: E402
 from sparselearning.training.run_folder import RunFolder  # noqa: E402
 
@@ -249,7 +249,7 @@ STUDIES = {
             "rate-0.05-explore-0.3": tuned("--lr_2 0.05 --large-death-rate 0.3", explores=True),
             **{f"swa-rate-{rate}": swa(rate, "--points 2 --on test", f"{WORK}/claim") for rate in (0.02, 0.05, 0.1)},
             "twice-the-cycles-rate-0.05": Experiment(
-                ["granet"], flags="--cycle_rate 0.2 --lr_2 0.05", without=["--re_explore"], seeds=(41, 42, 43)
+                ["granet"], flags="--cycle_rate 0.2 --lr_2 0.05", without=["--re_explore"]
             ),
         },
         seeds=(41, 42, 43, 44, 45),
@@ -290,7 +290,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run a study's experiments, one after the other.
 
     Raises:
-        UsageError: if the data are not CIFAR-100, or matplotlib is missing.
+        UsageError: if the data are not CIFAR-100, networks to start from are still to be trained, or matplotlib is
+            missing.
         FaultError: if they cannot be read, or runs failed.
     """
     args = parse(argv)
@@ -307,13 +308,20 @@ def main(argv: Sequence[str] | None = None) -> None:
         out = WORK / args.study / name
         if not args.collect:
             seeds = args.seeds or study.experiments[name].seeds or study.seeds
-            sweep.main([*sweep_words(study, name, out, seeds, args.gpus), "--data", data, "--data-dir", str(data_dir)])
+            words = sweep_words(study, name, out, seeds, args.gpus)
+            check_starts(words, seeds)
+            sweep.main([*words, "--data", data, "--data-dir", str(data_dir)])
             for run in map(RunFolder, runs_under(out)):
                 if run.read_config()["seed"] in seeds and run.ticket(0).is_file() and not run.analysis.is_file():
                     analyze.main([str(run.path), *(study.experiments[name].analysis or study.analysis).split()])
         collect(out, RESULTS / args.study / name)
         if name in study.kept:
             keep_networks(args.study, name)
+    publish()
+
+
+def publish() -> None:
+    """Make the tables of the pages, and their picture, from what lies in ``results/``."""
     for page in filter(Path.is_file, PAGES):
         fill(page)
     if DRAWN.is_file() and (settings := gains(DRAWN.read_text())):
@@ -359,6 +367,21 @@ def sweep_words(
         *(["--gpus", *gpus] if gpus else []), "--out", str(out),
         "--", *shared, *one.flags.replace("{before}", str(out.parent)).split(),
     ]  # fmt: skip
+
+
+def check_starts(words: Sequence[str], seeds: Sequence[int]) -> None:
+    """Refuse cycles alone before the networks are there that they start from.
+
+    Raises:
+        UsageError: naming the experiment that trains them.
+    """
+    if "--resume" not in words:
+        return
+    template = words[list(words).index("--resume") + 1]
+    for path in (Path(template.replace("{seed}", str(seed))) for seed in seeds):
+        if not path.is_file():
+            study, experiment = path.parts[1:3]
+            raise UsageError(f"there is no {path} to start from: {study} --only {experiment} trains it")
 
 
 def prepared(data: str, data_dir: Path, subset: Subset | None) -> str:
@@ -446,14 +469,21 @@ def filled(text: str) -> str:
 
 
 def gains(text: str) -> dict[str, list[Group]]:
-    """What the picture of a page shows: the runs of each ``headline``, under its heading."""
+    """What the picture of a page shows: the runs of each ``headline``, or else of a heading's first ``differences``."""
     settings: dict[str, list[Group]] = {}
     title = ""
-    for match in re.finditer(r"^#+ (?P<title>.*)$|<!-- headline (?P<folders>[^>]*?) -->", text, re.MULTILINE):
+    narrow = r"^#+ (?P<title>.*)$|<!-- (?P<kind>headline|differences) (?P<folders>[^>]*?) -->"
+    for match in re.finditer(narrow, text, re.MULTILINE):
         title = match["title"] or title
-        if there := [path for path in map(Path, (match["folders"] or "").split()) if path.is_dir()]:
+        there = [path for path in map(Path, (match["folders"] or "").split()) if path.is_dir()]
+        if there and (match["kind"] == "headline" or title not in settings):
             settings.setdefault(title, []).extend(_groups(there)[0])
     return settings
+
+
+def _explained(groups: Sequence[Group]) -> str:
+    """What labels that leave something out stand for, below a table."""
+    return "".join(["\n"] * bool(legend(groups)) + [f"- {sentence}\n" for sentence in legend(groups)])
 
 
 def _groups(folders: Sequence[Path]) -> tuple[list[Group], list[str]]:
@@ -462,8 +492,8 @@ def _groups(folders: Sequence[Path]) -> tuple[list[Group], list[str]]:
 
 KINDS: dict[str, Callable[[Sequence[Group], Sequence[str]], str]] = {
     "report": markdown_report,
-    "headline": lambda groups, _: headline_table(groups),
-    "differences": lambda groups, _: markdown(differences_cells(groups)),
+    "headline": lambda groups, _: headline_table(groups) + _explained(groups),
+    "differences": lambda groups, _: markdown(differences_cells(groups)) + _explained(groups),
 }
 """Tables of groups of runs: all that ``python -m sparselearning.report`` writes; those with tickets, each beside its
 control; their last superpositions over others."""

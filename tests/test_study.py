@@ -1,6 +1,7 @@
 """The study's commands make sense before hours are spent on them, and RESULTS.md says what results/ says."""
 
 import functools
+import itertools
 import json
 import re
 import sys
@@ -22,7 +23,7 @@ import tiny_imagenet  # noqa: E402
 
 from sparselearning import predict, report  # noqa: E402
 from sparselearning.process import arguments  # noqa: E402
-from sparselearning.process.errors import UsageError  # noqa: E402
+from sparselearning.process.errors import FaultError, UsageError  # noqa: E402
 from sparselearning.training import flags  # noqa: E402
 from sparselearning.training.plan import EpochBudget  # noqa: E402
 
@@ -47,7 +48,7 @@ def test_every_run_can_be_started_and_every_control_pairs_with_its_runs(name, ex
             assert {key for key, value in vars(run).items() if value != getattr(control, key)} == tickets
 
 
-@pytest.mark.parametrize("name", [name for name in study.STUDIES if name != "number-formats"])
+@pytest.mark.parametrize("name", ["cifar100-10k", "cifar100-20", "claim", "recipe"])
 def test_cycles_alone_differ_from_main_in_flags_about_tickets(name):
     """From the networks of their own study or, to choose a recipe, of the one whose claim it is to improve."""
     source, folder = ("claim", Path("study/claim")) if name == "recipe" else (name, Path("work"))
@@ -62,7 +63,8 @@ def test_cycles_alone_differ_from_main_in_flags_about_tickets(name):
         return EpochBudget.of_share(flags["epochs"], flags["cycle_rate"], flags["cycle"]).pretrain_epochs
 
     again = [name for name in study.STUDIES[name].experiments if parsed(name)["resume"]]
-    main = parsed("main", source) if again else {}
+    main = parsed("main", source)
+    assert "again" in again
     for experiment in again:
         flags = parsed(experiment)
         assert flags["resume"] == folder / "main/granet/seed41/tickets/ticket_0.pth"
@@ -71,6 +73,17 @@ def test_cycles_alone_differ_from_main_in_flags_about_tickets(name):
         assert asked <= {"re_explore", "large_death_rate", "no_maskupdates", "lr_2", "cycle"} | swa
         assert (asked == set()) == (experiment == "again")
         assert pretrain_epochs(flags) == pretrain_epochs(main)
+
+
+def test_cycles_alone_need_networks_to_start_from(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = study.sweep_words(study.STUDIES["recipe"], "rate-0.1", Path("study/recipe/rate-0.1"), [41, 42])
+    first, second = (Path(f"study/claim/main/granet/seed{seed}/tickets/ticket_0.pth") for seed in (41, 42))
+    first.parent.mkdir(parents=True)
+    first.touch()
+    with pytest.raises(UsageError, match=rf"there is no {second} to start from: claim --only main trains it"):
+        study.check_starts(words, [41, 42])
+    study.check_starts(words, [41])
 
 
 @pytest.mark.parametrize("method", tiny_imagenet.METHODS)
@@ -85,6 +98,41 @@ def test_runs_on_photographs_differ_from_their_controls_in_flags_about_tickets(m
         assert not imagenet_main.check(args, budget)
     about_tickets = arguments.marked(imagenet_main.make_parser(), flags.ABOUT_TICKETS)
     assert {key for key, value in vars(run).items() if value != getattr(control, key)} <= about_tickets
+
+
+def test_photographs_are_checked_trained_on_and_recorded(tmp_path, monkeypatch, capsys):
+    """But for the training itself: finished runs are skipped, stopped ones resumed, and those that fail told."""
+    monkeypatch.setattr(tiny_imagenet, "ROOT", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    for (split, count), name in itertools.product((("train", 500), ("val", 50)), tiny_imagenet.CLASSES):
+        (folder := tmp_path / "photographs" / split / name).mkdir(parents=True)
+        for number in range(count):
+            (folder / f"{number}.JPEG").touch()
+    begun = []
+
+    def execute(runs, gpus, stop_signal):
+        for run in runs:
+            begun.append(run.command())
+            run.folder.path.exists() or write_run(
+                run.folder.path, indicate_method=run.name.split()[0], seed=run.flags[-1]
+            )
+        runs[0].folder.summary.unlink(missing_ok=True)
+        runs[0].folder.checkpoint.touch()
+        return runs[:1]
+
+    monkeypatch.setattr(sweep, "execute", execute)
+    with pytest.raises(FaultError, match=r"1 of 12 \(rigl seed 41\)"):
+        tiny_imagenet.main(["photographs"])
+    assert len(begun) == 12
+    assert len(study.find_runs([Path("results/tiny-imagenet")])) == 11
+    begun.clear()
+    with pytest.raises(FaultError):
+        tiny_imagenet.main(["photographs"])
+    (command,) = begun
+    assert command[-3:] == ["study/tiny-imagenet-20", "--resume", "study/tiny-imagenet/rigl/seed41/checkpoint.pth"]
+    (tmp_path / "photographs/val/n07871810/7.JPEG").unlink()
+    with pytest.raises(UsageError, match="n07871810 has 49 JPEG files, not 50"):
+        tiny_imagenet.main(["photographs"])
 
 
 @pytest.mark.parametrize("classes", [100, 3])
@@ -227,12 +275,13 @@ def test_the_picture_shows_each_headline_under_its_heading(tmp_path, monkeypatch
     monkeypatch.chdir(tmp_path)
     for name in ("a", "b", "c"):
         write_run(tmp_path / f"results/{name}/seed1", indicate_method=name)
-    text = "## One\n<!-- headline results/a results/gone -->\n## None\n<!-- report results/c -->\n### Two\n"
-    settings = study.gains(text + "<!-- headline results/b -->\n<!-- headline results/c results/b -->\n")
+    text = "## One\n<!-- headline results/a results/gone -->\n<!-- differences results/b -->\n"
+    text += "## None\n<!-- report results/c -->\n### Two\n<!-- headline results/b -->\n"
+    text += "<!-- headline results/c results/b -->\n### Three\n<!-- differences results/c results/a -->\n"
+    settings = study.gains(text)
     assert {title: [group.label for group in groups] for title, groups in settings.items()} == {
-        "One": ["a"],
-        "Two": ["b", "c", "b"],
-    }
+        "One": ["a"], "Two": ["b", "c", "b"], "Three": ["c", "a"],
+    }  # fmt: skip
 
 
 def test_each_claim_is_one_sentence_whose_number_stands_where_it_links_to():

@@ -197,7 +197,11 @@ def _lists(task):  # type: ignore[no-untyped-def]
 
 @compiled()
 def tile_by_tile(address):  # type: ignore[no-untyped-def]
-    """Do a task: fetch what each region reads, and let the task's ``tile_function`` go over its tiles."""
+    """Do a task: fetch what each region reads, and let the task's ``tile_function`` go over its tiles.
+
+    A tile's blocks of channels come one after the other, from the first to the last: sums, and gradients copied for the
+    first, stay in the share's memory meanwhile.
+    """
     task = carray(as_pointer(address), 1, TASK)[0]
     regions = _regions(task)
     items = regions * task.output_blocks

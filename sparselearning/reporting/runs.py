@@ -319,19 +319,23 @@ def _start(run: Run) -> str | None:
 
 
 def _label(groups: Sequence[Group]) -> None:
-    """Name each group, and add what tells it from others of that name.
+    """Name each group, and add what tells it from others of that name; number it where that takes too many words.
 
-    Where that takes too many words, fewer flags tell them apart; where it still does, a number.
+    Groups that look alike even so, as they differ in what is not shown, are numbered, too.
     """
     for name in dict.fromkeys(group.name for group in groups):
         family = [group for group in groups if group.name == name]
         flags = differing_flags(family)
-        full, labels = _named(family, flags), _named(family, _fitting(family, flags))
-        for group, full_label, label, head in zip(family, full, labels, _named(family, {}), strict=True):
+        full, short = _named(family, flags), _named(family, _fitting(family, flags))
+        for group, full_label, label in zip(family, full, short, strict=True):
             group.full_label, group.label = full_label, label
-            if len(label) > LONGEST_LABEL:
-                ending = f" #{1 + groups.index(group)}"
-                group.label = shortened(head, LONGEST_LABEL - len(ending)) + ending
+    labels, full_labels = [group.label for group in groups], [group.full_label for group in groups]
+    for number, group in enumerate(groups, start=1):
+        ending = f" #{number}"
+        if len(group.label) > LONGEST_LABEL or labels.count(group.label) > 1:
+            group.label = shortened(group.label, LONGEST_LABEL - len(ending)) + ending
+        if full_labels.count(group.full_label) > 1:
+            group.full_label += ending
 
 
 def _named(family: Sequence[Group], flags: Mapping[str, Sequence[Any]]) -> list[str]:
@@ -357,9 +361,9 @@ def _fitting(family: Sequence[Group], flags: Mapping[str, Sequence[Any]]) -> Map
 
 
 def legend(groups: Iterable[Group]) -> list[str]:
-    """What labels that leave out flags, or are numbers, stand for."""
+    """What labels leave out, or all that they stand for where they leave out something in their midst."""
     return [
-        f"{group.label}: {group.full_label.removeprefix(f'{group.name}, ')}"
+        f"{group.label}: {group.full_label.removeprefix(f'{group.label}, ').removeprefix(f'{group.name}, ')}"
         for group in groups
         if group.label != group.full_label
     ]

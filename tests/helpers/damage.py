@@ -1,7 +1,7 @@
-"""JSON files with any one entry damaged, in every way."""
+"""JSON files with any one entry damaged, in a third of all ways."""
 
 import json
-from itertools import islice
+import zlib
 
 DAMAGE = {
     "removed": None, "null": "null", "true": "true", "text": '"text"', "empty text": '""',
@@ -35,15 +35,16 @@ def spoilt(content, place, damage):
     return json.dumps(content).replace('"@@"', DAMAGE[damage] or "")
 
 
-EVERY = 3
-"""Each entry gets every third of the damages, from one later than the entry before: all of them occur in every file."""
+def is_drawn(place, damage):
+    """Whether an entry gets a damage: a third of them, whatever other entries there are."""
+    return zlib.crc32(f"{place} {damage}".encode()) % 3 == 0
 
 
 def damages(text, lines):
-    """(place, damage, damaged text) for each entry of a file and every third damage, shifted from entry to entry."""
+    """(place, damage, damaged text) for each entry of a file and each damage that is drawn for it."""
     content = [json.loads(line) for line in text.splitlines()] if lines else json.loads(text)
-    for number, place in enumerate(entries(content)):
-        for damage in islice(DAMAGE, number % EVERY, None, EVERY):
+    for place in entries(content):
+        for damage in (name for name in DAMAGE if is_drawn(place, name)):
             if lines:
                 rows = [json.dumps(row) for row in content]
                 first, *inner = place

@@ -164,7 +164,7 @@ there = pathlib.Path(sys.argv[1], "there")
 if not first_attempt and os.environ["RANK"] == "0":
     while not there.exists():
         time.sleep(0.02)
-    time.sleep(0.3)  # the other rank, which is there first, must not take the dead rank's address for this one's
+    time.sleep(1)  # the other rank, which is there first, must not take the dead rank's address for this one's
 elif not first_attempt:
     there.touch()
 distributed.start(use_cuda=False)

@@ -45,8 +45,8 @@ def test_long_labels_leave_out_flags_and_are_explained(tmp_path):
         "other",
     ]
     assert legend(groups) == [
-        "GraNet, final_density 0.1, update_frequency 1000: final_density 0.1, update_frequency 1000, resume …/main/…",
-        "GraNet, final_density 0.1, update_frequency 10: final_density 0.1, update_frequency 10, resume …/other/…",
+        "GraNet, final_density 0.1, update_frequency 1000: resume …/main/…",
+        "GraNet, final_density 0.1, update_frequency 10: resume …/other/…",
     ]
     report = markdown_report(groups)
     assert all(f"- {sentence}\n" in report for sentence in legend(groups))
@@ -62,6 +62,18 @@ def test_labels_that_are_too_long_even_so_are_numbered(tmp_path):
     groups, _ = groups_of(*folders)
     assert [group.label for group in groups] == ["short", *("a" * (LONGEST_LABEL - 4) + f"… #{n}" for n in (2, 3))]
     assert legend(groups) == [f"{groups[n].label}: lr_2 {rate}" for n, rate in ((1, 0.1), (2, 0.2))]
+
+
+def test_groups_that_look_alike_are_numbered(tmp_path):
+    folders = [
+        write_run(tmp_path / "1", tickets=0),
+        write_run(tmp_path / "2", tickets=0, final_update_epoch=50),  # which the first one has not
+        write_run(tmp_path / "3"),
+        write_run(tmp_path / "4", indicate_method="GraNet, plain", tickets=0),
+    ]
+    groups, _ = groups_of(*folders)
+    assert [group.label for group in groups] == ["GraNet, plain #1", "GraNet, plain #2", "GraNet", "GraNet, plain #4"]
+    assert len({group.full_label for group in groups}) == 4
 
 
 def test_a_name_of_several_lines_breaks_no_table(tmp_path):

@@ -20,7 +20,8 @@ def checkout(tmp_path, monkeypatch):
     git(tmp_path, "add", ".")
     git(tmp_path, "-c", "user.name=n", "-c", "user.email=e", "commit", "--quiet", "-m", "first")
     monkeypatch.setattr(provenance, "__file__", str(module))
-    return tmp_path
+    yield tmp_path
+    provenance.commit.cache_clear()
 
 
 def git(folder, *words):
@@ -54,7 +55,6 @@ def test_a_process_asks_once_for_its_commit(checkout):
     head = provenance.commit()
     (checkout / "package" / "provenance.py").write_text("# code that this process has not loaded\n")
     assert provenance.commit() == head == git(checkout, "rev-parse", "--short", "HEAD")
-    provenance.commit.cache_clear()
 
 
 def test_a_cpu_is_named_with_its_bfloat16_units(monkeypatch):
