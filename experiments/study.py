@@ -324,9 +324,10 @@ def publish() -> None:
     """Make the tables of the pages, and their picture, from what lies in ``results/``."""
     for page in filter(Path.is_file, PAGES):
         fill(page)
-    if DRAWN.is_file() and (settings := gains(DRAWN.read_text())):
+    settings = gains(DRAWN.read_text()) if DRAWN.is_file() else {}
+    if with_control := {title: groups for title, groups in settings.items() if any(group.control for group in groups)}:
         plots = report.drawing()
-        plots.save(plots.gains(settings), RESULTS / "gains")
+        plots.save(plots.gains(with_control), RESULTS / "gains")
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
