@@ -152,10 +152,15 @@ class Run:
         """File of its output if others run beside it; not in its folder, which has to be empty when it starts."""
         return self.folder.path.with_suffix(".log")
 
+    @property
+    def program(self) -> list[str]:
+        """What Python is to run, before the flags."""
+        return [os.path.relpath(SCRIPT)]
+
     def command(self) -> list[str]:
         """The command that starts or resumes it."""
         resume = ["--resume", str(self.folder.checkpoint)] if self.folder.checkpoint.is_file() else []
-        return [sys.executable, os.path.relpath(SCRIPT), *self.flags, *resume]
+        return [sys.executable, *self.program, *self.flags, *resume]
 
 
 def planned(method: str, seed: int, shared: Sequence[str], out: Path, control: bool) -> Run:
@@ -220,7 +225,7 @@ def do(runs: Sequence[Run], gpus: Sequence[str] | None = None) -> list[Run]:
         failed = execute(to_do, gpus, stop_signal)
         stopped = stop_signal()
     if stopped:
-        print("stopped: the same command resumes where it stopped", file=sys.stderr)
+        print(f"{Path(sys.argv[0]).name}: stopped: the same command resumes where it stopped", file=sys.stderr)
         sys.exit(128 + stopped)
     return failed
 

@@ -484,7 +484,8 @@ def gains(text: str) -> dict[str, list[Group]]:
 
 def _explained(groups: Sequence[Group]) -> str:
     """What labels that leave something out stand for, below a table."""
-    return "".join(["\n"] * bool(legend(groups)) + [f"- {sentence}\n" for sentence in legend(groups)])
+    sentences = [f"- {sentence}\n" for sentence in legend(groups)]
+    return "\n" + "".join(sentences) if sentences else ""
 
 
 def _groups(folders: Sequence[Path]) -> tuple[list[Group], list[str]]:

@@ -11,12 +11,11 @@ results/, and from there to the tables of RESULTS.md.
 """
 
 import os
-import sys
 from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 
-import study
+import study  # puts the folder of sweep on the path
 import sweep
 from study import RESULTS, ROOT, WORK
 
@@ -35,11 +34,11 @@ CLASSES = [
 SEEDS = (41, 42, 43)
 # The lines of docs/imagenet.md that are consistent, a fifth as long, with as many updates.
 SHARED = (
-    "--sparse --sparse-init ERK --first_m 6 --second_m 12 --third_m 17 --init-prune-epoch 0 --final-prune-epoch 6 "
-    "--growth gradient -j2 --arch resnet18 -c fanin --update-frequency 12 --label-smoothing 0.1 -b 32 --lr 0.1 "
+    "--sparse-init ERK --first_m 6 --second_m 12 --third_m 17 --init-prune-epoch 0 --final-prune-epoch 6 "
+    "-j2 --arch resnet18 -c fanin --update-frequency 12 --label-smoothing 0.1 -b 32 --lr 0.1 "
     "--warmup 1 --density 0.1 --epochs 20 --train-crop-size 64 --val-resize-size 64 --val-crop-size 64 --pre_train"
 )
-METHODS = {"rigl": "--method DST --init-density 0.1", "granet": "--method GraNet --init-density 0.5"}
+METHODS = ("rigl", "granet")
 SCHEDULES = {
     "": "--pretrain_epoch 18 --cyclic_epochs 2 --cycle 1 --cyclic_train --bn_update --cyc_lr --lr_1 0.0001 "
     "--lr_2 0.0005 --large-death-rate 0.5",
@@ -50,11 +49,10 @@ SCHEDULES = {
 class Launched(sweep.Run):
     """One run of the ImageNet script in two processes."""
 
-    def command(self) -> list[str]:
-        """The command that starts or resumes it."""
-        resume = ["--resume", str(self.folder.checkpoint)] if self.folder.checkpoint.is_file() else []
-        launcher = [sys.executable, "ImageNet/multiproc.py", "--nproc_per_node", "2", "ImageNet/main.py"]
-        return [*launcher, *self.flags, "--save", str(self.folder.path), str(DATA), *resume]
+    @property
+    def program(self) -> list[str]:
+        """The launcher, and what it launches."""
+        return ["ImageNet/multiproc.py", "--nproc_per_node", "2", "ImageNet/main.py"]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -72,14 +70,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     DATA.parent.mkdir(exist_ok=True)
     DATA.unlink(missing_ok=True)
     DATA.symlink_to(photographs)
-    runs = [
-        Launched(
-            f"{method}{schedule} seed {seed}",
-            words_of(method, schedule, seed),
-            RunFolder(WORK / NAME / f"{method}{schedule}" / f"seed{seed}"),
-        )
-        for seed, method, schedule in product(SEEDS, METHODS, SCHEDULES)
-    ]
+    runs = [planned(method, schedule, seed) for seed, method, schedule in product(SEEDS, METHODS, SCHEDULES)]
     failed = sweep.do(runs)
     study.collect(WORK / NAME, RESULTS / NAME)
     study.publish()
@@ -100,10 +91,17 @@ def check(photographs: Path) -> None:
             raise UsageError(f"{photographs / split} has more than the 20 classes: {min(others)}")
 
 
+def planned(method: str, schedule: str, seed: int) -> Launched:
+    """One run in a folder of its own."""
+    folder = RunFolder(WORK / NAME / f"{method}{schedule}" / f"seed{seed}")
+    words = [*words_of(method, schedule, seed), "--save", str(folder.path), str(DATA)]
+    return Launched(f"{method}{schedule} seed {seed}", words, folder)
+
+
 def words_of(method: str, schedule: str, seed: int) -> list[str]:
     """The flags of one run, but for folders."""
-    line = f"{SHARED} {METHODS[method]} {SCHEDULES[schedule]} --indicate_method {method} --seed {seed}"
-    return line.split()
+    flags = sweep.METHODS[method].flags.format(density=0.1)
+    return f"{SHARED} {flags} {SCHEDULES[schedule]} --indicate_method {method} --seed {seed}".split()
 
 
 if __name__ == "__main__":

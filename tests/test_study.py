@@ -114,7 +114,7 @@ def test_photographs_are_checked_trained_on_and_recorded(tmp_path, monkeypatch, 
         for run in runs:
             begun.append(run.command())
             run.folder.path.exists() or write_run(
-                run.folder.path, indicate_method=run.name.split()[0], seed=run.flags[-1]
+                run.folder.path, indicate_method=run.name.split()[0], seed=run.name.split()[-1]
             )
         runs[0].folder.summary.unlink(missing_ok=True)
         runs[0].folder.checkpoint.touch()

@@ -418,16 +418,16 @@ def finish_streams(typing_context):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def call(typing_context, function, task, share, source, row, column, image, images, output_block, channel_block):  # type: ignore[no-untyped-def]
-    """Call the compiled function at an address."""
+def call(typing_context, function, *numbers):  # type: ignore[no-untyped-def]
+    """Call the compiled function at an address with so many integers."""
 
     def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
-        function, *numbers = args
+        function, packed = args
         kind = ir.FunctionType(ir.VoidType(), [INT64] * len(numbers))
-        builder.call(builder.inttoptr(function, kind.as_pointer()), numbers)
+        builder.call(builder.inttoptr(function, kind.as_pointer()), cgutils.unpack_tuple(builder, packed))
         return context.get_dummy_value()
 
-    return types.void(*[types.int64] * 10), generate
+    return types.void(types.int64, types.StarArgTuple([types.int64] * len(numbers))), generate
 
 
 @intrinsic

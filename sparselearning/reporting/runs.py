@@ -117,6 +117,11 @@ class Group:
     control: "Group | None" = None
 
     @property
+    def flags(self) -> dict[str, Any]:
+        """All flags that took effect, but for seed and name."""
+        return {**self.recipe, **self.ticket_flags}
+
+    @property
     def method(self) -> str:
         """Name of the runs' training method."""
         return self.runs[0].method
@@ -278,11 +283,10 @@ def group_runs(runs: Iterable[Run]) -> tuple[list[Group], list[str]]:
     return found, left_out
 
 
-def differing_flags(groups: Iterable[Group]) -> dict[str, list[Any]]:
+def differing_flags(groups: Sequence[Group]) -> dict[str, list[Any]]:
     """Flags that took effect in several of the groups, and not with one value, to their value in each group."""
-    settings = [{**group.recipe, **group.ticket_flags} for group in groups]
-    names = dict.fromkeys(name for flags in settings for name in flags)
-    values = {name: [flags.get(name) for flags in settings] for name in names}
+    names = dict.fromkeys(name for group in groups for name in group.flags)
+    values = {name: [group.flags.get(name) for group in groups] for name in names}
     return {name: column for name, column in values.items() if len({repr(v) for v in column if v is not None}) > 1}
 
 
@@ -344,7 +348,7 @@ def _named(family: Sequence[Group], flags: Mapping[str, Sequence[Any]]) -> list[
     labels = [f"{group.name}, plain" if has_tickets and not group.ticket_flags else group.name for group in family]
     for flag, column in flags.items():
         labels = [
-            f"{label}, {flag} {value}" if flag in {**group.recipe, **group.ticket_flags} else label
+            f"{label}, {flag} {value}" if flag in group.flags else label
             for label, value, group in zip(labels, _show(column), family, strict=True)
         ]
     return labels
