@@ -3,10 +3,8 @@
 import functools
 import itertools
 import json
-import os
 import shlex
 import shutil
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +19,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from helpers.damage import damages, names
+from helpers.narrow_networks import narrow_networks
 from sparselearning import analyze
 from sparselearning.process.errors import FaultError, UsageError
 from sparselearning.process.files import save_torch
@@ -38,7 +37,7 @@ IMAGENET_FLAGS = shlex.split(
     "--cyclic_train --bn_update --pretrain_epoch 1 --cyclic_epochs 1 --cycle 1 --keep-tickets --execution masked"
 )
 RUN_FLAGS = shlex.split(
-    f"--model cifar_resnet_8_4 --epochs 3 --cycle 1 --cycle_rate 0.67 --batch-size 128 --lr 0.05 "
+    f"--model cifar_resnet_8_4 --epochs 3 --cycle 1 --cycle_rate 0.67 --batch-size 64 --test-batch-size 64 --lr 0.05 "
     f"--sparse --method GraNet --init-density 0.5 --final-density {DENSITY} --final-prune-epoch 1 --update-frequency 4 "
     f"--pre_train --cyclic_train --re_explore --large-death-rate 0.5 --cyc_lr --lr_1 0.01 --lr_2 0.05 --update_bn "
     f"--CIMA_factor {FACTOR} --keep-tickets --workers 1 --no-cuda --seed 5 --execution masked"
@@ -50,11 +49,11 @@ RUN_FLAGS = shlex.split(
 
 @pytest.fixture(scope="module")
 def run_flags(tmp_path_factory):
-    """Of runs on scikit-learn's digits, of 8 x 8 pixels as they are."""
+    """Of runs on some of scikit-learn's digits, of 8 x 8 pixels as they are."""
     data = tmp_path_factory.mktemp("data") / "digits.npz"
     images, labels = load_digits(return_X_y=True)
     images = (255 / 16 * images).astype(np.uint8).reshape(-1, 8, 8)
-    np.savez(data, x_train=images[:1198], y_train=labels[:1198], x_test=images[1198:], y_test=labels[1198:])
+    np.savez(data, x_train=images[:320], y_train=labels[:320], x_test=images[320:448], y_test=labels[320:448])
     return [*RUN_FLAGS, "--data", str(data)]
 
 
@@ -196,29 +195,35 @@ def held_out(run_flags, tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def by_held_out(held_out):
+    """That run analysed with its own settings, and a grid; without pictures, which take longest."""
+    with pytest.MonkeyPatch.context() as context:
+        context.setattr(analyze, "draw", lambda results, out: None)
+        return analyse(held_out, "--grid", "--factors", "0.5")
+
+
 @pytest.fixture
 def greedy(held_out, tmp_path, monkeypatch):
-    """A copy to analyse, without pictures."""
+    """A copy to analyse otherwise, without pictures."""
     monkeypatch.setattr(analyze, "draw", lambda results, out: None)
-    return shutil.copytree(held_out, tmp_path / "run")
+    return shutil.copytree(held_out, tmp_path / "run", ignore=shutil.ignore_patterns("analysis"))
 
 
-def test_a_greedy_run_is_superposed_again_to_the_bit(greedy):
-    results = analyse(greedy)
-    assert results["same_as_run"]
-    assert results["settings"]["superposing_method"] == "greedy"
+def test_a_greedy_run_is_superposed_again_to_the_bit(greedy, by_held_out):
+    assert by_held_out["same_as_run"]
+    assert by_held_out["settings"]["superposing_method"] == "greedy"
     rows = [json.loads(line) for line in (greedy / "tickets.jsonl").read_text().splitlines()]
-    assert [row["superposed_acc"] for row in rows] == [accuracies(results)[f"superposition {n}"] for n in (1, 2)]
+    assert [row["superposed_acc"] for row in rows] == [accuracies(by_held_out)[f"superposition {n}"] for n in (1, 2)]
     again = analyse(greedy, "--superposing_method", "CIMA", "--tickets", "0", "1")
     best = analyse(greedy, "--tickets", "0", "1")
     assert accuracies(best)["superposition 1"] >= accuracies(again)["superposition 1"]
 
 
-def test_choices_are_made_on_held_out_images_and_measured_on_the_test_set(greedy, capsys):
-    by_held_out = analyse(greedy, "--grid", "--factors", "0.5")
+def test_choices_are_made_on_held_out_images_and_measured_on_the_test_set(greedy, by_held_out, capsys):
     by_test = analyse(greedy, "--grid", "--factors", "0.5", "--on", "test")
-    assert by_held_out["evaluated_on"] == {"part": "held-out part of the training set", "images": 240}
-    assert by_test["evaluated_on"] == {"part": "test set", "images": 599}
+    assert by_held_out["evaluated_on"] == {"part": "held-out part of the training set", "images": 64}
+    assert by_test["evaluated_on"] == {"part": "test set", "images": 128}
     assert by_test["same_as_run"], "the very choices of the run"
     summary = json.loads((greedy / "summary.json").read_text())
     assert accuracies(by_test)["superposition 2"] == summary["test_acc"]
@@ -244,9 +249,9 @@ def test_the_moving_average_is_measured_beside_tickets(greedy):
 
 
 @pytest.mark.parametrize("plain", [False, True])
-def test_a_picture_names_every_network(greedy, plain):
+def test_a_picture_names_every_network(by_held_out, plain):
     plots = pytest.importorskip("sparselearning.reporting.analysis_plots")
-    results = read(Analysis, analyse(greedy), "analysis.json")
+    results = read(Analysis, by_held_out, "analysis.json")
     if plain:
         alone = replace(results.settings, tickets=[0])
         results = replace(results, settings=alone, networks=[results.networks[0], results.networks[-1]])
@@ -327,17 +332,26 @@ def test_the_first_name_of_the_command_still_works_on_early_runs_too(run):
 
 @pytest.fixture(scope="module")
 def photographs(tmp_path_factory):
-    """A run of the ImageNet script on generated images, and what the command made of it, called from elsewhere."""
+    """A run of the ImageNet script on generated images, and what the command made of it, called from elsewhere.
+
+    Python has yet to import the script then, and would not find it on its path.
+    """
     home = tmp_path_factory.mktemp("photographs")
     numbers = np.random.default_rng(0)
     for split, label, number in itertools.product(("train", "val"), range(2), range(4)):
         (folder := home / "data" / split / f"n{label}").mkdir(parents=True, exist_ok=True)
         pixels = numbers.integers(0, 120, (36, 48, 3), dtype=np.uint8) + np.uint8(90 * label)
         Image.fromarray(pixels).save(folder / f"{number}.png")
-    imagenet_main.main([*IMAGENET_FLAGS, str(home / "data"), "--save", str(home / "run")])
-    command = [sys.executable, "-m", "sparselearning.analyze", home / "run", "--points", "2", "--grid", "--corruptions"]
-    subprocess.run(command, cwd=home, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True)
-    return home / "run"
+    with narrow_networks():
+        imagenet_main.main([*IMAGENET_FLAGS, str(home / "data"), "--save", str(home / "run")])
+        with pytest.MonkeyPatch.context() as elsewhere:
+            elsewhere.chdir(home)
+            elsewhere.setattr(sys, "path", [folder for folder in sys.path if Path(folder) != ROOT / "ImageNet"])
+            for name, module in list(sys.modules.items()):
+                if str(ROOT / "ImageNet") in str(getattr(module, "__file__", None)):
+                    elsewhere.delitem(sys.modules, name)
+            analyze.main([str(home / "run"), "--points", "2", "--grid", "--corruptions"])
+        yield home / "run"
 
 
 def test_an_imagenet_run_is_analysed_alike(photographs):
@@ -351,7 +365,8 @@ def test_an_imagenet_run_is_analysed_alike(photographs):
     assert all(row["corrupted"].keys() == {"noise", "blur", "contrast"} for row in results["networks"])
 
 
-def test_the_first_name_of_the_command_knows_imagenet_runs_too(photographs, capsys):
+def test_the_first_name_of_the_command_knows_imagenet_runs_too(photographs, monkeypatch, capsys):
+    monkeypatch.setattr(analyze, "draw", lambda results, out: None)
     analyze_tickets.main([str(photographs), "--points", "2"])
     assert "8 images of the test set" in capsys.readouterr().out
 
