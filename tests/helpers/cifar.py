@@ -3,8 +3,6 @@
 import json
 import os
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import main_suptickets
@@ -103,15 +101,6 @@ def stop_in(monkeypatch, step, number):
             os.kill(os.getpid(), number)
 
     monkeypatch.setattr(Trainer, "train_batch", shot_at)
-
-
-def spawn(data, *words):
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
-    argv = [sys.executable, str(SCRIPT), "--data", str(data), "--model", MODEL, "--batch-size", "16", "--lr", "0.05"]
-    return subprocess.Popen(
-        [*argv, *" ".join(map(str, words)).split()],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
-    )  # fmt: skip
 
 
 X, Y = np.zeros((8, 8, 8, 3), np.uint8), np.arange(8) % 4

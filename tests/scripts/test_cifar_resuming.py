@@ -2,16 +2,19 @@
 
 import json
 import os
+import runpy
 import signal
-import time
+import subprocess
+import sys
 from pathlib import Path
 
 import main_suptickets
 import pytest
 
-from helpers.cifar import WHOLE_METHOD, assert_same_outcome, outcome, spawn, stop_in
+from helpers.cifar import MODEL, SCRIPT, WHOLE_METHOD, assert_same_outcome, outcome, stop_in
 from helpers.commands import one_sentence
 from helpers.comparing import lines, tree
+from helpers.processes import PATIENCE, environment, wait_until
 from sparselearning.process.files import load_torch
 from sparselearning.training.engine import Trainer
 
@@ -49,7 +52,7 @@ def test_a_stopped_run_resumes_to_the_same_bits(
 
 @pytest.mark.parametrize("flags", ["--amp off", "--fp16 --growth momentum", "--amp bf16 --growth random"])
 def test_on_a_gpu_too(gpu, script, monkeypatch, flags):
-    call = f"{WHOLE_METHOD} --deterministic {flags}"
+    call = f"{WHOLE_METHOD} --epochs 3 --cycle_rate 0.34 --deterministic {flags}"  # one cycle
     assert script(call, "--save whole") == 0
     with monkeypatch.context() as context:
         stop_in(context, 5, signal.SIGINT)
@@ -116,15 +119,15 @@ def test_interrupted_before_training(script, monkeypatch, capsys):
     assert os.listdir() == []
 
 
-def test_a_process_that_is_told_to_stop(script, data):
+def test_a_process_that_is_told_to_stop(data, workplace):
     call = WHOLE_METHOD.replace("--epochs 4", "--epochs 400").replace("--cycle_rate 0.5", "--cycle_rate 0.25")
-    process = spawn(data, call, "--save run")
+    words = f"--data {data} --model {MODEL} --batch-size 16 --lr 0.05 --execution masked --save run {call}".split()
+    pipe = subprocess.PIPE
+    process = subprocess.Popen([sys.executable, SCRIPT, *words], stdout=pipe, stderr=pipe, text=True, env=environment())
     try:
-        deadline = time.monotonic() + 60
-        while not Path("run/metrics.jsonl").exists() and time.monotonic() < deadline and process.poll() is None:
-            time.sleep(0.05)
+        wait_until(lambda: Path("run/metrics.jsonl").exists() or process.poll() is not None)
         process.send_signal(signal.SIGTERM)
-        _, err = process.communicate(timeout=30)
+        _, err = process.communicate(timeout=PATIENCE)
     finally:
         process.kill()
     assert process.returncode == 143, err
@@ -135,10 +138,13 @@ def test_a_process_that_is_told_to_stop(script, data):
     assert not list(Path("run").glob("*.partial"))
 
 
-def test_a_wrong_call_of_a_process(data, workplace):
-    process = spawn(data, "--sparse --pre_train --cyclic_train --growth momentum --momentum 0 --save run")
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 2
+def test_a_wrong_call_of_the_script_as_python_runs_it(workplace, monkeypatch, capsys):
+    call = "--sparse --pre_train --cyclic_train --growth momentum --momentum 0 --save run"
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *call.split()])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+    assert end.value.code == 2
+    out, err = capsys.readouterr()
     assert out == ""
     assert one_sentence(err).startswith("main_suptickets.py: error: ")
     assert os.listdir() == []
