@@ -14,6 +14,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,7 +33,7 @@ from sparselearning.process.errors import UsageError  # noqa: E402
 from sparselearning.process.files import check_output, copy_whole, write_json, write_text, write_whole  # noqa: E402
 from sparselearning.process.script import run_script  # noqa: E402
 from sparselearning.reporting.measured import differences_cells  # noqa: E402
-from sparselearning.reporting.runs import Group, find_runs, group_runs, legend, read_run  # noqa: E402
+from sparselearning.reporting.runs import Group, Run, find_runs, group_runs, legend, read_run  # noqa: E402
 from sparselearning.reporting.tables import headline_table, markdown, markdown_report  # noqa: E402
 from sparselearning.training.run_folder import RunFolder  # noqa: E402
 
@@ -457,12 +458,13 @@ def filled(text: str) -> str:
 
     Other comments get a part of it alone, see :data:`KINDS`.
     """
+    read = cache(read_run)  # several tables of a page show the same runs
 
     def table(match: re.Match[str]) -> str:
         folders = [Path(word) for word in match["folders"].split()]
         there = [folder for folder in folders if folder.is_dir()]
         missing = "".join(f"- not run yet: {folder}\n" for folder in folders if folder not in there)
-        shown = KINDS[match["kind"]](*_groups(there)) if there else ""
+        shown = KINDS[match["kind"]](*_groups(there, read)) if there else ""
         return f"<!-- {match['command']} -->\n\n{shown}{missing}\n<!-- end -->"
 
     command = rf"(?P<command>(?P<kind>{'|'.join(KINDS)}) (?P<folders>[^>]*?))"
@@ -488,8 +490,8 @@ def _explained(groups: Sequence[Group]) -> str:
     return "\n" + "".join(sentences) if sentences else ""
 
 
-def _groups(folders: Sequence[Path]) -> tuple[list[Group], list[str]]:
-    return group_runs([read_run(path) for path in find_runs(folders)])
+def _groups(folders: Sequence[Path], read: Callable[[Path], Run] = read_run) -> tuple[list[Group], list[str]]:
+    return group_runs([read(path) for path in find_runs(folders)])
 
 
 KINDS: dict[str, Callable[[Sequence[Group], Sequence[str]], str]] = {

@@ -9,6 +9,7 @@ import dataclasses
 import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from numbers import Integral, Real
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -47,6 +48,7 @@ class Between:
         return f" in {'[('[self.open_low]}{self.low}, {self.high}{'])'[self.open_high]}"
 
 
+FINITE = Between()
 Share = Annotated[float, Between(0, 1)]
 Density = Annotated[float, Between(0, 1, open_low=True)]
 BelowOne = Annotated[float, Between(0, 1, open_high=True)]
@@ -129,8 +131,20 @@ def check_entry(kind: Any, value: Any, entry: str) -> None:
     _read(kind, value, entry, complete=True)
 
 
+@cache  # and those below: what types hold is asked for every number of a file, and typing takes long to tell
+def _parts(kind: Any) -> tuple[Any, tuple[Any, ...]]:
+    return get_origin(kind), get_args(kind)
+
+
+@cache
+def _fields(kind: Any) -> list[tuple[dataclasses.Field, str, Any]]:
+    """Fields of a dataclass, their names in a file, and their types."""
+    types = get_type_hints(kind, include_extras=True)
+    return [(field, _key(field), types[field.name]) for field in dataclasses.fields(kind)]
+
+
 def _read(kind: Any, value: Any, entry: str, complete: bool) -> Any:
-    origin, arguments = get_origin(kind), get_args(kind)
+    origin, arguments = _parts(kind)
     if origin in (Union, UnionType):
         return _read_union(kind, value, entry, complete)
     if dataclasses.is_dataclass(kind):
@@ -147,12 +161,11 @@ def _read(kind: Any, value: Any, entry: str, complete: bool) -> Any:
 
 
 def _read_fields(kind: Any, value: Mapping[str, Any], entry: str, complete: bool) -> Any:
-    types = get_type_hints(kind, include_extras=True)
     fields = {}
-    for field in dataclasses.fields(kind):
-        inner = _join(entry, key := _key(field))
+    for field, key, type_ in _fields(kind):
+        inner = _join(entry, key)
         if key in value:
-            fields[field.name] = _read(types[field.name], value[key], inner, complete)
+            fields[field.name] = _read(type_, value[key], inner, complete)
         elif complete or (field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING):
             raise Mismatch(f"{inner} is missing")
     try:
@@ -162,8 +175,9 @@ def _read_fields(kind: Any, value: Mapping[str, Any], entry: str, complete: bool
 
 
 def _read_union(kind: Any, value: Any, entry: str, complete: bool) -> Any:
-    options = [option for option in get_args(kind) if option is not NoneType]
-    if value is None and len(options) < len(get_args(kind)):
+    _, kinds = _parts(kind)
+    options = [option for option in kinds if option is not NoneType]
+    if value is None and len(options) < len(kinds):
         return None
     if len(options) == 1:
         return _read(options[0], value, entry, complete)
@@ -173,7 +187,7 @@ def _read_union(kind: Any, value: Any, entry: str, complete: bool) -> Any:
 
 
 def _matches(kind: Any, value: Any) -> bool:
-    if get_origin(kind) not in (list, dict):
+    if _parts(kind)[0] not in (list, dict):
         return _fits(kind, value)
     try:
         _read(kind, value, "", complete=False)
@@ -190,16 +204,17 @@ def _read_key(key: Any, entry: str) -> str:
 
 def _fits(kind: Any, value: Any) -> bool:
     """Whether a plain value is of a type that holds no others."""
-    if get_origin(kind) is Annotated:
-        base, limits = get_args(kind)
+    origin, arguments = _parts(kind)
+    if origin is Annotated:
+        base, limits = arguments
         return _is_number(base, value) and limits.allows(value)
-    if get_origin(kind) is Literal:
-        return isinstance(value, str) and value in get_args(kind)
+    if origin is Literal:
+        return isinstance(value, str) and value in arguments
     if kind in (int, float):
-        return _is_number(kind, value) and Between().allows(value)
+        return _is_number(kind, value) and FINITE.allows(value)
     if kind is str:
         return isinstance(value, str) and not any("\ud800" <= letter <= "\udfff" for letter in value)
-    return kind is Any or isinstance(value, get_origin(kind) or kind)
+    return kind is Any or isinstance(value, origin or kind)
 
 
 def _is_number(kind: type, value: Any) -> bool:
@@ -209,7 +224,7 @@ def _is_number(kind: type, value: Any) -> bool:
 def _words(kind: Any, value: Any = None) -> str:
     """What a value should have been, for people; ``LARGEST`` is named only where a number is beyond it."""
     origin, arguments = get_origin(kind), get_args(kind)
-    base, bounds = arguments if origin is Annotated else (kind, Between())
+    base, bounds = arguments if origin is Annotated else (kind, FINITE)
     if base in (int, float) and bounds.high == LARGEST and _is_number(float, value) and value > LARGEST:
         return f"{WORDS[base]} of at most {LARGEST:.2g}"
     if kind in WORDS:
