@@ -1,12 +1,10 @@
 """README and docs/ keep their promises: links resolve, flags and figures are current, examples run as printed."""
 
 import json
-import os
 import re
+import runpy
 import shlex
-import subprocess
 import sys
-import sysconfig
 from pathlib import Path
 
 import pytest
@@ -25,9 +23,10 @@ import make_flags  # noqa: E402
 
 README = (ROOT / "README.md").read_text()
 PAGES = {str(path.relative_to(ROOT)): path.read_text() for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"))}
+FOLDERS = ("CIFAR", "ImageNet", "benchmarks", "docs", "experiments")
 SCRIPTS = [
-    str(path)
-    for folder in ("CIFAR", "ImageNet", "benchmarks", "docs", "experiments")
+    str(path.relative_to(ROOT))
+    for folder in FOLDERS
     for path in sorted((ROOT / folder).glob("*.py"))
     if path.read_text().startswith("#!")
 ]
@@ -102,28 +101,32 @@ def test_the_readmes_changes_to_its_line_make_the_published_lines():
     assert [cifar.parse(granet + change) for change in ([], *changes)] == published
 
 
-def test_every_script_of_a_clone_finds_the_library_without_an_installation(tmp_path):
-    code = """
-import runpy, sys
-root, *scripts = sys.argv[1:]
-packages = [*sys.path]
-for script in scripts:
-    sys.path[:] = [script.rpartition("/")[0], *packages]
-    for name in [name for name, module in sys.modules.items() if str(getattr(module, "__file__", "")).startswith(root)]:
-        del sys.modules[name]
-    runpy.run_path(script, run_name="not called")
-    assert sys.modules["sparselearning"].__file__.startswith(root)
-"""
-    # -S: packages installed in place are invisible, those of PYTHONPATH are not.
-    done = subprocess.run(
-        [sys.executable, "-S", "-c", code, str(ROOT), *SCRIPTS],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": sysconfig.get_path("purelib")},
-        capture_output=True,
-        text=True,
-    )
-    assert len(SCRIPTS) >= 10
-    assert done.returncode == 0, done.stderr
+@pytest.fixture
+def not_installed(monkeypatch):
+    """As if nobody had installed the library: no file of the clone is imported, and none would be found."""
+    folders = {ROOT / folder for folder in (*FOLDERS, "sparselearning")}
+    before = dict(sys.modules)
+
+    def forget():
+        for name, module in list(sys.modules.items()):
+            if not folders.isdisjoint(Path(getattr(module, "__file__", None) or ".").parents):
+                del sys.modules[name]
+
+    finders = [finder for finder in sys.meta_path if not finder.__module__.startswith("__editable__")]
+    monkeypatch.setattr(sys, "meta_path", finders)
+    places = {ROOT, ROOT / "tests", *folders}
+    monkeypatch.setattr(sys, "path", [place for place in sys.path if Path(place) not in places])
+    forget()
+    yield
+    forget()
+    sys.modules.update(before)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_script_of_a_clone_finds_the_library_without_an_installation(not_installed, script):
+    sys.path.insert(0, str((ROOT / script).parent))  # as Python does
+    runpy.run_path(str(ROOT / script), run_name="not called")
+    assert Path(sys.modules["sparselearning"].__file__).parents[1] == ROOT
 
 
 def python_blocks(page):
