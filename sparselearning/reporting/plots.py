@@ -87,6 +87,7 @@ def save(figure: Figure, stem: Path) -> str:
     with style.context(STYLE):
         for kind, metadata in undated.items():
             figure.savefig(files[kind], format=kind, metadata=metadata)
+            figure.set_layout_engine("none")  # what the first file has been laid out as is the second's layout, too
             write_bytes(stem.with_name(f"{stem.name}.{kind}"), files[kind].getvalue())
     return files["svg"].getvalue().decode()
 
