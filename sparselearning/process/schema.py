@@ -7,7 +7,7 @@ stay readable.
 
 import dataclasses
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from numbers import Integral, Real
@@ -131,7 +131,7 @@ def check_entry(kind: Any, value: Any, entry: str) -> None:
     _read(kind, value, entry, complete=True)
 
 
-@cache  # and those below: what types hold is asked for every number of a file, and typing takes long to tell
+@cache  # as below: typing takes long to tell what types consist of, and files hold many values of few types
 def _parts(kind: Any) -> tuple[Any, tuple[Any, ...]]:
     return get_origin(kind), get_args(kind)
 
@@ -152,10 +152,13 @@ def _read(kind: Any, value: Any, entry: str, complete: bool) -> Any:
             raise _mismatch(entry, value, "named values")
         return _read_fields(kind, value, entry, complete)
     if origin is list and isinstance(value, list):
-        return [_read(arguments[0], item, f"{entry}[{place}]", complete) for place, item in enumerate(value)]
+        (inner,) = arguments
+        if not _holds_others(inner) and all(map(_test(inner), value)):
+            return [*value]
+        return [_read(inner, item, f"{entry}[{place}]", complete) for place, item in enumerate(value)]
     if origin is dict and isinstance(value, Mapping):
         return {_read_key(key, entry): _read(arguments[1], value[key], _join(entry, key), complete) for key in value}
-    if not _fits(kind, value):
+    if not _test(kind)(value):
         raise _mismatch(entry, value, _words(kind, value))
     return value
 
@@ -188,7 +191,7 @@ def _read_union(kind: Any, value: Any, entry: str, complete: bool) -> Any:
 
 def _matches(kind: Any, value: Any) -> bool:
     if _parts(kind)[0] not in (list, dict):
-        return _fits(kind, value)
+        return _test(kind)(value)
     try:
         _read(kind, value, "", complete=False)
     except Mismatch:
@@ -197,24 +200,30 @@ def _matches(kind: Any, value: Any) -> bool:
 
 
 def _read_key(key: Any, entry: str) -> str:
-    if not _fits(str, key):
+    if not _test(str)(key):
         raise _mismatch(f"a name in {entry}" if entry else "a name", key, _words(str))
     return key
 
 
-def _fits(kind: Any, value: Any) -> bool:
-    """Whether a plain value is of a type that holds no others."""
+@cache
+def _holds_others(kind: Any) -> bool:
+    return _parts(kind)[0] in (Union, UnionType, list, dict) or dataclasses.is_dataclass(kind)
+
+
+@cache
+def _test(kind: Any) -> Callable[[Any], bool]:
+    """What tells whether a plain value is of a type that holds no others."""
     origin, arguments = _parts(kind)
     if origin is Annotated:
         base, limits = arguments
-        return _is_number(base, value) and limits.allows(value)
+        return lambda value: _is_number(base, value) and limits.allows(value)
     if origin is Literal:
-        return isinstance(value, str) and value in arguments
+        return lambda value: isinstance(value, str) and value in arguments
     if kind in (int, float):
-        return _is_number(kind, value) and FINITE.allows(value)
+        return lambda value: _is_number(kind, value) and FINITE.allows(value)
     if kind is str:
-        return isinstance(value, str) and not any("\ud800" <= letter <= "\udfff" for letter in value)
-    return kind is Any or isinstance(value, origin or kind)
+        return lambda value: isinstance(value, str) and not any("\ud800" <= letter <= "\udfff" for letter in value)
+    return lambda value: kind is Any or isinstance(value, origin or kind)
 
 
 def _is_number(kind: type, value: Any) -> bool:
