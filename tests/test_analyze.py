@@ -350,6 +350,7 @@ def photographs(tmp_path_factory):
             for name, module in list(sys.modules.items()):
                 if str(ROOT / "ImageNet") in str(getattr(module, "__file__", None)):
                     elsewhere.delitem(sys.modules, name)
+            elsewhere.setattr(analyze, "draw", lambda results, out: None)
             analyze.main([str(home / "run"), "--points", "2", "--grid", "--corruptions"])
         yield home / "run"
 

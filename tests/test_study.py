@@ -21,7 +21,7 @@ import study  # noqa: E402
 import sweep  # noqa: E402
 import tiny_imagenet  # noqa: E402
 
-from sparselearning import predict, report  # noqa: E402
+from sparselearning import analyze, predict, report  # noqa: E402
 from sparselearning.process import arguments  # noqa: E402
 from sparselearning.process.errors import FaultError, UsageError  # noqa: E402
 from sparselearning.training import flags  # noqa: E402
@@ -306,6 +306,7 @@ def test_an_experiment_runs_is_analysed_and_collected(tmp_path, monkeypatch, cap
     images = np.random.default_rng(0).integers(0, 255, (50_000, 8, 8, 3), dtype=np.uint8)
     np.savez(tmp_path / "all.npz", x_train=images, y_train=labels, x_test=images[:100], y_test=labels[:100])
     monkeypatch.setattr(study, "ROOT", tmp_path)
+    monkeypatch.setattr(analyze, "draw", lambda results, out: None)  # pictures that are not collected
 
     def execute(runs, *_):
         for run in runs:  # in this process, which has imported it all
@@ -315,7 +316,7 @@ def test_an_experiment_runs_is_analysed_and_collected(tmp_path, monkeypatch, cap
     monkeypatch.setattr(sweep, "execute", execute)
     small = study.Study(
         "--pre_train --cyclic_train --epochs 2 --cycle 1 --cycle_rate 0.5 --final-density 0.3 --final-prune-epoch 1 "
-        "--model cifar_resnet_8_4 --batch-size 100 --keep-tickets --execution masked",
+        "--model lenet-300-100 --batch-size 100 --keep-tickets --execution masked",
         {"main": study.Experiment(["rigl"], control=True)},
         seeds=(5, 6), subset=study.Subset("part", 100, images_per_class=10), kept=["main"],
     )  # fmt: skip

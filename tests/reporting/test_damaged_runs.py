@@ -100,7 +100,7 @@ def test_a_damaged_run_ends_the_command_with_one_sentence(tmp_path):
 def test_damaged_configurations_stop_a_sweep_and_a_resumed_run_or_do_no_harm(tmp_path):
     """A sweep compares flags with those of the folder; a run that goes on adds where it does."""
     folder = RunFolder(tmp_path / "rigl" / "seed7")
-    words = ["--pre_train", "--cyclic_train", "--data", "digits", "--final-density", "0.1"]
+    words = ["--pre_train", "--cyclic_train", "--data", "digits", "--model", "lenet-300-100", "--final-density", "0.1"]
     environment = {"commit": "abc1234", "versions": {"torch": "2.11"}, "device": "cpu: Fast", "threads": 2}
     args = main_suptickets.parse(sweep.planned("rigl", 7, words, tmp_path, control=False).flags)
     content = flags.values(args) | environment | {"resumed": [environment | {"commit": "def5678"}]}

@@ -70,10 +70,10 @@ def test_a_run_with_many_stops_equals_one_without(tmp_path, name):
         assert not different, f"stopped every {every}"
 
 
-@pytest.mark.parametrize(("dropout", "explore_rate"), [(0.0, None), (0.4, 0.4)])
-def test_a_stop_at_any_point_changes_nothing(tmp_path, dropout, explore_rate):
+@pytest.mark.parametrize(("dropout", "explore_rate", "tickets"), [(0.0, None, 1), (0.4, 0.4, 2)])
+def test_a_stop_at_any_point_changes_nothing(tmp_path, dropout, explore_rate, tickets):
     """Within an epoch, after its last batch, while evaluating, while re-estimating BatchNorm; in every epoch."""
-    plan = dataclasses.replace(PLAN, budget=EpochBudget(1, 1, 2), explore_rate=explore_rate)
+    plan = dataclasses.replace(PLAN, budget=EpochBudget(1, 1, tickets), explore_rate=explore_rate)
     settings = {"plan": plan, "dropout": dropout}
     counter = Signals()
     trainer = prepare(tmp_path / "whole", signals=counter, **settings)
@@ -93,7 +93,7 @@ def test_a_stop_at_any_point_changes_nothing(tmp_path, dropout, explore_rate):
 def test_cycles_alone_resume_as_well(tmp_path):
     first = prepare(tmp_path / "pretrained", dataclasses.replace(PLAN, cyclic_train=False), flags={"part": 1})
     first.run()
-    plan = dataclasses.replace(PLAN, pre_train=False, budget=EpochBudget(2, 1, 2))
+    plan = dataclasses.replace(PLAN, pre_train=False, budget=EpochBudget(2, 1, 1))
     counter = Signals()
     trainer = prepare(tmp_path / "whole", plan, signals=counter, resume=first.folder.path)
     whole = result(trainer, trainer.run())
