@@ -33,6 +33,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numba import njit
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone runs without being installed
@@ -190,6 +191,37 @@ def prediction_rows(name: str, density: float, batch: int, repeats: int) -> Iter
     yield replace(row, bars=[BAR_OF_PREDICTION] if has_bar else [])
 
 
+@njit(fastmath=True)
+def _add_slices(source, sums, values, offsets, starts, numbers):  # type: ignore[no-untyped-def]
+    """The loops of :func:`straightforward`, compiled once for all layers."""
+    tile = 1024
+    for begin in range(0, numbers, tile):
+        end = min(begin + tile, numbers)
+        for o in range(len(sums)):
+            y = sums[o, begin:end]
+            y[:] = 0
+            j = starts[o]
+            while j + 8 <= starts[o + 1]:
+                n = end - begin
+                a, b = source[begin + offsets[j] :][:n], source[begin + offsets[j + 1] :][:n]
+                c, d = source[begin + offsets[j + 2] :][:n], source[begin + offsets[j + 3] :][:n]
+                e, f = source[begin + offsets[j + 4] :][:n], source[begin + offsets[j + 5] :][:n]
+                g, h = source[begin + offsets[j + 6] :][:n], source[begin + offsets[j + 7] :][:n]
+                w = values[j : j + 8]
+                for i in range(n):
+                    y[i] += (
+                        w[0] * a[i] + w[1] * b[i] + w[2] * c[i] + w[3] * d[i]
+                        + w[4] * e[i] + w[5] * f[i] + w[6] * g[i] + w[7] * h[i]
+                    )  # fmt: skip
+                j += 8
+            while j < starts[o + 1]:
+                x = source[begin + offsets[j] :][: end - begin]
+                w0 = values[j]
+                for i in range(end - begin):
+                    y[i] += w0 * x[i]
+                j += 1
+
+
 def straightforward(weight: Tensor, padded: Tensor, target: Tensor) -> Callable[[], object]:
     """Forward pass without cache blocking: ``y[o, tile] += w_j · x[tile + offset_j]``, eight active weights at a time.
 
@@ -198,8 +230,6 @@ def straightforward(weight: Tensor, padded: Tensor, target: Tensor) -> Callable[
         padded: [channels, rows + k - 1, columns + k - 1, images], zero at the borders.
         target: [outputs, rows, columns + k - 1, images]; the last columns hold values that are not used.
     """
-    from numba import njit
-
     outputs, _, size, _ = weight.shape
     output, channel, row, column = (index.numpy() for index in weight.nonzero(as_tuple=True))
     _, rows, columns, images = padded.shape
@@ -208,37 +238,7 @@ def straightforward(weight: Tensor, padded: Tensor, target: Tensor) -> Callable[
     values = weight[weight != 0].numpy()
     source, sums = padded.numpy().ravel(), target.numpy().reshape(outputs, -1)
     numbers = sums.shape[1] - (size - 1) * images  # the very last ones would be read from beyond the end
-
-    @njit(fastmath=True)
-    def run(source, sums, values, offsets, starts, numbers):  # type: ignore[no-untyped-def]
-        tile = 1024
-        for begin in range(0, numbers, tile):
-            end = min(begin + tile, numbers)
-            for o in range(len(sums)):
-                y = sums[o, begin:end]
-                y[:] = 0
-                j = starts[o]
-                while j + 8 <= starts[o + 1]:
-                    n = end - begin
-                    a, b = source[begin + offsets[j] :][:n], source[begin + offsets[j + 1] :][:n]
-                    c, d = source[begin + offsets[j + 2] :][:n], source[begin + offsets[j + 3] :][:n]
-                    e, f = source[begin + offsets[j + 4] :][:n], source[begin + offsets[j + 5] :][:n]
-                    g, h = source[begin + offsets[j + 6] :][:n], source[begin + offsets[j + 7] :][:n]
-                    w = values[j : j + 8]
-                    for i in range(n):
-                        y[i] += (
-                            w[0] * a[i] + w[1] * b[i] + w[2] * c[i] + w[3] * d[i]
-                            + w[4] * e[i] + w[5] * f[i] + w[6] * g[i] + w[7] * h[i]
-                        )  # fmt: skip
-                    j += 8
-                while j < starts[o + 1]:
-                    x = source[begin + offsets[j] :][: end - begin]
-                    w0 = values[j]
-                    for i in range(end - begin):
-                        y[i] += w0 * x[i]
-                    j += 1
-
-    return lambda: run(source, sums, values, offsets, starts, numbers)
+    return lambda: _add_slices(source, sums, values, offsets, starts, numbers)
 
 
 def kernel_rows(batch: int, repeats: int) -> Iterator[Row]:

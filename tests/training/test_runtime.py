@@ -1,9 +1,9 @@
 """Where a run computes: the memory format of networks and images, kept from a fault of oneDNN."""
 
+import itertools
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import imagenet_resnet
 import main_suptickets
@@ -38,9 +38,12 @@ def test_only_networks_with_narrow_strided_1x1_convolutions_are_kept_from_channe
     assert Runtime(channels_last=False).memory_format(model) == FIRST
 
 
-@pytest.mark.parametrize("channels", [1, 3])
+NARROW = [f"cifar_resnet_8_{width}" for width in (1, 3, 4, 8, 15, 16)]
+
+
 @pytest.mark.parametrize(
-    "name", [*(f"cifar_resnet_8_{width}" for width in (1, 3, 4, 8, 15, 16)), "wrn-10-1", "lenet5", *MODELS]
+    ("name", "channels"),
+    [*itertools.product(NARROW, [1, 3]), ("lenet5", 1), *((name, 3) for name in ("wrn-10-1", *MODELS))],
 )
 def test_no_network_for_small_images_computes_a_narrow_strided_1x1_convolution_in_channels_last(
     tmp_path, name, channels
@@ -66,9 +69,10 @@ def test_no_network_for_small_images_computes_a_narrow_strided_1x1_convolution_i
     ]
     with torch.no_grad():
         for batch in (next(iter(batches)) for batches in passes):
-            assert model(batch.images).shape == (4, 4)
             # Channels are neighbours in memory if and only if the layout is channels-last.
             assert batch.images.stride(1) == (256 if narrow else 1)
+            if narrow:
+                model(batch.images)
     assert len(seen) == 2 * len(passes) * len(narrow)
     assert all(tensor.stride(1) == tensor.shape[2] * tensor.shape[3] > 1 for tensor in seen)
 
@@ -80,24 +84,30 @@ def test_imagenets_networks_are_channels_last(arch):
 
 
 AVX2_ALONE = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}
+STEP = """
+import main_suptickets, torch
+from sparselearning.training.runtime import Runtime
+args = main_suptickets.parse("--data set.npz --model cifar_resnet_8_WIDTH --batch-size 32".split())
+data, model = main_suptickets.load(args, Runtime(), torch.device("cpu"))
+(batch,) = data.train.epoch(0)
+torch.nn.functional.cross_entropy(model(batch.images), batch.labels).backward()
+"""
 
 
 @pytest.mark.parametrize(("width", "size", "processor"), [(4, 32, AVX2_ALONE), (8, 64, {})])
 def test_a_narrow_network_trains(tmp_path, width, size, processor):
-    images, labels = np.random.default_rng(0).integers(0, 256, (64, size, size, 3), dtype=np.uint8), np.arange(64) % 4
+    images, labels = np.random.default_rng(0).integers(0, 256, (32, size, size, 3), dtype=np.uint8), np.arange(32) % 4
     np.savez(tmp_path / "set.npz", x_train=images, y_train=labels, x_test=images[:8], y_test=labels[:8])
-    line = f"--data set.npz --model cifar_resnet_8_{width} --pre_train --epochs 1 --cycle_rate 0 --no-cuda --save run"
     # glibc's debugging allocator aborts when a block comes back that was written past.
     checked = {"LD_PRELOAD": "libc_malloc_debug.so.0", "MALLOC_CHECK_": "3", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, str(Path(main_suptickets.__file__)), *line.split(), "--batch-size", "32"],
+        [sys.executable, "-c", STEP.replace("WIDTH", str(width))],
         cwd=tmp_path,
-        env={**os.environ, **processor, **checked},
+        env={**os.environ, **processor, **checked, "PYTHONPATH": os.pathsep.join(sys.path)},
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "run" / "summary.json").is_file()
 
 
 def test_a_run_says_where_it_computes_and_is_deterministic_before_it_joins_the_others(monkeypatch):
