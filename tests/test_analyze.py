@@ -37,7 +37,7 @@ IMAGENET_FLAGS = shlex.split(
     "--cyclic_train --bn_update --pretrain_epoch 1 --cyclic_epochs 1 --cycle 1 --keep-tickets --execution masked"
 )
 RUN_FLAGS = shlex.split(
-    f"--model cifar_resnet_8_4 --epochs 3 --cycle 1 --cycle_rate 0.67 --batch-size 64 --test-batch-size 64 --lr 0.05 "
+    f"--model cifar_resnet_8_4 --epochs 3 --cycle 1 --cycle_rate 0.67 --batch-size 16 --test-batch-size 16 --lr 0.05 "
     f"--sparse --method GraNet --init-density 0.5 --final-density {DENSITY} --final-prune-epoch 1 --update-frequency 4 "
     f"--pre_train --cyclic_train --re_explore --large-death-rate 0.5 --cyc_lr --lr_1 0.01 --lr_2 0.05 --update_bn "
     f"--CIMA_factor {FACTOR} --keep-tickets --workers 1 --no-cuda --seed 5 --execution masked"
@@ -53,7 +53,7 @@ def run_flags(tmp_path_factory):
     data = tmp_path_factory.mktemp("data") / "digits.npz"
     images, labels = load_digits(return_X_y=True)
     images = (255 / 16 * images).astype(np.uint8).reshape(-1, 8, 8)
-    np.savez(data, x_train=images[:320], y_train=labels[:320], x_test=images[320:448], y_test=labels[320:448])
+    np.savez(data, x_train=images[:80], y_train=labels[:80], x_test=images[80:112], y_test=labels[80:112])
     return [*RUN_FLAGS, "--data", str(data)]
 
 
@@ -222,8 +222,8 @@ def test_a_greedy_run_is_superposed_again_to_the_bit(greedy, by_held_out):
 
 def test_choices_are_made_on_held_out_images_and_measured_on_the_test_set(greedy, by_held_out, capsys):
     by_test = analyse(greedy, "--grid", "--factors", "0.5", "--on", "test")
-    assert by_held_out["evaluated_on"] == {"part": "held-out part of the training set", "images": 64}
-    assert by_test["evaluated_on"] == {"part": "test set", "images": 128}
+    assert by_held_out["evaluated_on"] == {"part": "held-out part of the training set", "images": 16}
+    assert by_test["evaluated_on"] == {"part": "test set", "images": 32}
     assert by_test["same_as_run"], "the very choices of the run"
     summary = json.loads((greedy / "summary.json").read_text())
     assert accuracies(by_test)["superposition 2"] == summary["test_acc"]

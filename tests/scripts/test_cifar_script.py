@@ -149,7 +149,7 @@ def test_several_seeds_have_curves_of_their_own(script):
 
 def test_digits_are_learned(script):
     call = "--data digits --model lenet-300-100 --batch-size 64 --final-density 0.1 --update-frequency 10"
-    assert script(WHOLE_METHOD, call, "--save run") == 0
+    assert script(WHOLE_METHOD, call, "--execution masked --save run") == 0  # no kernels to compile
     summary = json.loads(Path("run/summary.json").read_text())
     total = 3072 * 300 + 300 * 100 + 100 * 10
     assert non_zeros(previous("run")["state_dict"], ["1.weight", "3.weight", "5.weight"]) == round(total * 0.1)
