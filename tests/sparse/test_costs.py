@@ -83,11 +83,12 @@ def test_weights_that_modules_use_without_calling_a_layer_are_found():
 
 @pytest.mark.parametrize("name", ["ResNet18", "ResNet50", "vgg11", "vgg-like", "wrn-16-8", "cifar_resnet_20", "lenet5"])
 def test_every_multiply_add_of_a_model_belongs_to_a_maskable_weight(name):
-    model = build_cifar_model(name, 10)
+    with torch.device("meta"):
+        model = build_cifar_model(name, 10).eval()
     layers = layer_flops(model, (3, 32, 32))
     assert set(layers) == set(maskable_parameters(model))
     with FlopCounterMode(display=False) as counter:
-        model.to("meta").eval()(torch.zeros(1, 3, 32, 32, device="meta"))
+        model(torch.zeros(1, 3, 32, 32, device="meta"))
     assert sum(layers.values()) == counter.get_total_flops()
 
 
@@ -134,7 +135,8 @@ def test_layer_densities_reads_weights_and_masks():
 @pytest.fixture(scope="module")
 def resnet50():
     """Dense FLOPs and shapes of ImageNet's ResNet-50: 53 convolutions and the classifier."""
-    model = build_imagenet_model("resnet50")
+    with torch.device("meta"):
+        model = build_imagenet_model("resnet50")
     shapes = {name: tuple(weight.shape) for name, weight in maskable_parameters(model).items()}
     return layer_flops(model, (3, 224, 224)), shapes
 
