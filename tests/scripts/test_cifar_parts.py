@@ -6,7 +6,19 @@ from pathlib import Path
 
 import pytest
 
-from helpers.cifar import BOTH, RUN_FILES, SPARSE, TOTAL, WHOLE_METHOD, maskable, non_zeros, outcome, previous
+from helpers.cifar import (
+    BOTH,
+    MODEL,
+    RUN_FILES,
+    SPARSE,
+    TOTAL,
+    WHOLE_METHOD,
+    maskable,
+    non_zeros,
+    outcome,
+    previous,
+    run_cifar,
+)
 from helpers.commands import one_sentence
 from helpers.comparing import lines, plain, tree, without_times
 from helpers.tensors import active
@@ -27,21 +39,28 @@ def test_pretraining_alone_does_its_part_only(script):
     assert [row["epoch"] for row in lines("run/metrics.jsonl")] == [0, 1]
 
 
-@pytest.mark.parametrize("source", ["pretrained", "pretrained/model_current.pth", "pretrained/checkpoint.pth"])
-def test_cycles_alone_after_pretraining_alone(script, source):
+@pytest.fixture(scope="module")
+def pretrained(data, tmp_path_factory):
+    """The folder of the first part of a run alone."""
+    folder = tmp_path_factory.mktemp("pretrained") / "run"
     pretraining = WHOLE_METHOD.replace("--cyclic_train", "")
+    assert run_cifar(f"--data {data} --model {MODEL} --batch-size 16 --lr 0.05 {pretraining} --save {folder}") == 0
+    return folder
+
+
+@pytest.mark.parametrize("source", ["", "model_current.pth", "checkpoint.pth"])
+def test_cycles_alone_after_pretraining_alone(script, pretrained, source):
     cycles = WHOLE_METHOD.replace("--pre_train", "") + " --keep-tickets"
-    assert script(pretraining, "--save pretrained") == 0
-    before = tree("pretrained")
-    assert script(cycles, "--save cycles --resume", source) == 0
-    assert tree("pretrained") == before
+    before = tree(pretrained)
+    assert script(cycles, "--save cycles --resume", pretrained / source) == 0
+    assert tree(pretrained) == before
     start = load_torch(Path("cycles/tickets/ticket_0.pth"))
-    trained = load_torch(Path("pretrained/model_current.pth"))
+    trained = load_torch(pretrained / "model_current.pth")
     assert plain(start["state_dict"]) == plain(trained["state_dict"])
     assert [row["epoch"] for row in lines("cycles/metrics.jsonl")] == [2, 3]
     assert len(lines("cycles/tickets.jsonl")) == 2
     assert non_zeros(previous("cycles")["state_dict"]) == round(TOTAL * 0.3)
-    summaries = [json.loads(Path(folder, "summary.json").read_text()) for folder in ("pretrained", "cycles")]
+    summaries = [json.loads(Path(folder, "summary.json").read_text()) for folder in (pretrained, "cycles")]
     assert summaries[0]["pretrain_acc"] == summaries[1]["pretrain_acc"]
 
 
@@ -67,11 +86,10 @@ def test_cycles_alone_do_not_overwrite_the_run_that_they_start_from(script):
     assert checkpoint in [path.read_bytes() for path in Path("saved_models").rglob("*.pth")]
 
 
-def test_cycles_alone_go_on_from_cycles_alone(script):
+def test_cycles_alone_go_on_from_cycles_alone(script, pretrained):
     """The same flags, from a run that has just these: its weights are the start, not its end the result."""
     cycles = WHOLE_METHOD.replace("--pre_train", "") + " --keep-tickets"
-    assert script(WHOLE_METHOD.replace("--cyclic_train", ""), "--save pretrained") == 0
-    assert script(cycles, "--save first --resume pretrained") == 0
+    assert script(cycles, "--save first --resume", pretrained) == 0
     assert script(cycles, "--save second --resume first") == 0
     start = load_torch(Path("second/tickets/ticket_0.pth"))["state_dict"]
     assert plain(start) == plain(load_torch(Path("first/model_current.pth"))["state_dict"])
@@ -110,7 +128,7 @@ def test_cycles_alone_from_bare_weights_come_after_the_pruning_window(script):
     ],
 )
 def test_gradual_pruning_that_does_not_get_to_its_end_is_told(script, capsys, call, told):
-    assert script(BOTH, SPARSE, call, "--save run") == 0
+    assert script(BOTH, SPARSE, call, "--show-layers") == 0
     assert capsys.readouterr().err.count("does not get to density 0.3") == told
 
 

@@ -24,10 +24,8 @@ from sparselearning.training.engine import Trainer
     [
         (1, signal.SIGTERM, 143, "sgd"),
         (5, signal.SIGINT, 130, "sgd"),
-        (5, signal.SIGINT, 130, "adam"),
         (6, signal.SIGTERM, 143, "sgd"),  # the last step of pre-training
         (9, signal.SIGINT, 130, "adam"),  # the last step of the first cycle
-        (11, signal.SIGTERM, 143, "sgd"),
         (11, signal.SIGHUP, 129, "sgd"),
         (11, signal.SIGTERM, 143, "adam"),
     ],

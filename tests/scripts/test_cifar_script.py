@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 from pathlib import Path
 
 import cifar_data
@@ -94,8 +95,8 @@ def test_an_earlier_run_of_the_same_name_is_kept(script, capsys):
 
 
 @pytest.mark.parametrize("call", ["", "--resume run", "--lr 0.3"])
-def test_a_folder_that_a_run_is_using_is_refused_and_left_alone(script, capsys, call):
-    assert script(WHOLE_METHOD, "--save run") == 0
+def test_a_folder_that_a_run_is_using_is_refused_and_left_alone(script, undisturbed, capsys, call):
+    shutil.copytree(undisturbed["sgd"], "run")
     with RunFolder(Path("run")).in_use():
         before = tree("run")
         assert script(WHOLE_METHOD, "--save run", call) == 1
@@ -106,9 +107,9 @@ def test_a_folder_that_a_run_is_using_is_refused_and_left_alone(script, capsys, 
     assert ".lock" not in os.listdir("run")
 
 
-def test_a_folder_is_in_use_while_its_run_goes_on(script, monkeypatch):
+def test_a_folder_is_in_use_while_its_run_goes_on(script, undisturbed, monkeypatch):
     """After an earlier run moved aside, too: then nobody else may write there, or move it."""
-    assert script(WHOLE_METHOD, "--save run") == 0
+    shutil.copytree(undisturbed["sgd"], "run")
     seen = []
 
     def look(self):
@@ -189,10 +190,9 @@ def test_superpositions_can_be_recomputed_from_the_kept_tickets(script, averagin
     assert plain(load_torch(Path("run/model_current.pth"))["state_dict"]) == plain(tickets[-1])
 
 
-def test_tickets_do_not_depend_on_how_they_are_superposed(script):
-    assert script(WHOLE_METHOD, "--save a") == 0
+def test_tickets_do_not_depend_on_how_they_are_superposed(script, undisturbed):
     assert script(WHOLE_METHOD.replace("--update_bn", ""), "--superposing_method CAA --save b") == 0
-    a, b = outcome("a"), outcome("b")
+    a, b = outcome(undisturbed["sgd"]), outcome("b")
     assert a["current"] == b["current"]
     assert a["summary"]["ticket_acc"] == b["summary"]["ticket_acc"]
     assert a["previous"] != b["previous"]
