@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import main_suptickets
+import numpy as np
 import pytest
 import torch
 
@@ -19,21 +20,60 @@ from helpers.processes import MULTIPROC, ROOT, marked_processes, on_linux, start
 from sparselearning.process.files import load_torch
 from sparselearning.training.run_folder import RunFolder
 
-# Batches of 65 cannot be halved: each step has shares of 32 and 33 images. LeNet has neither BatchNorm nor dropout.
-DIGITS = shlex.split(
-    "--no-cuda --data digits --model lenet-300-100 --sparse --pre_train --cyclic_train --re_explore --cyc_lr "
-    "--lr_1 0.01 --lr_2 0.02 --method GraNet --growth gradient --init-density 0.5 --final-density 0.1 "
-    "--final-prune-epoch 2 --seed 5 --update-frequency 7 --epochs 6 --cycle 2 --cycle_rate 0.7 --batch-size 65 "
-    "--test-batch-size 101 --lr 0.02 --large-death-rate 0.3"
+# Batches of 9 cannot be halved: each step has shares of 4 and 5 images. LeNet has neither BatchNorm nor dropout.
+FLAGS = shlex.split(
+    "--no-cuda --model lenet-300-100 --sparse --pre_train --cyclic_train --re_explore --cyc_lr --lr_1 0.02 --lr_2 0.05 "
+    "--method GraNet --growth gradient --init-density 0.5 --final-density 0.2 --final-prune-epoch 2 --seed 5 "
+    "--update-frequency 3 --epochs 6 --cycle 2 --cycle_rate 0.7 --batch-size 9 --test-batch-size 5 --lr 0.05 "
+    "--large-death-rate 0.3 --execution masked"
 )
-CIFAR = [ROOT / "CIFAR" / "main_suptickets.py", *DIGITS]
+STEPS = 9  # of an epoch
+SCRIPT = ROOT / "CIFAR" / "main_suptickets.py"
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
+
+WAITING = """
+import os, runpy, signal, sys
+from sparselearning.process import distributed
+from sparselearning.training.engine import Trainer
+
+signals, noticed = os.pipe()
+os.set_blocking(noticed, False)
+signal.set_wakeup_fd(noticed)
+epoch, train_batch = int(sys.argv[1]), Trainer.train_batch
+
+def wait_and_train(trainer, batch):
+    last_rank = distributed.rank() + 1 == distributed.world_size()
+    if last_rank and (trainer.at.epoch, trainer.at.batch) == (epoch, 1):
+        os.read(signals, 1)
+    train_batch(trainer, batch)
+
+Trainer.train_batch = wait_and_train
+sys.argv = sys.argv[2:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
 
 
 @pytest.fixture(scope="module")
-def undisturbed_cifar(ranks, tmp_path_factory):
+def flags(tmp_path_factory):
+    """Flags of the runs, on images in four colours that take no time to learn."""
+    path, rng, labels = tmp_path_factory.mktemp("data") / "colours.npz", np.random.default_rng(0), np.arange(110) % 4
+    images = rng.integers(0, 96, (110, 8, 8, 3), dtype=np.uint8)
+    images[np.arange(110), :, :, labels % 3] += 80
+    images[labels == 3] += 70
+    np.savez(path, x_train=images[:80], y_train=labels[:80], x_test=images[80:], y_test=labels[80:])
+    return [*FLAGS, "--data", str(path)]
+
+
+def waiting_run(home, epoch, flags):
+    """The words of a run whose last rank waits in an epoch, after one batch, until it gets a signal."""
+    (home / "waiting.py").write_text(WAITING)
+    return [home / "waiting.py", str(epoch), SCRIPT, *flags]
+
+
+@pytest.fixture(scope="module")
+def undisturbed_cifar(ranks, flags, tmp_path_factory):
     folder = tmp_path_factory.mktemp("cifar") / "undisturbed"
-    ranks(main_suptickets.main, [*DIGITS, "--save", str(folder)])
+    ranks(main_suptickets.main, [*flags, "--save", str(folder)])
     return folder
 
 
@@ -41,9 +81,9 @@ def is_close(value, other, rel):
     return value == (pytest.approx(other, rel=rel) if isinstance(other, float) else other)
 
 
-def test_cifar_in_two_processes_equals_one(undisturbed_cifar, tmp_path):
+def test_cifar_in_two_processes_equals_one(flags, undisturbed_cifar, tmp_path):
     """But for rounding, which on some processors decides between two weights that are nearly as large in a cycle."""
-    main_suptickets.main([*DIGITS, "--save", str(tmp_path)])
+    main_suptickets.main([*flags, "--save", str(tmp_path)])
     alone, together = results(tmp_path), results(undisturbed_cifar)
     assert alone.keys() == together.keys()
     for name, value in alone.items():
@@ -59,21 +99,10 @@ def test_cifar_in_two_processes_equals_one(undisturbed_cifar, tmp_path):
     assert json.loads((undisturbed_cifar / "config.json").read_text())["world_size"] == 2
 
 
-def test_two_processes_compute_with_active_weights_as_with_masks(ranks, tmp_path):
-    pytest.importorskip("numba")
-    flags = "--model lenet5 --method DST --init-density 0.3 --final-density 0.3 --epochs 2 --cycle 1 --cycle_rate 0"
-    losses = {}
-    for execution in ("sparse", "masked"):
-        folder = tmp_path / execution
-        ranks(main_suptickets.main, [*DIGITS, *flags.split(), "--execution", execution, "--save", str(folder)])
-        losses[execution] = [row["train_loss"] for row in lines(folder / "metrics.jsonl")]
-    assert losses["sparse"] == pytest.approx(losses["masked"], rel=1e-3)
-    assert losses["sparse"] != losses["masked"]  # they do compute in another order
-
-
-def test_cifar_stops_on_sigterm_to_the_launcher_and_resumes_exactly(ranks, undisturbed_cifar, tmp_path):
+def test_cifar_stops_on_sigterm_to_the_launcher_and_resumes_exactly(ranks, flags, undisturbed_cifar, tmp_path):
     folder, log = tmp_path / "run", tmp_path / "log"
-    with started([*MULTIPROC, "--nproc_per_node", "2", *CIFAR, "--save", folder], log) as launcher:
+    words = [*waiting_run(tmp_path, 4, flags), "--save", folder]
+    with started([*MULTIPROC, "--nproc_per_node", "2", *words], log) as launcher:
         wait_until(lambda: len(lines(folder / "metrics.jsonl")) == 4 or launcher.poll() is not None)
         launcher.terminate()
         assert launcher.wait(60) == 143
@@ -82,16 +111,16 @@ def test_cifar_stops_on_sigterm_to_the_launcher_and_resumes_exactly(ranks, undis
     assert list(folder.rglob("*.partial")) == []
     stopped = load_torch(folder / "checkpoint.pth")
     assert stopped["epoch"] == 4
-    assert 0 < stopped["batch"] < 18  # in the middle of the second cycle's first epoch
-    ranks(main_suptickets.main, [*DIGITS, "--save", str(folder), "--resume", str(folder)])
+    assert 0 < stopped["batch"] < STEPS  # in the middle of the second cycle's first epoch
+    ranks(main_suptickets.main, [*flags, "--save", str(folder), "--resume", str(folder)])
     assert_identical(results(folder), results(undisturbed_cifar))
 
 
 @on_linux
-def test_torchrun_that_is_killed_leaves_no_rank_and_a_checkpoint(tmp_path):
+def test_torchrun_that_is_killed_leaves_no_rank_and_a_checkpoint(flags, tmp_path):
     """One rank will do: that two stop at the same batch is seen above."""
     folder, log = tmp_path / "run", tmp_path / "log"
-    with started([*TORCHRUN, "1", *CIFAR, "--save", folder, "--epochs", "400"], log) as launcher:
+    with started([*TORCHRUN, "1", *waiting_run(tmp_path, 1, flags), "--save", folder], log) as launcher:
         wait_until(lambda: lines(folder / "metrics.jsonl") or launcher.poll() is not None)
         launcher.kill()
         launcher.wait()
@@ -115,11 +144,12 @@ def rank_processes(launcher):
 
 
 @pytest.fixture(scope="module")
-def killed(tmp_path_factory):
+def killed(flags, tmp_path_factory):
     """A run whose rank 1 is killed after its first epoch: folder, exit status, seconds that it took, output."""
     home = tmp_path_factory.mktemp("killed")
     folder, log = RunFolder(home / "run"), home / "log"
-    with started([*MULTIPROC, "--nproc_per_node", "2", *CIFAR, "--save", folder.path], log) as launcher:
+    words = [*waiting_run(home, 1, flags), "--save", folder.path]
+    with started([*MULTIPROC, "--nproc_per_node", "2", *words], log) as launcher:
         wait_until(lambda: folder.checkpoint.exists() or launcher.poll() is not None)
         os.kill(rank_processes(launcher)[1], signal.SIGKILL)
         began = time.monotonic()
@@ -133,7 +163,7 @@ def test_a_killed_rank_takes_the_job_down(killed):
     printed = log.read_text()
     assert status != 0
     assert seconds < 60
-    assert f"process 1 of {CIFAR[0]} failed with exit code -9" in printed
+    assert f"process 1 of {log.with_name('waiting.py')} failed with exit code -9" in printed
     assert "Traceback" not in printed
     assert 1 <= len(lines(folder.metrics)) < 6
     wait_until(lambda: not marked_processes(log), 30)
@@ -156,16 +186,16 @@ def test_a_killed_rank_leaves_whole_files(killed):
 
 
 @on_linux
-def test_a_killed_run_resumes_exactly(ranks, undisturbed_cifar, killed):
+def test_a_killed_run_resumes_exactly(ranks, flags, undisturbed_cifar, killed):
     folder = killed[0].path
-    ranks(main_suptickets.main, [*DIGITS, "--save", str(folder), "--resume", str(folder)])
+    ranks(main_suptickets.main, [*flags, "--save", str(folder), "--resume", str(folder)])
     assert_identical(results(folder), results(undisturbed_cifar))
 
 
-def test_cifar_with_another_number_of_processes_is_refused(undisturbed_cifar, tmp_path, capsys):
+def test_cifar_with_another_number_of_processes_is_refused(flags, undisturbed_cifar, tmp_path, capsys):
     folder = undisturbed_cifar
     before = {path: path.read_bytes() for path in folder.iterdir()}
-    resume = [*DIGITS, "--save", str(tmp_path / "run"), "--resume", str(folder)]
+    resume = [*flags, "--save", str(tmp_path / "run"), "--resume", str(folder)]
     assert exit_code(lambda: main_suptickets.main(resume)) == 2
     assert re.search(r"written by 2 processes: resume with as many, not 1\n$", capsys.readouterr().err)
     assert not (tmp_path / "run").exists()
@@ -175,5 +205,5 @@ def test_cifar_with_another_number_of_processes_is_refused(undisturbed_cifar, tm
 def test_cifar_on_all_gpus_needs_one(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.delenv("LOCAL_RANK", raising=False)
-    assert exit_code(lambda: main_suptickets.main([*DIGITS, "--mgpu"])) == 2
+    assert exit_code(lambda: main_suptickets.main([*FLAGS, "--mgpu"])) == 2
     assert "--mgpu uses all GPUs" in capsys.readouterr().err
