@@ -52,6 +52,7 @@ class Ranks:
 def join_group(rank, port):
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.fsync = lambda descriptor: None  # files are written as ever, but for the wait until the disk has them
     torch.set_num_threads(1)
     assert distributed.start(use_cuda=False) == CPU
 

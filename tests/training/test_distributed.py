@@ -294,11 +294,11 @@ UNEVEN = [(0, 4), (4, 9), (9, 16)], [(16, 25)]
 ONE_SIDED = [(0, 12), (12, 25)], []
 
 
-def toy_trainer(folder, *, resume=None, shares=UNEVEN, stop_signal=lambda: 0):
+def toy_trainer(folder, *, resume=None, shares=UNEVEN, stop_signal=lambda: 0, dropout=0.3, execution="masked"):
     """The whole method, small: 2 epochs of pre-training, 2 cycles of 2, with BatchNorm and dropout."""
     seed_everything(3)
     model = nn.Sequential(
-        nn.Conv2d(1, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Flatten(), nn.Dropout(0.3), nn.Linear(96, 4)
+        nn.Conv2d(1, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Flatten(), nn.Dropout(dropout), nn.Linear(96, 4)
     )
     train = TensorLoader(
         IMAGES, LABELS, mean=np.array([128.0]), std=np.array([64.0]), batch_size=7, seed=3,
@@ -323,7 +323,7 @@ def toy_trainer(folder, *, resume=None, shares=UNEVEN, stop_signal=lambda: 0):
         ),
         plan,
         experiment.SparseTraining(masking),
-        Runtime(use_cuda=False, amp="off"),
+        Runtime(use_cuda=False, amp="off", execution=execution),
         experiment.Output(RunFolder(folder), {}, resume=resume),
         stop_signal,
     )
@@ -375,7 +375,7 @@ def undisturbed_toy(ranks, tmp_path_factory):
 
 # The run looks 40 times: an epoch at its 4 training batches and 1 evaluation batch, a superposition at 4 batches for
 # BatchNorm and 1 of evaluation (looks 20 to 24 and 35 to 39).
-@pytest.mark.parametrize("stop_after", [0, 4, 9, 12, 18, 19, 21, 23, 24, 31, 37, 38])
+@pytest.mark.parametrize("stop_after", [0, 4, 9, 12, 18, 19, 21, 24, 31, 38])
 def test_a_stop_on_one_rank_stops_both_at_the_same_batch_and_resumes_exactly(
     ranks, undisturbed_toy, stop_after, tmp_path
 ):
@@ -391,6 +391,19 @@ def test_the_ranks_of_a_run_end_with_the_same_networks_and_metrics(undisturbed_t
     (_, ours, *our_rows), (_, theirs, *their_rows) = undisturbed_toy
     assert_same_arrays(ours, theirs)
     assert our_rows == their_rows
+
+
+def losses(folder, execution):
+    trainer = toy_trainer(folder, dropout=0, execution=execution)  # dropout draws in the order of memory
+    trainer.run()
+    return [loss for row in trainer.measurements.results.metrics for loss in (row.train_loss, row.eval_loss)]
+
+
+def test_two_processes_compute_with_active_weights_as_with_masks(ranks, tmp_path):
+    pytest.importorskip("numba")
+    sparse, masked = (ranks(losses, tmp_path / execution, execution)[0] for execution in ("sparse", "masked"))
+    assert sparse == pytest.approx(masked, rel=1e-5)
+    assert sparse != masked  # they do compute in another order
 
 
 def test_a_checkpoint_of_two_processes_is_refused_by_one(ranks, tmp_path):
