@@ -131,9 +131,33 @@ def check_entry(kind: Any, value: Any, entry: str) -> None:
     _read(kind, value, entry, complete=True)
 
 
-@cache  # as below: typing takes long to tell what types consist of, and files hold many values of few types
-def _parts(kind: Any) -> tuple[Any, tuple[Any, ...]]:
-    return get_origin(kind), get_args(kind)
+@cache  # typing takes long to tell it, and files hold many values of few types
+def _parts(kind: Any) -> tuple[Any, tuple[Any, ...], Callable[[Any], bool] | None]:
+    """Origin and arguments of a type; and what tells whether a value is of it, unless it holds others."""
+    origin, arguments = get_origin(kind), get_args(kind)
+    holds_others = origin in (Union, UnionType, list, dict) or dataclasses.is_dataclass(kind)
+    return origin, arguments, None if holds_others else _test(kind, origin, arguments)
+
+
+def _test(kind: Any, origin: Any, arguments: tuple[Any, ...]) -> Callable[[Any], bool]:
+    if origin is Annotated:
+        base, limits = arguments
+        return lambda value: _is_number(base, value) and limits.allows(value)
+    if origin is Literal:
+        return lambda value: isinstance(value, str) and value in arguments
+    if kind in (int, float):
+        return lambda value: _is_number(kind, value) and FINITE.allows(value)
+    if kind is str:
+        return _is_text
+    return lambda value: kind is Any or isinstance(value, origin or kind)
+
+
+def _is_number(kind: type, value: Any) -> bool:
+    return isinstance(value, int if kind is int else (int, float)) and not isinstance(value, bool)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and not any("\ud800" <= letter <= "\udfff" for letter in value)
 
 
 @cache
@@ -144,23 +168,26 @@ def _fields(kind: Any) -> list[tuple[dataclasses.Field, str, Any]]:
 
 
 def _read(kind: Any, value: Any, entry: str, complete: bool) -> Any:
-    origin, arguments = _parts(kind)
+    origin, arguments, is_one = _parts(kind)
+    if is_one:
+        if not is_one(value):
+            raise _mismatch(entry, value, _words(kind, value))
+        return value
     if origin in (Union, UnionType):
         return _read_union(kind, value, entry, complete)
-    if dataclasses.is_dataclass(kind):
-        if not isinstance(value, Mapping):
-            raise _mismatch(entry, value, "named values")
-        return _read_fields(kind, value, entry, complete)
     if origin is list and isinstance(value, list):
         (inner,) = arguments
-        if not _holds_others(inner) and all(map(_test(inner), value)):
+        is_one = _parts(inner)[2]
+        if is_one and all(map(is_one, value)):
             return [*value]
         return [_read(inner, item, f"{entry}[{place}]", complete) for place, item in enumerate(value)]
     if origin is dict and isinstance(value, Mapping):
         return {_read_key(key, entry): _read(arguments[1], value[key], _join(entry, key), complete) for key in value}
-    if not _test(kind)(value):
+    if origin in (list, dict):
         raise _mismatch(entry, value, _words(kind, value))
-    return value
+    if not isinstance(value, Mapping):
+        raise _mismatch(entry, value, "named values")
+    return _read_fields(kind, value, entry, complete)
 
 
 def _read_fields(kind: Any, value: Mapping[str, Any], entry: str, complete: bool) -> Any:
@@ -178,7 +205,7 @@ def _read_fields(kind: Any, value: Mapping[str, Any], entry: str, complete: bool
 
 
 def _read_union(kind: Any, value: Any, entry: str, complete: bool) -> Any:
-    _, kinds = _parts(kind)
+    kinds = get_args(kind)
     options = [option for option in kinds if option is not NoneType]
     if value is None and len(options) < len(kinds):
         return None
@@ -190,8 +217,8 @@ def _read_union(kind: Any, value: Any, entry: str, complete: bool) -> Any:
 
 
 def _matches(kind: Any, value: Any) -> bool:
-    if _parts(kind)[0] not in (list, dict):
-        return _test(kind)(value)
+    if is_one := _parts(kind)[2]:
+        return is_one(value)
     try:
         _read(kind, value, "", complete=False)
     except Mismatch:
@@ -200,34 +227,9 @@ def _matches(kind: Any, value: Any) -> bool:
 
 
 def _read_key(key: Any, entry: str) -> str:
-    if not _test(str)(key):
+    if not _is_text(key):
         raise _mismatch(f"a name in {entry}" if entry else "a name", key, _words(str))
     return key
-
-
-@cache
-def _holds_others(kind: Any) -> bool:
-    return _parts(kind)[0] in (Union, UnionType, list, dict) or dataclasses.is_dataclass(kind)
-
-
-@cache
-def _test(kind: Any) -> Callable[[Any], bool]:
-    """What tells whether a plain value is of a type that holds no others."""
-    origin, arguments = _parts(kind)
-    if origin is Annotated:
-        base, limits = arguments
-        return lambda value: _is_number(base, value) and limits.allows(value)
-    if origin is Literal:
-        return lambda value: isinstance(value, str) and value in arguments
-    if kind in (int, float):
-        return lambda value: _is_number(kind, value) and FINITE.allows(value)
-    if kind is str:
-        return lambda value: isinstance(value, str) and not any("\ud800" <= letter <= "\udfff" for letter in value)
-    return lambda value: kind is Any or isinstance(value, origin or kind)
-
-
-def _is_number(kind: type, value: Any) -> bool:
-    return isinstance(value, int if kind is int else (int, float)) and not isinstance(value, bool)
 
 
 def _words(kind: Any, value: Any = None) -> str:
