@@ -19,7 +19,7 @@ import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cache, partial
+from functools import cache, cached_property, partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -83,7 +83,7 @@ class Setting:
         """Training steps that are timed together: on a GPU many, which queue up as they do in a run."""
         return 20 if self.device.type == "cuda" else 1
 
-    @property
+    @cached_property
     def layout(self) -> torch.memory_format:
         """Memory format that a run gives the network and its images."""
         with torch.device("meta"):

@@ -132,8 +132,9 @@ def masks_of_a_plain_run(growth, prune, method):
     return layout_run(keep, growth, prune, method)[0].masks
 
 
-@pytest.mark.parametrize("growth", GROWTH)
-@pytest.mark.parametrize("method", ["DST", "GraNet", "GMP_uniform"])
+@pytest.mark.parametrize(
+    ("method", "growth"), [*itertools.product(["DST", "GraNet"], GROWTH), ("GMP_uniform", "gradient")]
+)
 @pytest.mark.parametrize("conversion", CONVERSIONS)
 def test_channels_last_models_are_masked_exactly(conversion, method, growth):
     for prune in PRUNE:
