@@ -1,6 +1,7 @@
 """README and docs/ keep their promises: links resolve, flags and figures are current, examples run as printed."""
 
 import json
+import os
 import re
 import runpy
 import shlex
@@ -105,11 +106,12 @@ def test_the_readmes_changes_to_its_line_make_the_published_lines():
 def not_installed(monkeypatch):
     """As if nobody had installed the library: no file of the clone is imported, and none would be found."""
     folders = {ROOT / folder for folder in (*FOLDERS, "sparselearning")}
+    within = tuple(f"{folder}{os.sep}" for folder in folders)
     before = dict(sys.modules)
 
     def forget():
         for name, module in list(sys.modules.items()):
-            if not folders.isdisjoint(Path(getattr(module, "__file__", None) or ".").parents):
+            if str(getattr(module, "__file__", None)).startswith(within):
                 del sys.modules[name]
 
     finders = [finder for finder in sys.meta_path if not finder.__module__.startswith("__editable__")]
