@@ -1,6 +1,7 @@
 """How commands end: one sentence and the right exit code, whatever stdout, stderr and the other ranks are like."""
 
 import io
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -10,12 +11,13 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
+from helpers.cifar import write_npz
 from helpers.commands import exit_code, one_sentence
 from helpers.processes import MULTIPROC, PATIENCE, ROOT, environment, finished, free_port, wait_until
 from sparselearning.process import distributed, launch
 from sparselearning.process.errors import UsageError
 from sparselearning.process.script import run_script
-from sparselearning.process.signals import stop_signals
+from sparselearning.process.signals import stop_signals, stop_with_parent
 
 CIFAR = ROOT / "CIFAR" / "main_suptickets.py"
 needs_dev_full = pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
@@ -179,24 +181,21 @@ def test_programs_that_import_the_library_keep_their_interrupts(tmp_path, words)
     assert ended.stdout == "True\n"
 
 
-ORPHAN = """
-import os, sys, time
-from sparselearning.process.signals import stop_signals, stop_with_parent
-if os.fork():
-    while not os.path.exists(sys.argv[1]):
-        time.sleep(0.02)
-    os._exit(0)
-stop_with_parent()
-with stop_signals() as received:
-    open(sys.argv[1], "w").close()
-    while not received():
-        time.sleep(0.02)
-os.rename(sys.argv[1], sys.argv[1] + f" and stopped by {received()}")
-"""
+def leave_an_orphan(began):
+    if os.fork():
+        wait_until(began.exists)
+        os._exit(0)
+    stop_with_parent()
+    with stop_signals() as received:
+        began.touch()
+        wait_until(received)
+    began.rename(f"{began} and stopped by {received()}")
 
 
 def test_a_process_whose_parent_is_gone_is_told_to_stop(tmp_path):
-    subprocess.run([sys.executable, "-c", ORPHAN, tmp_path / "began"], env=environment(), check=True, timeout=PATIENCE)
+    parent = multiprocessing.get_context("fork").Process(target=leave_an_orphan, args=(tmp_path / "began",))
+    parent.start()
+    parent.join(PATIENCE)
     wait_until((tmp_path / f"began and stopped by {signal.SIGTERM:d}").exists, 30)
 
 
@@ -221,15 +220,17 @@ import main_suptickets
 from sparselearning.process.script import run_script
 
 dist.destroy_process_group = lambda: time.sleep(600)  # NCCL's waits for ranks that wait for this one
-data = "nowhere.npz" if os.environ["RANK"] == "1" else "digits"
+data = "nowhere.npz" if os.environ["RANK"] == "1" else sys.argv[3]
 run_script(lambda: main_suptickets.main(["--no-cuda", "--pre_train", "--data", data, "--save", sys.argv[1]]))
 """
 
 
 def test_a_rank_that_fails_alone_ends_the_job_in_seconds(tmp_path):
     (tmp_path / "child.py").write_text(ONE_ASTRAY)
+    write_npz(tmp_path / "data.npz")
     command = [*MULTIPROC, "--nproc_per_node", "2", "--master_port", str(free_port()), tmp_path / "child.py"]
-    assert finished([*command, tmp_path / "run", CIFAR.parent], tmp_path / "log") == 2  # or it waits for 600 s
+    command += [tmp_path / "run", CIFAR.parent, tmp_path / "data.npz"]
+    assert finished(command, tmp_path / "log") == 2  # or it waits for 600 s
     log = (tmp_path / "log").read_text()
     assert "child.py: error: there is no data set or file 'nowhere.npz'" in log
     assert "Traceback" not in log
