@@ -44,12 +44,16 @@ def pytest_configure(config):
         raise pytest.UsageError("--gpu needs a GPU, and PyTorch sees none here")
 
 
-RANKS = ["test_imagenet_ranks", "test_cifar_ranks", "test_distributed"]
-"""Files of tests that ask the same two ``ranks``: these are started once for all."""
+TOGETHER = [
+    ["test_imagenet_ranks", "test_cifar_ranks", "test_distributed"],  # the two ``ranks``
+    ["test_image_workers", "test_imagenet_damage", "test_imagenet_data"],  # the server that image workers come from
+]
+"""Files of tests that share processes: these are started once for all."""
 LONGEST = [
-    *RANKS, "test_execution_kernels", "test_analyze", "test_imagenet_script", "test_execution_network", "test_study",
-    "test_cifar_resuming", "test_script", "test_benchmarks", "test_models", "test_resuming", "test_package",
-    "test_examples", "test_runtime", "test_launch", "test_damaged_runs", "test_damaged_files", "test_sweep",
+    *TOGETHER[0], "test_execution_kernels", "test_analyze", "test_imagenet_script", "test_execution_network",
+    "test_study", "test_cifar_resuming", "test_script", "test_benchmarks", "test_models", "test_resuming",
+    "test_package", "test_examples", "test_runtime", "test_launch", "test_damaged_runs", "test_damaged_files",
+    "test_sweep",
 ]  # fmt: skip
 """Files that take longest come first, so that all workers have something to do until the end."""
 
@@ -65,13 +69,13 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-    """``-n``: a file's tests stay in one worker, and with them the processes and runs that they share."""
+    """``-n``: tests that share processes and runs stay in one worker: those of a file, and some files."""
     from xdist.scheduler import LoadFileScheduling
 
     class Scheduling(LoadFileScheduling):
         def _split_scope(self, nodeid):
             file = super()._split_scope(nodeid)
-            return "ranks" if Path(file).stem in RANKS else file
+            return next((files[0] for files in TOGETHER if Path(file).stem in files), file)
 
     config.option.loadscopereorder = False  # or files of few tests, which start processes, would come last
     return Scheduling(config, log)

@@ -119,7 +119,7 @@ def check_images(model: nn.Module, shapes: Iterable[Sequence[int]]) -> None:
     copy = deepcopy(model).to("meta").eval()
     height = width = 0
     try:
-        for channels, height, width in shapes:
+        for channels, height, width in dict.fromkeys(map(tuple, shapes)):  # each once: it takes a while
             copy(torch.empty(1, channels, height, width, device="meta"))
     except Exception as error:  # networks raise errors of many kinds
         reason = first_line(error)

@@ -15,7 +15,7 @@ from imagenet_data import FolderLoader, ImageFiles
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from helpers.imagenet import SIZE, assert_same, load
-from helpers.processes import marked_processes, on_linux, wait_until
+from helpers.processes import PATIENCE, marked_processes, on_linux, wait_until
 from sparselearning.process.errors import FaultError
 
 
@@ -90,7 +90,7 @@ def process(image_folder):
 
 def told(process):
     """The next line that a process writes."""
-    assert select.select([process.stdout], [], [], 60)[0], "nothing after a minute"
+    assert select.select([process.stdout], [], [], PATIENCE)[0], f"nothing after {PATIENCE} seconds"
     return process.stdout.readline()
 
 

@@ -37,8 +37,9 @@ def unlink_target(path):
     path.symlink_to("nowhere.jpg")
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("damage", [truncate, empty, scramble, unlink_target])
+@pytest.mark.parametrize(
+    ("damage", "workers"), [(truncate, 0), (empty, 0), (scramble, 0), (unlink_target, 0), (unlink_target, 2)]
+)
 def test_a_damaged_image_is_named_once_left_out_and_counted(folder, damage, workers, capfd):
     bad = folder / "train" / "bee" / "2.jpg"  # image 10 of 32
     damage(bad)
