@@ -2,6 +2,7 @@
 
 import functools
 import math
+import re
 
 import imagenet_resnet
 import pytest
@@ -168,11 +169,14 @@ def assert_deviation(values, expected, what):
     assert abs(values.mean().item()) <= 5 * expected / math.sqrt(values.numel()), what
 
 
+DEEPER = ["ResNet34", "ResNet101"]  # of the same blocks as ResNet18 and ResNet50
+
+
 @pytest.mark.parametrize(
     ("name", "family"),
     [
-        *((name, "default") for name in ("ResNet18", "ResNet50", "vgg-like", "lenet-300-100", "lenet5")),
-        *[("vgg11", "vgg"), ("vgg16", "vgg")],
+        *((name, "default") for name in MODELS if name not in DEEPER and not re.fullmatch(r"vgg\d+", name)),
+        *((f"vgg{depth}", "vgg") for depth in (11, 16)),
         *[("cifar_resnet_20", "slim"), ("cifar_resnet_8_32", "slim"), ("wrn-16-4", "wide"), ("wrn-10-10", "wide")],
     ],
 )
