@@ -54,6 +54,7 @@ def out(tmp_path, monkeypatch):
     script = tmp_path / "stub.py"
     script.write_text(STUB)
     monkeypatch.setattr(sweep, "SCRIPT", script)
+    monkeypatch.setattr(sweep, "SECONDS_BETWEEN_LOOKS", 0.02)
     monkeypatch.setattr(sweep.report, "main", lambda argv: (tmp_path / "reported").write_text(json.dumps(argv)))
     out = tmp_path / "out"
     out.mkdir()
