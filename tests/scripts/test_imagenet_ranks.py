@@ -10,6 +10,7 @@ import pytest
 
 from helpers.comparing import assert_identical, lines, results
 from helpers.imagenet import TRAIN_IMAGES, VAL_IMAGES
+from helpers.narrow_networks import narrow_networks
 from helpers.processes import PATIENCE, finished, free_port
 from helpers.tensors import active
 from sparselearning.process.files import load_torch
@@ -33,10 +34,10 @@ EPOCHS = 3  # 2 of pre-training, then one cycle of 1
 QUICK = "--train-crop-size 32 --val-resize-size 40 --val-crop-size 32 --execution masked"
 
 
-def shrunk(name):
+def shrunk(name, network):
     """A published line with its numbers cut down to seconds of work, consistently, and a port that is free."""
     cut = {
-        "--arch resnet50 -c fanin": "--arch mobilenet_v3_small",
+        "--arch resnet50 -c fanin": network,
         "-b 64": "-b 2",
         "--epochs 100": f"--epochs {EPOCHS}",
         "--pretrain_epoch 92": "--pretrain_epoch 2",
@@ -63,8 +64,9 @@ def words_of(line, more=""):
 
 
 def run_script(folder, words):
-    """Run the script in a folder, in a process that is a rank already; return what it told on stderr."""
-    with pytest.MonkeyPatch.context() as context, contextlib.redirect_stderr(io.StringIO()) as told:
+    """Run the script in a folder, in a process that is a rank already, on a narrow network; what it told on stderr."""
+    told = io.StringIO()
+    with narrow_networks(), pytest.MonkeyPatch.context() as context, contextlib.redirect_stderr(told):
         context.chdir(folder)
         imagenet_main.main(words)
     return told.getvalue()
@@ -72,7 +74,7 @@ def run_script(folder, words):
 
 def on_ranks(ranks, home, name, *more):
     """Run a line's script on ranks that stand ready, without its launcher and workers; return what rank 0 told."""
-    words = words_of(shrunk(name), QUICK)
+    words = words_of(shrunk(name, "--arch resnet18 -c fanin"), QUICK)
     return ranks(run_script, home / "clone" / "ImageNet", [*words[words.index("main.py") + 1 :], "-j0", *more])[0]
 
 
@@ -128,7 +130,8 @@ def test_the_published_rigl_line_pasted_into_a_shell(home):
     It alone starts its launcher and the processes that decode images.
     """
     log = home / "Rigl.log"
-    shell = ["sh", "-c", 'python() { "$PYTHON" "$@"; }; ' + shrunk("Rigl"), "sh", "", QUICK]
+    line = shrunk("Rigl", "--arch mobilenet_v3_small")  # as it is, and quicker than a ResNet
+    shell = ["sh", "-c", 'python() { "$PYTHON" "$@"; }; ' + line, "sh", "", QUICK]
     assert finished(shell, log, home / "clone" / "ImageNet", 2 * PATIENCE) == 0, log.read_text()
     printed = log.read_text()
     assert f"note: {NOTES['Rigl']}" in printed
