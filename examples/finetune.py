@@ -55,7 +55,7 @@ def digits() -> tuple[Dataset, Dataset, int]:
     pixels, labels = load_digits(return_X_y=True)
     images = torch.tensor(pixels, dtype=torch.float32).view(-1, 1, 8, 8) / 8 - 1
     images = F.interpolate(images, size=(32, 32), mode="bilinear").repeat(1, 3, 1, 1)
-    parts = train_test_split(torch.arange(len(labels)), test_size=599, stratify=labels, random_state=args.seed)
+    parts = train_test_split(torch.arange(len(labels)), test_size=1 / 3, stratify=labels, random_state=args.seed)
     train, val = (TensorDataset(images[part], torch.tensor(labels)[part]) for part in parts)
     return train, val, 10
 

@@ -54,7 +54,7 @@ def test_a_language_model_is_superposed(example, monkeypatch):
 @pytest.mark.parametrize("data", ["digits", "folder"])
 def test_a_network_is_fine_tuned_to_a_density(example, tmp_path, monkeypatch, data):
     pixels, labels = load_digits(return_X_y=True)
-    few = pixels[: 599 + 128], labels[: 599 + 128]  # to evaluate on, and to train on
+    few = pixels[:192], labels[:192]  # two batches to train on, one to evaluate on
     monkeypatch.setattr(sklearn.datasets, "load_digits", lambda return_X_y: few)
     for part in ("train", "val"):
         write_images(tmp_path / part, classes=("ant", "bee"), per_class=2)
