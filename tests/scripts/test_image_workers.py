@@ -122,13 +122,14 @@ def raise_anything(image):
     raise RuntimeError("a mistake of one's own")
 
 
-@pytest.fixture
-def impatient(monkeypatch):
+@pytest.fixture(scope="module")
+def impatient():
     """PyTorch looks after its processes every second, not every five, while it waits for them, and at their end."""
-    monkeypatch.setattr(_MultiProcessingDataLoaderIter._try_get_data, "__defaults__", (1.0,))
-    monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 1.0)
-    yield
-    gc.collect()  # what a fault keeps alive
+    with pytest.MonkeyPatch.context() as context:
+        context.setattr(_MultiProcessingDataLoaderIter._try_get_data, "__defaults__", (1.0,))
+        context.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 1.0)
+        yield
+        gc.collect()  # what faults keep alive
 
 
 def loader_of(image_folder, view, device="cpu"):
