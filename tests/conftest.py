@@ -50,10 +50,9 @@ TOGETHER = [
 ]
 """Files of tests that share processes: these are started once for all."""
 LONGEST = [
-    *TOGETHER[0], "test_execution_kernels", "test_analyze", "test_imagenet_script", "test_execution_network",
-    "test_study", "test_cifar_resuming", "test_script", "test_benchmarks", "test_models", "test_resuming",
-    "test_package", "test_examples", "test_runtime", "test_launch", "test_damaged_runs", "test_damaged_files",
-    "test_sweep",
+    *TOGETHER[0], *TOGETHER[1], "test_execution_network", "test_execution_kernels", "test_cifar_resuming",
+    "test_analyze", "test_launch", "test_benchmarks", "test_imagenet_script", "test_models", "test_script",
+    "test_resuming", "test_predict", "test_sweep", "test_package",
 ]  # fmt: skip
 """Files that take longest come first, so that all workers have something to do until the end."""
 

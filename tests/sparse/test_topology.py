@@ -313,7 +313,7 @@ def any_layers(draw):
 @pytest.mark.parametrize("redistribution", REDISTRIBUTION)
 @pytest.mark.parametrize("growth", GROWTH)
 @pytest.mark.parametrize("prune", PRUNE)
-@settings(max_examples=6)
+@settings(max_examples=12)
 @given(layers=any_layers(), rate=RATES, threshold=st.sampled_from([0.0, 0.5, 1.0, 1e30]))
 def test_an_update_keeps_every_count(prune, growth, redistribution, layers, rate, threshold):
     before, between, after = update(layers, prune, growth, redistribution, rate, threshold)
