@@ -39,16 +39,16 @@ from sparselearning.training.engine import Trainer
 signals, noticed = os.pipe()
 os.set_blocking(noticed, False)
 signal.set_wakeup_fd(noticed)
-epoch, train_batch = int(sys.argv[1]), Trainer.train_batch
+train_batch = Trainer.train_batch
 
 def wait_and_train(trainer, batch):
     last_rank = distributed.rank() + 1 == distributed.world_size()
-    if last_rank and (trainer.at.epoch, trainer.at.batch) == (epoch, 1):
+    if last_rank and (trainer.at.epoch, trainer.at.batch) == (4, 1):
         os.read(signals, 1)
     train_batch(trainer, batch)
 
 Trainer.train_batch = wait_and_train
-sys.argv = sys.argv[2:]
+sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
@@ -64,10 +64,10 @@ def flags(tmp_path_factory):
     return [*FLAGS, "--data", str(path)]
 
 
-def waiting_run(home, epoch, flags):
-    """The words of a run whose last rank waits in an epoch, after one batch, until it gets a signal."""
+def waiting_run(home, flags):
+    """The words of a run whose last rank waits, after one batch of the second cycle, until it gets a signal."""
     (home / "waiting.py").write_text(WAITING)
-    return [home / "waiting.py", str(epoch), SCRIPT, *flags]
+    return [home / "waiting.py", SCRIPT, *flags]
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +101,7 @@ def test_cifar_in_two_processes_equals_one(flags, undisturbed_cifar, tmp_path):
 
 def test_cifar_stops_on_sigterm_to_the_launcher_and_resumes_exactly(ranks, flags, undisturbed_cifar, tmp_path):
     folder, log = tmp_path / "run", tmp_path / "log"
-    words = [*waiting_run(tmp_path, 4, flags), "--save", folder]
+    words = [*waiting_run(tmp_path, flags), "--save", folder]
     with started([*MULTIPROC, "--nproc_per_node", "2", *words], log) as launcher:
         wait_until(lambda: len(lines(folder / "metrics.jsonl")) == 4 or launcher.poll() is not None)
         launcher.terminate()
@@ -120,7 +120,7 @@ def test_cifar_stops_on_sigterm_to_the_launcher_and_resumes_exactly(ranks, flags
 def test_torchrun_that_is_killed_leaves_no_rank_and_a_checkpoint(flags, tmp_path):
     """One rank will do: that two stop at the same batch is seen above."""
     folder, log = tmp_path / "run", tmp_path / "log"
-    with started([*TORCHRUN, "1", *waiting_run(tmp_path, 1, flags), "--save", folder], log) as launcher:
+    with started([*TORCHRUN, "1", *waiting_run(tmp_path, flags), "--save", folder], log) as launcher:
         wait_until(lambda: lines(folder / "metrics.jsonl") or launcher.poll() is not None)
         launcher.kill()
         launcher.wait()
@@ -148,7 +148,7 @@ def killed(flags, tmp_path_factory):
     """A run whose rank 1 is killed after its first epoch: folder, exit status, seconds that it took, output."""
     home = tmp_path_factory.mktemp("killed")
     folder, log = RunFolder(home / "run"), home / "log"
-    words = [*waiting_run(home, 1, flags), "--save", folder.path]
+    words = [*waiting_run(home, flags), "--save", folder.path]
     with started([*MULTIPROC, "--nproc_per_node", "2", *words], log) as launcher:
         wait_until(lambda: folder.checkpoint.exists() or launcher.poll() is not None)
         os.kill(rank_processes(launcher)[1], signal.SIGKILL)
