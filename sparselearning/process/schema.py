@@ -132,14 +132,18 @@ def check_entry(kind: Any, value: Any, entry: str) -> None:
 
 
 @cache  # typing takes long to tell it, and files hold many values of few types
-def _parts(kind: Any) -> tuple[Any, tuple[Any, ...], Callable[[Any], bool] | None]:
-    """Origin and arguments of a type; and what tells whether a value is of it, unless it holds others."""
+def _parts(kind: Any) -> tuple[Any, Callable[[Any], bool] | None]:
+    """Origin of a type; and what tells whether a value is of it, unless it holds others.
+
+    Equal types share one entry, so that nothing here may depend on the order in which a union is written.
+    """
     origin, arguments = get_origin(kind), get_args(kind)
     holds_others = origin in (Union, UnionType, list, dict) or dataclasses.is_dataclass(kind)
-    return origin, arguments, None if holds_others else _test(kind, origin, arguments)
+    return origin, None if holds_others else _tester(kind, origin, arguments)
 
 
-def _test(kind: Any, origin: Any, arguments: tuple[Any, ...]) -> Callable[[Any], bool]:
+def _tester(kind: Any, origin: Any, arguments: tuple[Any, ...]) -> Callable[[Any], bool]:
+    """What tells whether a value is of a type that holds no others."""
     if origin is Annotated:
         base, limits = arguments
         return lambda value: _is_number(base, value) and limits.allows(value)
@@ -168,7 +172,7 @@ def _fields(kind: Any) -> list[tuple[dataclasses.Field, str, Any]]:
 
 
 def _read(kind: Any, value: Any, entry: str, complete: bool) -> Any:
-    origin, arguments, is_one = _parts(kind)
+    origin, is_one = _parts(kind)
     if is_one:
         if not is_one(value):
             raise _mismatch(entry, value, _words(kind, value))
@@ -176,13 +180,14 @@ def _read(kind: Any, value: Any, entry: str, complete: bool) -> Any:
     if origin in (Union, UnionType):
         return _read_union(kind, value, entry, complete)
     if origin is list and isinstance(value, list):
-        (inner,) = arguments
-        is_one = _parts(inner)[2]
+        (inner,) = get_args(kind)
+        is_one = _parts(inner)[1]
         if is_one and all(map(is_one, value)):
             return [*value]
         return [_read(inner, item, f"{entry}[{place}]", complete) for place, item in enumerate(value)]
     if origin is dict and isinstance(value, Mapping):
-        return {_read_key(key, entry): _read(arguments[1], value[key], _join(entry, key), complete) for key in value}
+        _, inner = get_args(kind)
+        return {_read_key(key, entry): _read(inner, value[key], _join(entry, key), complete) for key in value}
     if origin in (list, dict):
         raise _mismatch(entry, value, _words(kind, value))
     if not isinstance(value, Mapping):
@@ -217,7 +222,7 @@ def _read_union(kind: Any, value: Any, entry: str, complete: bool) -> Any:
 
 
 def _matches(kind: Any, value: Any) -> bool:
-    if is_one := _parts(kind)[2]:
+    if is_one := _parts(kind)[1]:
         return is_one(value)
     try:
         _read(kind, value, "", complete=False)
