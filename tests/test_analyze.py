@@ -334,7 +334,7 @@ def test_the_first_name_of_the_command_still_works_on_early_runs_too(run):
 def photographs(tmp_path_factory):
     """A run of the ImageNet script on generated images, and what the command made of it, called from elsewhere.
 
-    Python has yet to import the script then, and would not find it on its path.
+    The script is not imported then, nor on the path.
     """
     home = tmp_path_factory.mktemp("photographs")
     numbers = np.random.default_rng(0)

@@ -77,7 +77,7 @@ def run_figures(run: Run) -> dict[str, Figure]:
 
 
 def save(figure: Figure, stem: Path) -> str:
-    """Write ``stem.png`` and ``stem.svg``; return the latter's text.
+    """Write ``stem.png`` and ``stem.svg``; return the latter's text. The figure keeps its layout from then on.
 
     Raises:
         FaultError: if the disk refuses.
@@ -87,7 +87,7 @@ def save(figure: Figure, stem: Path) -> str:
     with style.context(STYLE):
         for kind, metadata in undated.items():
             figure.savefig(files[kind], format=kind, metadata=metadata)
-            figure.set_layout_engine("none")  # what the first file has been laid out as is the second's layout, too
+            figure.set_layout_engine("none")  # the second file keeps the layout of the first
             write_bytes(stem.with_name(f"{stem.name}.{kind}"), files[kind].getvalue())
     return files["svg"].getvalue().decode()
 

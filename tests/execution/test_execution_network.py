@@ -320,10 +320,11 @@ torch.save((results, [kernel.cache_hits for kernel in used]), sys.argv[1])
 def test_kernels_from_the_cache_compute_what_they_did_when_they_were_compiled(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Kernels of shapes are compiled anew every time, the four others only in a new checkout."""
     here: dict[str, list[Tensor]] = {}
     functions.correlate.cache_clear(), functions.contraction.cache_clear()
     with monkeypatch.context() as patched:
-        patched.setattr(Cache, "load_overload", lambda *_: None)  # those of tiles are compiled anew, whatever is there
+        patched.setattr(Cache, "load_overload", lambda *_: None)  # of what is there
         exec(COMPUTE, here)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     file = tmp_path / "there.pth"
