@@ -31,6 +31,7 @@ SCRIPTS = [
     for path in sorted((ROOT / folder).glob("*.py"))
     if path.read_text().startswith("#!")
 ]
+assert len(SCRIPTS) >= 10  # or tests with each of them would be skipped without a word
 OF_OTHER_PROGRAMS = {"--max_restarts", "--log_dir", "--gpu", "--help"}
 """Flags of torchrun and pytest, and the one that every command has."""
 

@@ -1,7 +1,6 @@
 """How commands end: one sentence and the right exit code, whatever stdout, stderr and the other ranks are like."""
 
 import io
-import multiprocessing
 import os
 import signal
 import subprocess
@@ -17,7 +16,7 @@ from helpers.processes import MULTIPROC, PATIENCE, ROOT, environment, finished, 
 from sparselearning.process import distributed, launch
 from sparselearning.process.errors import UsageError
 from sparselearning.process.script import run_script
-from sparselearning.process.signals import stop_signals, stop_with_parent
+from sparselearning.process.signals import stop_signals
 
 CIFAR = ROOT / "CIFAR" / "main_suptickets.py"
 needs_dev_full = pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
@@ -181,21 +180,24 @@ def test_programs_that_import_the_library_keep_their_interrupts(tmp_path, words)
     assert ended.stdout == "True\n"
 
 
-def leave_an_orphan(began):
-    if os.fork():
-        wait_until(began.exists)
-        os._exit(0)
-    stop_with_parent()
-    with stop_signals() as received:
-        began.touch()
-        wait_until(received)
-    began.rename(f"{began} and stopped by {received()}")
+ORPHAN = """
+import os, sys, time
+from sparselearning.process.signals import stop_signals, stop_with_parent
+if os.fork():
+    while not os.path.exists(sys.argv[1]):
+        time.sleep(0.02)
+    os._exit(0)
+stop_with_parent()
+with stop_signals() as received:
+    open(sys.argv[1], "w").close()
+    while not received():
+        time.sleep(0.02)
+os.rename(sys.argv[1], sys.argv[1] + f" and stopped by {received()}")
+"""
 
 
 def test_a_process_whose_parent_is_gone_is_told_to_stop(tmp_path):
-    parent = multiprocessing.get_context("fork").Process(target=leave_an_orphan, args=(tmp_path / "began",))
-    parent.start()
-    parent.join(PATIENCE)
+    subprocess.run([sys.executable, "-c", ORPHAN, tmp_path / "began"], env=environment(), check=True, timeout=PATIENCE)
     wait_until((tmp_path / f"began and stopped by {signal.SIGTERM:d}").exists, 30)
 
 

@@ -90,12 +90,12 @@ def test_cifar_in_two_processes_equals_one(flags, undisturbed_cifar, tmp_path):
         if name in ("metrics", "tickets"):
             for row, other in zip(value, together[name], strict=True):
                 assert row.keys() == other.keys()
-                rel = 1e-5 if row.get("phase") == "pretrain" else 0.03
+                rel = 1e-5 if row.get("phase") == "pretrain" else 0.01
                 assert all(is_close(row[key], other[key], rel) for key in row), (row, other)
         elif " masks " in name:
-            assert (together[name] != value).float().mean() < 0.01, name
+            assert (together[name] != value).float().mean() < 0.001, name
         else:
-            assert (together[name] - value).float().norm() < 0.3 * value.float().norm(), name
+            assert (together[name] - value).float().norm() < 0.03 * value.float().norm(), name
     assert json.loads((undisturbed_cifar / "config.json").read_text())["world_size"] == 2
 
 

@@ -139,6 +139,7 @@ def test_a_process_that_is_told_to_stop(data, workplace):
 def test_a_wrong_call_of_the_script_as_python_runs_it(workplace, monkeypatch, capsys):
     call = "--sparse --pre_train --cyclic_train --growth momentum --momentum 0 --save run"
     monkeypatch.setattr(sys, "argv", [str(SCRIPT), *call.split()])
+    monkeypatch.setattr(sys, "path", [*sys.path])  # which the script extends
     with pytest.raises(SystemExit) as end:
         runpy.run_path(str(SCRIPT), run_name="__main__")
     assert end.value.code == 2

@@ -195,7 +195,8 @@ MODES = [
     for i, prune in enumerate(PRUNE)
     for j, growth in enumerate(GROWTH)
 ]
-"""With four of each kind, any two meet."""
+"""Any two of different kinds meet."""
+assert len(REDISTRIBUTION) <= min(len(PRUNE), len(GROWTH))  # or some would not
 
 
 @pytest.mark.parametrize(("prune", "growth", "redistribution"), MODES)

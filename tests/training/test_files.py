@@ -4,11 +4,11 @@ import contextlib
 import errno
 import io
 import json
-import multiprocessing
 import os
 import pickle
 import random
-import time
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -335,24 +335,25 @@ def test_a_folder_stays_in_use_while_an_earlier_run_moves_aside(tmp_path):
     assert os.listdir(folder.path) == []
 
 
-def hold(folder, held):
-    with folder.in_use():
-        held.set()
-        time.sleep(60)
+HOLDER = """
+import sys, time
+from pathlib import Path
+from sparselearning.training.run_folder import RunFolder
+with RunFolder(Path(sys.argv[1])).in_use():
+    print("held", flush=True)
+    time.sleep(60)
+"""
 
 
 def test_a_folder_is_free_when_the_process_that_uses_it_dies(tmp_path):
-    folder, fork = RunFolder(tmp_path / "run"), multiprocessing.get_context("fork")
-    held = fork.Event()
-    holder = fork.Process(target=hold, args=(folder, held))
-    holder.start()
-    try:
-        assert held.wait(30)
-        with pytest.raises(FaultError, match=rf"in use .*process {holder.pid}\b"), folder.in_use():
-            pass
-    finally:
-        holder.kill()
-        holder.join()
+    folder = RunFolder(tmp_path / "run")
+    with subprocess.Popen([sys.executable, "-c", HOLDER, folder.path], stdout=subprocess.PIPE, text=True) as holder:
+        try:
+            assert holder.stdout.readline() == "held\n"
+            with pytest.raises(FaultError, match=rf"in use .*process {holder.pid}\b"), folder.in_use():
+                pass
+        finally:
+            holder.kill()
     with folder.in_use():
         pass
 
