@@ -54,11 +54,13 @@ def test_the_wheel_holds_every_module(installed):
 
 COMMANDS = ["report", "analyze", "export", "predict"]
 VERSION_AND_HELP = """
-import contextlib, runpy, sys
+import runpy, sys
 for module, flag in [("", "--version"), *((f".{command}", "--help") for command in sys.argv[1:])]:
     sys.argv = [module, flag]
-    with contextlib.suppress(SystemExit):
+    try:
         runpy.run_module(f"sparselearning{module}", run_name="__main__")
+    except SystemExit as end:
+        assert not end.code
 """
 
 

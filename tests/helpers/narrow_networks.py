@@ -39,6 +39,6 @@ def narrow_networks():
     """Whoever asks torchvision for one of these names gets the narrow one."""
     with pytest.MonkeyPatch.context() as context:
         for build in (resnet18, mobilenet_v3_small, vit_b_16):
-            replaced = BUILTIN_MODELS[build.__name__]
-            context.setitem(BUILTIN_MODELS, build.__name__, functools.wraps(replaced)(build))  # as one of its module
+            as_theirs = functools.wraps(BUILTIN_MODELS[build.__name__])(functools.partial(build))  # of their module
+            context.setitem(BUILTIN_MODELS, build.__name__, as_theirs)
         yield

@@ -38,7 +38,7 @@ def unlink_target(path):
 
 
 @pytest.mark.parametrize(
-    ("damage", "workers"), [(truncate, 0), (empty, 0), (scramble, 0), (unlink_target, 0), (unlink_target, 2)]
+    ("damage", "workers"), [(truncate, 0), (empty, 0), (scramble, 0), (unlink_target, 0), (truncate, 2)]
 )
 def test_a_damaged_image_is_named_once_left_out_and_counted(folder, damage, workers, capfd):
     bad = folder / "train" / "bee" / "2.jpg"  # image 10 of 32
