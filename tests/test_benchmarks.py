@@ -195,7 +195,7 @@ def test_sparse_steps_memory_prediction_and_kernels_are_measured_beside_their_re
     monkeypatch.setattr(sparse, "LAYERS", [(5, 7, 3, 4, 0.5), (9, 4, 1, 4, 0.5)])
     of_a_process = sparse.peak_megabytes  # which takes seconds to start: one is enough
     monkeypatch.setattr(
-        sparse, "peak_megabytes", lambda side, *case: of_a_process(side, *case) if side == "masked" else 1
+        sparse, "peak_megabytes", lambda side, *case: of_a_process(side, *case) if side == "sparse" else 1
     )
     threads = torch.get_num_threads()
     try:
