@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
+from helpers.commands import not_imported
 from helpers.damage import damages, names
 from helpers.narrow_networks import narrow_networks
 from sparselearning import analyze
@@ -344,12 +345,8 @@ def photographs(tmp_path_factory):
         Image.fromarray(pixels).save(folder / f"{number}.png")
     with narrow_networks():
         imagenet_main.main([*IMAGENET_FLAGS, str(home / "data"), "--save", str(home / "run")])
-        with pytest.MonkeyPatch.context() as elsewhere:
+        with not_imported([ROOT / "ImageNet"]), pytest.MonkeyPatch.context() as elsewhere:
             elsewhere.chdir(home)
-            elsewhere.setattr(sys, "path", [folder for folder in sys.path if Path(folder) != ROOT / "ImageNet"])
-            for name, module in list(sys.modules.items()):
-                if str(ROOT / "ImageNet") in str(getattr(module, "__file__", None)):
-                    elsewhere.delitem(sys.modules, name)
             elsewhere.setattr(analyze, "draw", lambda results, out: None)
             analyze.main([str(home / "run"), "--points", "2", "--grid", "--corruptions"])
         yield home / "run"

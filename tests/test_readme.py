@@ -1,7 +1,6 @@
 """README and docs/ keep their promises: links resolve, flags and figures are current, examples run as printed."""
 
 import json
-import os
 import re
 import runpy
 import shlex
@@ -13,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from helpers.commands import not_imported
 from sparselearning import Masking, report
 
 ROOT = Path(__file__).parents[1]
@@ -106,23 +106,10 @@ def test_the_readmes_changes_to_its_line_make_the_published_lines():
 @pytest.fixture
 def not_installed(monkeypatch):
     """As if nobody had installed the library: no file of the clone is imported, and none would be found."""
-    folders = {ROOT / folder for folder in (*FOLDERS, "sparselearning")}
-    within = tuple(f"{folder}{os.sep}" for folder in folders)
-    before = dict(sys.modules)
-
-    def forget():
-        for name, module in list(sys.modules.items()):
-            if str(getattr(module, "__file__", None)).startswith(within):
-                del sys.modules[name]
-
     finders = [finder for finder in sys.meta_path if not finder.__module__.startswith("__editable__")]
     monkeypatch.setattr(sys, "meta_path", finders)
-    places = {ROOT, ROOT / "tests", *folders}
-    monkeypatch.setattr(sys, "path", [place for place in sys.path if Path(place) not in places])
-    forget()
-    yield
-    forget()
-    sys.modules.update(before)
+    with not_imported([ROOT / folder for folder in (*FOLDERS, "sparselearning")], [ROOT, ROOT / "tests"]):
+        yield
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

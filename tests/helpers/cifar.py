@@ -51,6 +51,11 @@ def parse(text):
     return main_suptickets.parse(shlex.split(text))
 
 
+def small_call(data, *words, model=MODEL):
+    """The flags of a small run on a data set, with these added, as one text."""
+    return f"--data {data} --model {model} --batch-size 16 --lr 0.05 {' '.join(map(str, words))}"
+
+
 def run_cifar(text):
     """Run the script in this process; return its exit code."""
     return exit_code(lambda: main_suptickets.main(shlex.split(text)))

@@ -12,7 +12,7 @@ import torch
 from cifar_models import MODELS
 from torch import nn
 
-from helpers.cifar import stop_in, write_npz
+from helpers.cifar import small_call, stop_in, write_npz
 from helpers.damage import is_drawn
 from sparselearning.process import distributed
 from sparselearning.process.errors import FaultError, UsageError
@@ -61,7 +61,7 @@ def data(tmp_path_factory):
 
 
 def words(data, flags):
-    return f"--data {data} --model smallest --batch-size 16 --lr 0.05 --execution masked {flags}".split()
+    return small_call(data, "--execution masked", flags, model="smallest").split()
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from helpers.cifar import MODEL, SPARSE, WHOLE_METHOD, run_cifar, stop_in, write_npz
+from helpers.cifar import SPARSE, WHOLE_METHOD, run_cifar, small_call, stop_in, write_npz
 from helpers.imagenet import NUM_CLASSES, SCRIPTS, TRAIN_IMAGES, VAL_IMAGES, write_images
 
 
@@ -24,7 +24,7 @@ def script(data, workplace):
     """Run the script in this process; returns its exit code."""
 
     def run(*words):
-        return run_cifar(f"--data {data} --model {MODEL} --batch-size 16 --lr 0.05 {' '.join(map(str, words))}")
+        return run_cifar(small_call(data, *words))
 
     return run
 
@@ -33,8 +33,8 @@ def script(data, workplace):
 def base(data, tmp_path_factory):
     """A trained sparse network to start from."""
     folder = tmp_path_factory.mktemp("base") / "run"
-    call = f"--data {data} --model {MODEL} --batch-size 16 --lr 0.05 --pre_train --epochs 2 {SPARSE} --growth random"
-    main_suptickets.main([*call.split(), "--update-frequency", "4", "--save", str(folder)])
+    call = small_call(data, "--pre_train --epochs 2", SPARSE, "--growth random --update-frequency 4 --save", folder)
+    main_suptickets.main(call.split())
     return folder
 
 
@@ -44,8 +44,8 @@ def undisturbed(data, tmp_path_factory):
     folders = {}
     for optimizer in ("sgd", "adam"):
         folders[optimizer] = tmp_path_factory.mktemp("undisturbed") / optimizer
-        call = f"--data {data} --model {MODEL} --batch-size 16 --lr 0.05 {WHOLE_METHOD} --optimizer {optimizer}"
-        main_suptickets.main([*call.split(), "--save", str(folders[optimizer])])
+        call = small_call(data, WHOLE_METHOD, "--optimizer", optimizer, "--save", folders[optimizer])
+        main_suptickets.main(call.split())
     return folders
 
 
@@ -53,7 +53,7 @@ def undisturbed(data, tmp_path_factory):
 def stopped(data, tmp_path_factory):
     """The checkpoint of a run with all of the method, after its third epoch."""
     folder = tmp_path_factory.mktemp("stopped") / "run"
-    call = f"--data {data} --model {MODEL} --batch-size 16 --lr 0.05 {WHOLE_METHOD} --save {folder}"
+    call = small_call(data, WHOLE_METHOD, "--save", folder)
     with pytest.MonkeyPatch.context() as context:
         stop_in(context, 8, signal.SIGTERM)
         with pytest.raises(Exception, match="SIGTERM"):

@@ -8,7 +8,6 @@ import pytest
 
 from helpers.cifar import (
     BOTH,
-    MODEL,
     RUN_FILES,
     SPARSE,
     TOTAL,
@@ -18,6 +17,7 @@ from helpers.cifar import (
     outcome,
     previous,
     run_cifar,
+    small_call,
 )
 from helpers.commands import one_sentence
 from helpers.comparing import lines, plain, tree, without_times
@@ -44,7 +44,7 @@ def pretrained(data, tmp_path_factory):
     """The folder of the first part of a run alone."""
     folder = tmp_path_factory.mktemp("pretrained") / "run"
     pretraining = WHOLE_METHOD.replace("--cyclic_train", "")
-    assert run_cifar(f"--data {data} --model {MODEL} --batch-size 16 --lr 0.05 {pretraining} --save {folder}") == 0
+    assert run_cifar(small_call(data, pretraining, "--save", folder)) == 0
     return folder
 
 

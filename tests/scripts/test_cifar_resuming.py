@@ -11,7 +11,7 @@ from pathlib import Path
 import main_suptickets
 import pytest
 
-from helpers.cifar import MODEL, SCRIPT, WHOLE_METHOD, assert_same_outcome, outcome, stop_in
+from helpers.cifar import SCRIPT, WHOLE_METHOD, assert_same_outcome, outcome, small_call, stop_in
 from helpers.commands import one_sentence
 from helpers.comparing import lines, tree
 from helpers.processes import PATIENCE, environment, wait_until
@@ -119,7 +119,7 @@ def test_interrupted_before_training(script, monkeypatch, capsys):
 
 def test_a_process_that_is_told_to_stop(data, workplace):
     call = WHOLE_METHOD.replace("--epochs 4", "--epochs 400").replace("--cycle_rate 0.5", "--cycle_rate 0.25")
-    words = f"--data {data} --model {MODEL} --batch-size 16 --lr 0.05 --execution masked --save run {call}".split()
+    words = small_call(data, "--execution masked --save run", call).split()
     pipe = subprocess.PIPE
     process = subprocess.Popen([sys.executable, SCRIPT, *words], stdout=pipe, stderr=pipe, text=True, env=environment())
     try:
