@@ -176,6 +176,7 @@ TICKETS = (
 )
 SHORT = "--update-frequency 100 --final-density 0.1 --batch-size 32 --lr 0.05 --test-batch-size 100"
 TEN_THOUSAND = Subset("cifar100-10k", classes=100, images_per_class=100)
+CLAIM = Subset("cifar100-claim", classes=10, images_per_class=75, pixels=16, rest=slice(200))
 FITTED = (
     f"{TICKETS} --model cifar_resnet_20_48 --epochs 250 --cycle 8 --cycle_rate 0.1 --decay-schedule constant "
     "--sparse-init ERK --update-frequency 26 --batch-size 60 --prune-rate 0.5 --prune magnitude --final-density 0.05 "
@@ -232,7 +233,7 @@ STUDIES = {
             "swa": swa(0.005),
             "swa-rate-0.05": swa(0.05),
         },
-        subset=Subset("cifar100-claim", classes=10, images_per_class=75, pixels=16, rest=slice(200)),
+        subset=CLAIM,
         analysis="--grid --points 3 --on test --corruptions",
         kept=["main", "methods"],
     ),
@@ -255,10 +256,15 @@ STUDIES = {
         },
         seeds=(41, 42, 43, 44, 45),
         # The training images of claim, and those that it neither trains nor tests on.
-        subset=Subset(
-            "cifar100-recipe", classes=10, images_per_class=75, pixels=16, rest=slice(200, None), test_images=False
-        ),
+        subset=CLAIM._replace(name="cifar100-recipe", rest=slice(200, None), test_images=False),
         analysis="--grid --points 2 --on test",
+    ),
+    "recipe-test": Study(
+        flags=FITTED,
+        experiments={"published": Experiment(["granet"], control=True)},
+        seeds=(61, 62, 63, 64, 65),
+        subset=CLAIM,
+        analysis="--points 2 --on test --corruptions",
     ),
     "number-formats": Study(
         flags=f"{TICKETS} {SHORT} --model cifar_resnet_8 --epochs 4 --cycle 1 --cycle_rate 0.5 --final-prune-epoch 1",
