@@ -44,7 +44,9 @@ from comparison import Bar, Row, Side, alternate, markdown, number, plot, spread
 
 from sparselearning import Masking
 from sparselearning.execution import sparse_execution, sparse_inference
-from sparselearning.execution.functions import ActiveWeights, Shape, SparseConvolution, empty_activations
+from sparselearning.execution.active_weights import ActiveWeights, Shape
+from sparselearning.execution.functions import SparseConvolution
+from sparselearning.execution.memory import empty_activations
 from sparselearning.export import to_onnx
 from sparselearning.process import arguments
 from sparselearning.process.files import check_output, write_json

@@ -15,16 +15,11 @@ from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from sparselearning.execution import memory
+from sparselearning.execution.active_weights import ActiveWeights, Shape, recent
 from sparselearning.execution.folding import called_module, fold_batchnorms
-from sparselearning.execution.functions import (
-    ActiveWeights,
-    Grid,
-    Norm,
-    Shape,
-    empty_activations,
-    image_last,
-    recent,
-)
+from sparselearning.execution.functions import Norm
+from sparselearning.execution.lists import Grid
+from sparselearning.execution.memory import empty_activations, image_last
 from sparselearning.execution.network import (
     POOLINGS,
     SparseNetwork,

@@ -1,4 +1,4 @@
-"""Memory for activations, kept from pass to pass.
+"""Memory for activations, kept from pass to pass, and how they lie in it.
 
 PyTorch returns the memory of large tensors to the system at once, and the system clears new memory page by page when it
 is first written to: a fifth of the time of a ResNet50 step. Kernels read a little of every channel, each in a page of
@@ -48,6 +48,24 @@ def empty(shape: Sequence[int], strides: Sequence[int]) -> Tensor:
     return torch.ops.aten.set_.source_Tensor_storage_offset(
         torch.empty(0), torch.from_numpy(lent), 0, list(shape), list(strides)
     )
+
+
+def image_last(activations: Tensor) -> Tensor:
+    """View of [image, channel, …] as contiguous [channel, …, image], by a copy if its memory layout is another."""
+    return activations.movedim(0, -1).contiguous()
+
+
+def empty_activations(images: int, channels: int, *plane: int) -> Tensor:
+    """Uninitialised [image, channel, …], lying in memory as [channel, …, image]."""
+    strides = [images]
+    for size in reversed(plane):
+        strides.insert(0, strides[0] * size)
+    return empty((images, channels, *plane), (1, *strides))
+
+
+def address(tensor: Tensor | None, number: int = 0) -> int:
+    """Where one of a float32 tensor's numbers lies; 0 if there is no tensor."""
+    return 0 if tensor is None else tensor.data_ptr() + 4 * number
 
 
 def _new(numbers: int) -> Tensor:

@@ -14,17 +14,15 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from sparselearning.execution import memory
+from sparselearning.execution.active_weights import ActiveWeights, Made, Shape
 from sparselearning.execution.functions import (
     ActiveGradient,
-    ActiveWeights,
     AddToNorm,
     BatchNorm,
     Gate,
-    Made,
     Norm,
     Relu,
     ReluOfNorm,
-    Shape,
     SparseConvolution,
 )
 from sparselearning.execution.lists import Grid

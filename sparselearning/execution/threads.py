@@ -11,18 +11,46 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
+from threading import Lock
+from typing import Any
 
+import numpy as np
 import torch
 
 Start = Callable[[int, int, int], None]
 
 
-def run(kernel: int, task: int, shares: int) -> None:
-    """Call the C function at address ``kernel`` with ``task`` on as many threads as there are shares, and wait."""
-    if shares == 1:
-        _call(kernel, task)
-    else:
-        _starter()(kernel, task, shares)
+def run(kernel: Any, task: np.ndarray, shares: int, work_bytes: int, **entries: int) -> None:
+    """Do a task on as many threads as there are shares, each with memory of its own to work in, and wait.
+
+    Args:
+        kernel: compiled, a C function of the task's address.
+        task: one record, with the entries ``shares``, ``next_share`` and ``work``, which are set here.
+        shares: of the work.
+        work_bytes: of each.
+        entries: to be set, too.
+    """
+    with _one_at_a_time:
+        for name, value in entries.items():
+            task[name] = value
+        task["shares"], task["next_share"] = shares, 0
+        task["work"] = _work(shares * work_bytes)
+        if shares == 1:
+            _call(kernel.address, task.ctypes.data)
+        else:
+            _starter()(kernel.address, task.ctypes.data, shares)
+
+
+_one_at_a_time = Lock()  # whatever thread of Python calls: a task and the scratch memory serve one call
+_scratch = torch.empty(0)
+
+
+def _work(size: int) -> int:
+    """Address of at least ``size`` bytes that kernels may write to; kept from call to call."""
+    global _scratch
+    if 4 * _scratch.numel() < size:
+        _scratch = torch.empty(-(-size // 4))
+    return _scratch.data_ptr()
 
 
 def _call(kernel: int, task: int) -> None:

@@ -23,6 +23,9 @@ BLOCK = 8  # vectors of a block, at most: with what else they need, so many fit 
 LANES = {"AVX512": 16, "AVX2": 8}.get(torch.backends.cpu.get_cpu_capability(), 4)
 """Float32 numbers in the widest vector register that PyTorch uses on this processor."""
 
+STREAMED = 1 << 21
+"""Float32 numbers of the smallest tensor that is written past the caches, which would not hold it until it is read."""
+
 FLOAT, INT32, INT64 = ir.FloatType(), ir.IntType(32), ir.IntType(64)
 VECTOR = ir.VectorType(FLOAT, LANES)
 RUNS = sorted({LANES, 4}, reverse=True)
@@ -454,6 +457,11 @@ def as_pointer(typing_context, address):  # type: ignore[no-untyped-def]
 def copy(target, source, count):  # type: ignore[no-untyped-def]
     """Copy ``count`` numbers."""
     _copy(target, source, count)
+
+
+def is_streamed(numbers: int, address: int) -> bool:
+    """Whether so many float32 numbers that begin at an address are to be written past the caches, and can be."""
+    return numbers >= STREAMED and address % (4 * LANES) == 0
 
 
 @njit

@@ -11,19 +11,12 @@ from torch import Tensor
 
 pytest.importorskip("numba")
 
-from sparselearning.execution import functions, threads, vectors
-from sparselearning.execution.functions import (
-    ActiveWeights,
-    BatchNorm,
-    Gate,
-    Relu,
-    Shape,
-    SparseConvolution,
-    empty_activations,
-    image_last,
-)
+from sparselearning.execution import active_weights, threads, vectors
+from sparselearning.execution.active_weights import ActiveWeights, Shape
+from sparselearning.execution.functions import BatchNorm, Gate, Relu, SparseConvolution
 from sparselearning.execution.kernels import contraction, correlate
 from sparselearning.execution.lists import Grid, choose_tile
+from sparselearning.execution.memory import empty_activations, image_last
 from sparselearning.execution.vectors import BLOCK, HERE, LANES
 
 
@@ -115,12 +108,12 @@ def test_equals_pytorchs_convolution(case: dict, seed: int) -> None:
     if size + 2 * padding < kernel:
         return
     torch.manual_seed(seed)
-    functions._work(1 << 22)
-    functions._scratch.fill_(torch.nan)  # what other layers left there is nobody's business
+    threads._work(1 << 22)
+    threads._scratch.fill_(torch.nan)  # what other layers left there is nobody's business
     before = torch.get_num_threads()
     torch.set_num_threads(case["threads"])
-    large = functions.LARGE
-    functions.LARGE = 1 if case["past_caches"] else large
+    large = vectors.STREAMED
+    vectors.STREAMED = 1 if case["past_caches"] else large
     try:
         inputs = torch.randn(case["images"], case["channels"], size, size)
         weight = torch.randn(case["outputs"], case["channels"], kernel, kernel)
@@ -139,7 +132,7 @@ def test_equals_pytorchs_convolution(case: dict, seed: int) -> None:
             results.append([outputs[0].detach(), *(leaf.grad for leaf in leaves)])
     finally:
         torch.set_num_threads(before)
-        functions.LARGE = large
+        vectors.STREAMED = large
     mine, dense = results
     assert not mine[2][~active].any()
     dense[2] = dense[2] * active
@@ -184,7 +177,7 @@ def test_results_do_not_depend_on_who_does_which_share(monkeypatch: pytest.Monke
     torch.manual_seed(0)
     weight = torch.randn(40, 30, 3, 3) * (torch.rand(40, 30, 3, 3) < 0.2)
     inputs = torch.randn(16, 30, 8, 8)
-    monkeypatch.setattr(functions.torch, "get_num_threads", lambda: 4)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
 
     def results() -> list[Tensor]:
         leaves = [inputs.clone().requires_grad_(), weight.clone().requires_grad_()]
@@ -209,7 +202,7 @@ def test_batch_norm_equals_pytorchs(
     images = 5
     if past_caches:  # whole registers alone, and more than are written at a time
         images = 128
-        monkeypatch.setattr(functions, "LARGE", 1)
+        monkeypatch.setattr(vectors, "STREAMED", 1)
     inputs = 3 * torch.randn(images, 7, 4, 6) + 20
     parameters = [torch.randn(7), torch.randn(7)] if affine else [None, None]
     mean, variance = torch.randn(7), torch.rand(7) + 0.5
@@ -248,7 +241,7 @@ def test_activations_lie_image_innermost() -> None:
 def test_lists_of_the_last_few_sizes_of_batches_are_kept() -> None:
     weight = torch.ones(2, 3, 1, 1)
     active = ActiveWeights(Shape(2, 3, (1, 1)), weight != 0, weight.stride())
-    first, second, *_ = [active.forward(Grid(4, 4, images)) for images in range(1, functions.MOST_SIZES + 1)]
+    first, second, *_ = [active.forward(Grid(4, 4, images)) for images in range(1, active_weights.MOST_SIZES + 1)]
     assert active.forward(Grid(4, 4, 1)) is first  # the last one used
     active.forward(Grid(4, 4, 99))
     assert active.forward(Grid(4, 4, 1)) is first

@@ -12,7 +12,7 @@ pytest.importorskip("numba")
 
 from sparselearning import sparse_inference
 from sparselearning.execution import memory
-from sparselearning.execution.functions import empty_activations
+from sparselearning.execution.memory import empty_activations
 
 
 def free() -> list[torch.Tensor]:

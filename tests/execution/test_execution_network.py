@@ -22,7 +22,7 @@ from numba.core.caching import Cache
 
 from helpers.masked_networks import masked
 from sparselearning import Masking, UsageError
-from sparselearning.execution import functions, sparse_execution
+from sparselearning.execution import kernels, sparse_execution
 from sparselearning.process.signals import Stopped
 from sparselearning.sparse.costs import layer_flops
 from sparselearning.training import experiment
@@ -307,11 +307,11 @@ results = [outputs.detach(), images.grad, *(p.grad for p in model.parameters()),
 """
 IN_A_NEW_PROCESS = f"""
 import sys
-from sparselearning.execution import functions
-used = [functions.tile_by_tile, functions.statistics, functions.normalise, functions.planes_backward]
+from sparselearning.execution import active_weights, kernels, planes
+used = [kernels.tile_by_tile, planes.statistics, planes.normalise, planes.backward]
 def noted(make):
     return lambda *shape: used.append(make(*shape)) or used[-1]
-functions.correlate, functions.contraction = noted(functions.correlate), noted(functions.contraction)
+active_weights.correlate, active_weights.contraction = noted(kernels.correlate), noted(kernels.contraction)
 {COMPUTE}
 torch.save((results, [kernel.cache_hits for kernel in used]), sys.argv[1])
 """
@@ -322,7 +322,7 @@ def test_kernels_from_the_cache_compute_what_they_did_when_they_were_compiled(
 ) -> None:
     """Kernels of shapes are compiled anew every time, the four others only in a new checkout."""
     here: dict[str, list[Tensor]] = {}
-    functions.correlate.cache_clear(), functions.contraction.cache_clear()
+    kernels.correlate.cache_clear(), kernels.contraction.cache_clear()
     with monkeypatch.context() as patched:
         patched.setattr(Cache, "load_overload", lambda *_: None)  # of what is there
         exec(COMPUTE, here)
