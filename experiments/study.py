@@ -159,15 +159,22 @@ def cycles_again(
     )
 
 
-def swa(rate: float, analysis: str = "--points 2 --on test --corruptions", study: str = "{before}") -> Experiment:
+MANY_TICKETS = "--points 2 --on test --corruptions"
+"""What is measured of so many networks that a grid of averages would take hours."""
+
+
+def swa_flags(rate: float) -> str:
     """Stochastic weight averaging (Izmailov et al. 2018, algorithm 1) for as many epochs as the cycles take.
 
-    A constant rate, and the mean of the pre-trained network and that of every epoch since; what is measured of so many
-    networks is no grid of averages.
+    A constant rate, and the mean of the pre-trained network and that of every epoch since.
     """
     # 24 of 250 epochs, as three cycles of 8 are: of a tenth of them, 25, none is left over by cycles of one.
-    flags = f"--cycle 1 --cycle_rate 0.096 --lr_1 {rate} --lr_2 {rate} --superposing_method CAA"
-    return cycles_again(flags, without=["--re_explore"], analysis=analysis, study=study)
+    return f"--cycle 1 --cycle_rate 0.096 --lr_1 {rate} --lr_2 {rate} --superposing_method CAA"
+
+
+def swa(rate: float, analysis: str = MANY_TICKETS, study: str = "{before}") -> Experiment:
+    """:func:`swa_flags`, as :func:`cycles_again`."""
+    return cycles_again(swa_flags(rate), without=["--re_explore"], analysis=analysis, study=study)
 
 
 TICKETS = (
@@ -261,10 +268,13 @@ STUDIES = {
     ),
     "recipe-test": Study(
         flags=FITTED,
-        experiments={"published": Experiment(["granet"], control=True)},
+        experiments={
+            "published": Experiment(["granet"], control=True),
+            "swa-rate-0.1": Experiment(["granet"], flags=swa_flags(0.1), without=["--re_explore"]),
+        },
         seeds=(61, 62, 63, 64, 65),
         subset=CLAIM,
-        analysis="--points 2 --on test --corruptions",
+        analysis=MANY_TICKETS,
     ),
     "number-formats": Study(
         flags=f"{TICKETS} {SHORT} --model cifar_resnet_8 --epochs 4 --cycle 1 --cycle_rate 0.5 --final-prune-epoch 1",
