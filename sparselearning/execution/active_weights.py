@@ -135,11 +135,12 @@ class _Kernel:
         values = _memory(weight).index_select(0, self.places) if self._values is None else self._values
         if self.keeps_values:
             self._values = values
+        first = address(target, begin)
         self._run(
             correlate(*self.correlation.tile.block),
             source=source.data_ptr(),
-            target=address(target, begin),
-            streams=self.correlation.is_aligned and is_streamed(target.numel(), address(target, begin)),
+            target=first,
+            streams=self.correlation.is_aligned and is_streamed(target.numel(), first),
             values=values.data_ptr(),
             bias=address(bias),
             added=address(added, begin),

@@ -2,7 +2,8 @@
 
 PyTorch's operations on a CPU run on the threads of an OpenMP library that it brings along. Were kernels to bring
 threads of their own, the two pools would wait for work by spinning on each other's cores. So a kernel is handed to the
-very library that PyTorch uses; where that one cannot be found, plain threads take its place.
+very library that PyTorch uses; where that one cannot be found, plain threads take its place. One kernel runs at a time,
+in memory to work in that is kept from call to call.
 """
 
 import ctypes
@@ -18,6 +19,9 @@ import numpy as np
 import torch
 
 Start = Callable[[int, int, int], None]
+
+_one_at_a_time = Lock()  # whatever thread of Python calls: a task and the scratch memory serve one call
+_scratch = torch.empty(0)
 
 
 def run(kernel: Any, task: np.ndarray, shares: int, work_bytes: int, **entries: int) -> None:
@@ -39,10 +43,6 @@ def run(kernel: Any, task: np.ndarray, shares: int, work_bytes: int, **entries: 
             _call(kernel.address, task.ctypes.data)
         else:
             _starter()(kernel.address, task.ctypes.data, shares)
-
-
-_one_at_a_time = Lock()  # whatever thread of Python calls: a task and the scratch memory serve one call
-_scratch = torch.empty(0)
 
 
 def _work(size: int) -> int:

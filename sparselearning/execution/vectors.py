@@ -23,9 +23,6 @@ BLOCK = 8  # vectors of a block, at most: with what else they need, so many fit 
 LANES = {"AVX512": 16, "AVX2": 8}.get(torch.backends.cpu.get_cpu_capability(), 4)
 """Float32 numbers in the widest vector register that PyTorch uses on this processor."""
 
-STREAMED = 1 << 21
-"""Float32 numbers of the smallest tensor that is written past the caches, which would not hold it until it is read."""
-
 FLOAT, INT32, INT64 = ir.FloatType(), ir.IntType(32), ir.IntType(64)
 VECTOR = ir.VectorType(FLOAT, LANES)
 RUNS = sorted({LANES, 4}, reverse=True)
@@ -34,6 +31,15 @@ RUNS = sorted({LANES, 4}, reverse=True)
 PROCESSOR = f"{binding.get_host_cpu_name()} {binding.get_host_cpu_features().flatten()} {LANES}"
 HERE = hashlib.blake2b(PROCESSOR.encode() + Path(__file__).read_bytes(), digest_size=6).hexdigest()
 """Digest of this processor, the width of the registers, and the primitives in this file."""
+
+
+LEAST_STREAMED = 1 << 21
+"""Float32 numbers of the smallest tensor that is written past the caches, which would not hold it until it is read."""
+
+
+def is_streamed(numbers: int, address: int) -> bool:
+    """Whether so many float32 numbers that begin at an address are to be written past the caches, and can be."""
+    return numbers >= LEAST_STREAMED and address % (4 * LANES) == 0
 
 
 def compiled(*version: int, **options: Any) -> Callable[[Callable], Any]:
@@ -457,11 +463,6 @@ def as_pointer(typing_context, address):  # type: ignore[no-untyped-def]
 def copy(target, source, count):  # type: ignore[no-untyped-def]
     """Copy ``count`` numbers."""
     _copy(target, source, count)
-
-
-def is_streamed(numbers: int, address: int) -> bool:
-    """Whether so many float32 numbers that begin at an address are to be written past the caches, and can be."""
-    return numbers >= STREAMED and address % (4 * LANES) == 0
 
 
 @njit

@@ -112,8 +112,8 @@ def test_equals_pytorchs_convolution(case: dict, seed: int) -> None:
     threads._scratch.fill_(torch.nan)  # what other layers left there is nobody's business
     before = torch.get_num_threads()
     torch.set_num_threads(case["threads"])
-    large = vectors.STREAMED
-    vectors.STREAMED = 1 if case["past_caches"] else large
+    large = vectors.LEAST_STREAMED
+    vectors.LEAST_STREAMED = 1 if case["past_caches"] else large
     try:
         inputs = torch.randn(case["images"], case["channels"], size, size)
         weight = torch.randn(case["outputs"], case["channels"], kernel, kernel)
@@ -132,7 +132,7 @@ def test_equals_pytorchs_convolution(case: dict, seed: int) -> None:
             results.append([outputs[0].detach(), *(leaf.grad for leaf in leaves)])
     finally:
         torch.set_num_threads(before)
-        vectors.STREAMED = large
+        vectors.LEAST_STREAMED = large
     mine, dense = results
     assert not mine[2][~active].any()
     dense[2] = dense[2] * active
@@ -202,7 +202,7 @@ def test_batch_norm_equals_pytorchs(
     images = 5
     if past_caches:  # whole registers alone, and more than are written at a time
         images = 128
-        monkeypatch.setattr(vectors, "STREAMED", 1)
+        monkeypatch.setattr(vectors, "LEAST_STREAMED", 1)
     inputs = 3 * torch.randn(images, 7, 4, 6) + 20
     parameters = [torch.randn(7), torch.randn(7)] if affine else [None, None]
     mean, variance = torch.randn(7), torch.rand(7) + 0.5
