@@ -55,6 +55,16 @@ DEMO = (
 )
 """What ``--demo`` puts before the flags of the user: the whole method in a minute or two of two CPU cores."""
 
+RECIPES = {
+    "tuned": (
+        "--sparse --method GraNet --growth gradient --prune magnitude --init-density 0.5 --final-density 0.05 "
+        "--final-prune-epoch 110 --sparse-init ERK --decay-schedule constant --prune-rate 0.5 --epochs 250 "
+        "--optimizer sgd --lr 0.1 --momentum 0.9 --l2 0.0005 --pre_train --cyclic_train --no_maskupdates --cyc_lr "
+        "--cycle 1 --cycle_rate 0.096 --lr_1 0.1 --lr_2 0.1 --superposing_method CAA --update_bn"
+    ),
+}
+"""What ``--recipe`` puts before the flags of the user, by its name: settings tested in RESULTS.md."""
+
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run once, or ``--iters`` times with one seed after the other."""
@@ -78,11 +88,20 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Read the command line, after the presets of ``--demo`` if it is there."""
+    """Read the command line, after the presets of ``--demo`` or ``--recipe`` if one is there.
+
+    Raises:
+        UsageError: if it asks for a recipe and for the flags of a run.
+    """
     words = sys.argv[1:] if argv is None else argv
     parser = make_parser()
     flags.take_over(parser, words)
-    args = parser.parse_args([*shlex.split(DEMO), *words] if "--demo" in words else words)
+    args, given = parser.parse_args(words), parser.given(words)
+    if given.keys() >= {"recipe", "config"}:
+        raise UsageError("--recipe and --config both stand for other flags, and might contradict: give one of them")
+    if "recipe" in given or "demo" in given:
+        presets = RECIPES[args.recipe] if "recipe" in given else DEMO
+        args = parser.parse_args([*shlex.split(presets), *words])
     args.pre_train = args.pre_train or (args.show_layers and not args.cyclic_train)
     return args
 
@@ -90,9 +109,15 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def make_parser() -> flags.RunParser:
     """All flags of this script."""
     parser = flags.RunParser(__doc__, start="--data digits --model cifar_resnet_8")
-    group = arguments.Group(parser, flags.LOOK, flags.NO_EFFECT)
+    group = arguments.Group(parser, flags.LOOK, flags.NO_EFFECT).either()
     group.add_argument(
         "--demo", action="store_true", help=f"a complete small run on digits; puts before the other flags: {DEMO}"
+    )
+    recipes = "; ".join(f"{name}: {words}" for name, words in RECIPES.items())
+    group.add_argument(
+        "--recipe",
+        choices=RECIPES,
+        help=f"flags of a setting tested in RESULTS.md; puts before the other flags {recipes}",
     )
     group = arguments.Group(parser, flags.DATA)
     group.add_argument("--data", default="cifar10", help=data_help())

@@ -192,7 +192,8 @@ def planned(method: str, seed: int, shared: Sequence[str], out: Path, control: b
     for switch in METHOD_SWITCHES:
         if getattr(args, switch.removeprefix("--")) and switch not in words:
             raise UsageError(
-                f"{method} cannot be combined with --demo or --config of a run with {switch}: give its flags one by one"
+                f"{method} cannot be combined with --demo, --recipe or --config of a run with {switch}: "
+                "give its flags one by one"
             )
     main_suptickets.check(args)
     if args.iters > 1:

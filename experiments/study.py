@@ -159,21 +159,21 @@ def cycles_again(
     )
 
 
-MANY_TICKETS = "--points 2 --on test --corruptions"
-"""What is measured of so many networks that a grid of averages would take hours."""
+WITHOUT_GRID = "--points 2 --on test --corruptions"
+"""What is measured of runs with dozens of tickets, whose grid of averages would take hours, and of runs beside them."""
 
 
 def swa_flags(rate: float) -> str:
     """Stochastic weight averaging (Izmailov et al. 2018, algorithm 1) for as many epochs as the cycles take.
 
-    A constant rate, and the mean of the pre-trained network and that of every epoch since.
+    A constant rate, and the mean of the pre-trained network and that of every epoch since; without ``--re_explore``.
     """
     # 24 of 250 epochs, as three cycles of 8 are: of a tenth of them, 25, none is left over by cycles of one.
     return f"--cycle 1 --cycle_rate 0.096 --lr_1 {rate} --lr_2 {rate} --superposing_method CAA"
 
 
-def swa(rate: float, analysis: str = MANY_TICKETS, study: str = "{before}") -> Experiment:
-    """:func:`swa_flags`, as :func:`cycles_again`."""
+def swa(rate: float, analysis: str = WITHOUT_GRID, study: str = "{before}") -> Experiment:
+    """Stochastic weight averaging from the pre-trained networks of ``main``, as other :func:`cycles_again`."""
     return cycles_again(swa_flags(rate), without=["--re_explore"], analysis=analysis, study=study)
 
 
@@ -274,7 +274,7 @@ STUDIES = {
         },
         seeds=(61, 62, 63, 64, 65),
         subset=CLAIM,
-        analysis=MANY_TICKETS,
+        analysis=WITHOUT_GRID,
     ),
     "number-formats": Study(
         flags=f"{TICKETS} {SHORT} --model cifar_resnet_8 --epochs 4 --cycle 1 --cycle_rate 0.5 --final-prune-epoch 1",

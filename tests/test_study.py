@@ -75,6 +75,17 @@ def test_cycles_alone_differ_from_main_in_flags_about_tickets(name):
         assert pretrain_epochs(flags) == pretrain_epochs(main)
 
 
+def test_the_tuned_recipe_is_the_setting_that_was_tested():
+    words = study.sweep_words(study.STUDIES["recipe-test"], "swa-rate-0.1", Path("work"), [61])
+    tested = sweep.planned("granet", 61, words[words.index("--") + 1 :], Path("work"), control=False)
+    recipe, setting = (sweep.main_suptickets.parse(flags) for flags in (["--recipe", "tuned"], tested.flags))
+    of_data = {"model", "batch_size", "update_frequency", "valid_split"}
+    of_run = {"recipe", "indicate_method", "seed", "save", "ema", "keep_tickets"}
+    without_effect = {"large_death_rate"}  # as nothing is explored
+    differing = {name for name, value in vars(recipe).items() if value != getattr(setting, name)}
+    assert differing == of_data | of_run | without_effect
+
+
 def test_cycles_alone_need_networks_to_start_from(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     words = study.sweep_words(study.STUDIES["recipe"], "rate-0.1", Path("study/recipe/rate-0.1"), [41, 42])

@@ -272,6 +272,7 @@ def test_a_folder_with_a_run_of_other_flags_is_left_alone(out):
         ("rigl", [*SHARED, "--iters", "2"], "give --seeds alone"),
         ("granet", [*SHARED, "--final-density", "0.6"], "which is above it"),
         ("dense", ["--demo"], "dense cannot be combined with --demo"),
+        ("dense", ["--recipe", "tuned"], "dense cannot be combined with .*--recipe .*--sparse"),
         ("rigl", [*SHARED, "--model", "ResNet51"], "unknown model 'ResNet51'"),
         ("rigl", [*SHARED, "--data", "nowhere.npz"], "nowhere.npz"),
         ("rigl", [*SHARED, "--save", "here"], "--save after -- .* --out"),

@@ -99,6 +99,30 @@ def test_demo_presets_give_way_to_flags():
     assert parse("").data == "cifar10"  # the presets do not stay behind
 
 
+@pytest.mark.parametrize("recipe", main_suptickets.RECIPES)
+def test_recipes_contradict_nothing_and_give_way_to_flags(recipe, capsys, tmp_path):
+    args = parse(f"--recipe {recipe}")
+    assert args.recipe == recipe
+    assert not main_suptickets.check(args)
+    given = parse(f"--epochs 125 --recipe={recipe} --method DST --init-density 0.05")
+    assert vars(given) == vars(args) | {"epochs": 125, "method": "DST", "init_density": 0.05}
+    assert not main_suptickets.check(given)
+    control = parse(f"--recipe {recipe} --cycle_rate 0")
+    assert EpochBudget.of_share(control.epochs, control.cycle_rate, control.cycle).tickets == 0
+    assert main_suptickets.RECIPES[recipe] in help_of(capsys)
+    path = config_of(tmp_path / "config.json", given)
+    assert vars(parse(f"--config {path}")) == vars(given) | {"config": path}
+
+
+def test_presets_exclude_each_other_and_recipes_the_flags_of_a_run(capsys, tmp_path):
+    with pytest.raises(SystemExit):
+        parse("--demo --recipe tuned")
+    assert "--recipe: not allowed with argument --demo" in capsys.readouterr().err
+    path = config_of(tmp_path / "config.json", parse("--pre_train --sparse --fix"))
+    with pytest.raises(UsageError, match="--recipe and --config"):
+        parse(f"--config {path} --recipe tuned")
+
+
 # --------------------------------------------------------------------------------------------------------- help
 
 
@@ -324,7 +348,7 @@ def test_a_resumed_run_may_move_but_not_change():
 
 OWN_MARKS = {
     main_suptickets: {
-        flags.NO_EFFECT: ["data_dir", "demo", "iters", "log_interval", "mgpu", "test_batch_size", "workers"],
+        flags.NO_EFFECT: ["data_dir", "demo", "iters", "log_interval", "mgpu", "recipe", "test_batch_size", "workers"],
         flags.OF_ONE_CALL: ["iters"],
         flags.ABOUT_MASKS: [],
         flags.ABOUT_TICKETS: ["cycle_rate"],
@@ -373,7 +397,8 @@ def test_every_flag_is_looked_at(tiny_defaults, monkeypatch):
     call = RUN + "--re_explore --cyc_lr --epochs 2 --cycle 1 --cycle_rate 0.5 --final-prune-epoch 1"
     assert run_cifar(call) == 0
     known = vars(parse_before([])).keys()
-    assert known - seen <= {"config", "demo", "workers"}  # two take effect while parsing, one is said to have none
+    # Three take effect while parsing, one is said to have none.
+    assert known - seen <= {"config", "demo", "recipe", "workers"}
 
 
 def test_every_choice_is_taken_from_its_table():
