@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -145,16 +145,18 @@ class Study:
 
 
 def cycles_again(
-    flags: str = "", without: Sequence[str] = (), analysis: str | None = None, study: str = "{before}"
-) -> Experiment:
-    """Cycles alone, from the pre-trained networks of ``main``, the study's own or another one's.
+    flags: str = "", without: Sequence[str] = (), analysis: str | None = None, study: str = "{before}",
+    source: str = "main/granet", seeds: tuple[int, ...] | None = None,
+) -> Experiment:  # fmt: skip
+    """Cycles alone, from the pre-trained networks of an experiment and method, the study's own or another one's.
 
     They start without momentum: compare them with ``cycles_again()``, which has the flags of ``main`` itself.
     """
     return Experiment(
-        ["granet"],
-        flags=f"{flags} --resume {study}/main/granet/seed{{seed}}/tickets/ticket_0.pth",
+        [source.rpartition("/")[2]],
+        flags=f"{flags} --resume {study}/{source}/seed{{seed}}/tickets/ticket_0.pth",
         without=["--pre_train", *without],
+        seeds=seeds,
         analysis=analysis,
     )
 
@@ -172,9 +174,9 @@ def swa_flags(rate: float) -> str:
     return f"--cycle 1 --cycle_rate 0.096 --lr_1 {rate} --lr_2 {rate} --superposing_method CAA"
 
 
-def swa(rate: float, analysis: str = WITHOUT_GRID, study: str = "{before}") -> Experiment:
-    """Stochastic weight averaging from the pre-trained networks of ``main``, as other :func:`cycles_again`."""
-    return cycles_again(swa_flags(rate), without=["--re_explore"], analysis=analysis, study=study)
+def swa(rate: float, analysis: str = WITHOUT_GRID, **where: Any) -> Experiment:
+    """Stochastic weight averaging from pre-trained networks, as other :func:`cycles_again`."""
+    return cycles_again(swa_flags(rate), ["--re_explore"], analysis, **where)
 
 
 TICKETS = (
@@ -256,7 +258,10 @@ STUDIES = {
             "rate-0.05-cycles-of-2": tuned("--lr_2 0.05 --cycle 2"),
             "rate-0.05-explore-0.1": tuned("--lr_2 0.05 --large-death-rate 0.1", explores=True),
             "rate-0.05-explore-0.3": tuned("--lr_2 0.05 --large-death-rate 0.3", explores=True),
-            **{f"swa-rate-{rate}": swa(rate, "--points 2 --on test", f"{WORK}/claim") for rate in (0.02, 0.05, 0.1)},
+            **{
+                f"swa-rate-{rate}": swa(rate, "--points 2 --on test", study=f"{WORK}/claim")
+                for rate in (0.02, 0.05, 0.1)
+            },
             "twice-the-cycles-rate-0.05": Experiment(
                 ["granet"], flags="--cycle_rate 0.2 --lr_2 0.05", without=["--re_explore"]
             ),
@@ -271,6 +276,13 @@ STUDIES = {
         experiments={
             "published": Experiment(["granet"], control=True),
             "swa-rate-0.1": Experiment(["granet"], flags=swa_flags(0.1), without=["--re_explore"]),
+            # Other methods, from the pre-trained networks of claim.
+            **{
+                f"swa-rate-0.1-{method}": swa(
+                    0.1, study=f"{WORK}/claim", source=f"methods/{method}", seeds=(41, 42, 43)
+                )
+                for method in ("rigl", "set")
+            },
         },
         seeds=(61, 62, 63, 64, 65),
         subset=CLAIM,
