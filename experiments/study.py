@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -144,19 +144,22 @@ class Study:
     kept: Sequence[str] = ()
 
 
+MAIN = "{before}/main/granet"
+MAIN_OF_CLAIM = f"{WORK}/claim/main/granet"
+"""Runs whose pre-trained networks cycles alone start from: of the same study, or of ``claim``."""
+
+
 def cycles_again(
-    flags: str = "", without: Sequence[str] = (), analysis: str | None = None, study: str = "{before}",
-    source: str = "main/granet", seeds: tuple[int, ...] | None = None,
-) -> Experiment:  # fmt: skip
-    """Cycles alone, from the pre-trained networks of an experiment and method, the study's own or another one's.
+    flags: str = "", without: Sequence[str] = (), analysis: str | None = None, source: str = MAIN
+) -> Experiment:
+    """Cycles alone, from the pre-trained networks of the runs in ``source``, whose folder is named after their method.
 
     They start without momentum: compare them with ``cycles_again()``, which has the flags of ``main`` itself.
     """
     return Experiment(
-        [source.rpartition("/")[2]],
-        flags=f"{flags} --resume {study}/{source}/seed{{seed}}/tickets/ticket_0.pth",
+        [Path(source).name],
+        flags=f"{flags} --resume {source}/seed{{seed}}/tickets/ticket_0.pth",
         without=["--pre_train", *without],
-        seeds=seeds,
         analysis=analysis,
     )
 
@@ -174,9 +177,9 @@ def swa_flags(rate: float) -> str:
     return f"--cycle 1 --cycle_rate 0.096 --lr_1 {rate} --lr_2 {rate} --superposing_method CAA"
 
 
-def swa(rate: float, analysis: str = WITHOUT_GRID, **where: Any) -> Experiment:
+def swa(rate: float, analysis: str = WITHOUT_GRID, source: str = MAIN) -> Experiment:
     """Stochastic weight averaging from pre-trained networks, as other :func:`cycles_again`."""
-    return cycles_again(swa_flags(rate), ["--re_explore"], analysis, **where)
+    return cycles_again(swa_flags(rate), ["--re_explore"], analysis, source)
 
 
 TICKETS = (
@@ -196,7 +199,7 @@ FITTED = (
 
 def tuned(flags: str, explores: bool = False) -> Experiment:
     """Other cycles from the pre-trained networks of ``claim``, to choose by images that it does not test on."""
-    return cycles_again(flags, without=[] if explores else ["--re_explore"], study=f"{WORK}/claim")
+    return cycles_again(flags, without=[] if explores else ["--re_explore"], source=MAIN_OF_CLAIM)
 
 
 STUDIES = {
@@ -258,10 +261,7 @@ STUDIES = {
             "rate-0.05-cycles-of-2": tuned("--lr_2 0.05 --cycle 2"),
             "rate-0.05-explore-0.1": tuned("--lr_2 0.05 --large-death-rate 0.1", explores=True),
             "rate-0.05-explore-0.3": tuned("--lr_2 0.05 --large-death-rate 0.3", explores=True),
-            **{
-                f"swa-rate-{rate}": swa(rate, "--points 2 --on test", study=f"{WORK}/claim")
-                for rate in (0.02, 0.05, 0.1)
-            },
+            **{f"swa-rate-{rate}": swa(rate, "--points 2 --on test", MAIN_OF_CLAIM) for rate in (0.02, 0.05, 0.1)},
             "twice-the-cycles-rate-0.05": Experiment(
                 ["granet"], flags="--cycle_rate 0.2 --lr_2 0.05", without=["--re_explore"]
             ),
@@ -278,9 +278,7 @@ STUDIES = {
             "swa-rate-0.1": Experiment(["granet"], flags=swa_flags(0.1), without=["--re_explore"]),
             # Other methods, from the pre-trained networks of claim.
             **{
-                f"swa-rate-0.1-{method}": swa(
-                    0.1, study=f"{WORK}/claim", source=f"methods/{method}", seeds=(41, 42, 43)
-                )
+                f"swa-rate-0.1-{method}": swa(0.1, source=f"{WORK}/claim/methods/{method}")._replace(seeds=(41, 42, 43))
                 for method in ("rigl", "set")
             },
         },
