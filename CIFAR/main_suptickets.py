@@ -33,7 +33,7 @@ from sparselearning.process.script import run_script
 from sparselearning.process.seeding import seed_everything
 from sparselearning.sparse.schedules import milestone_lr
 from sparselearning.sparse.sparse_init import SPARSE_INITS
-from sparselearning.training import experiment, flags
+from sparselearning.training import experiment, flag_checks, flags, from_flags, kept_flags
 from sparselearning.training.builders import builder_name
 from sparselearning.training.data import Sources
 from sparselearning.training.plan import EpochBudget
@@ -95,7 +95,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """
     words = sys.argv[1:] if argv is None else argv
     parser = make_parser()
-    flags.take_over(parser, words)
+    kept_flags.take_over(parser, words)
     args, given = parser.parse_args(words), parser.given(words)
     if given.keys() >= {"recipe", "config"}:
         raise UsageError("--recipe and --config both stand for other flags, and might contradict: give one of them")
@@ -169,22 +169,23 @@ def make_parser() -> flags.RunParser:
 def run(args: argparse.Namespace, argv: Sequence[str] | None) -> None:
     """Do one run of one seed."""
     parser = make_parser()
-    warnings = check(args) + flags.without_masks_note(args, parser, argv)
+    warnings = check(args) + flag_checks.without_masks_note(args, parser, argv)
     budget = EpochBudget.of_share(args.epochs * args.multiplier, args.cycle_rate, args.cycle)
-    warnings += flags.check_budget(args, budget) + flags.pruning_window_warning(args, budget.pretrain_epochs)
-    device, runtime = flags.runtime(args).start()
+    warnings += flag_checks.check_budget(args, budget)
+    warnings += flag_checks.pruning_window_warning(args, budget.pretrain_epochs)
+    device, runtime = from_flags.runtime(args).start()
     print_notes(*warnings)
     if distributed.is_main():
         print(runtime.description(device), flush=True)
 
     recipe = set_up(args, runtime, device)
-    folder = RunFolder(flags.run_path(args, args.model, Path(args.data).stem, budget))
-    flags.action(args)(
+    folder = RunFolder(from_flags.run_path(args, args.model, Path(args.data).stem, budget))
+    from_flags.action(args)(
         recipe,
-        flags.plan(args, budget, pretrain_lr(args, budget)),
-        flags.sparse_training(args, len(recipe.sources.train), budget.total_epochs),
+        from_flags.plan(args, budget, pretrain_lr(args, budget)),
+        from_flags.sparse_training(args, len(recipe.sources.train), budget.total_epochs),
         runtime,
-        flags.output(args, parser, argv, folder, recipe.network, device, args.log_interval),
+        from_flags.output(args, parser, argv, folder, recipe.network, device, args.log_interval),
     )
 
 
@@ -198,7 +199,7 @@ def check(args: argparse.Namespace) -> list[str]:
     with torch.device("meta"):  # only the name is checked: classes and image size are known once the data are loaded
         build_model(args.model, num_classes=10)
     momentum_is_zero = args.optimizer == "sgd" and args.momentum == 0
-    return flags.check(args, momentum_is_zero, has_weights=args.resume is not None)
+    return flag_checks.check(args, momentum_is_zero, has_weights=args.resume is not None)
 
 
 def set_up(args: argparse.Namespace, runtime: Runtime, device: torch.device) -> experiment.Recipe:

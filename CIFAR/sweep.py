@@ -34,7 +34,7 @@ from sparselearning.process.errors import FaultError, UsageError
 from sparselearning.process.files import check_output
 from sparselearning.process.script import run_script
 from sparselearning.process.signals import stop_signals
-from sparselearning.training import flags
+from sparselearning.training import kept_flags
 from sparselearning.training.run_folder import RunFolder
 from sparselearning.training.start import differing_flags
 
@@ -198,7 +198,7 @@ def planned(method: str, seed: int, shared: Sequence[str], out: Path, control: b
     main_suptickets.check(args)
     if args.iters > 1:
         raise UsageError("--iters and --seeds both ask for several seeds: give --seeds alone")
-    _check_folder(run, flags.identity(flags.values(args), main_suptickets.make_parser()))
+    _check_folder(run, kept_flags.identity(kept_flags.values(args), main_suptickets.make_parser()))
     return run
 
 
@@ -206,7 +206,7 @@ def _check_folder(run: Run, identity: dict) -> None:
     if not run.folder.config.is_file():
         return
     there = identity | run.folder.read_config()  # which an earlier version may have left without some flags
-    if differing := differing_flags(there, identity, flags.settled):
+    if differing := differing_flags(there, identity, kept_flags.settled):
         others = ", ".join(differing)
         raise UsageError(f"{run.folder.path} holds a run with other flags, {others}: choose another --out")
 

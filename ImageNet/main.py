@@ -32,7 +32,7 @@ from sparselearning.process.files import load_torch
 from sparselearning.process.script import run_script
 from sparselearning.process.seeding import derive_seed, seed_everything
 from sparselearning.sparse.schedules import milestone_lr
-from sparselearning.training import experiment, flags, profiling
+from sparselearning.training import experiment, flag_checks, flags, from_flags, kept_flags, profiling
 from sparselearning.training.builders import builder_name
 from sparselearning.training.data import Sources
 from sparselearning.training.networks import load_weights
@@ -50,10 +50,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
     budget = epoch_budget(args)
     parser = make_parser()
-    warnings = check(args, budget) + flags.without_masks_note(args, parser, argv)
+    warnings = check(args, budget) + flag_checks.without_masks_note(args, parser, argv)
     if args.local_rank is not None:
         os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
-    device, runtime = flags.runtime(args).start()
+    device, runtime = from_flags.runtime(args).start()
     print_notes(*warnings)
     if distributed.is_main():
         print(runtime.description(device), flush=True)
@@ -61,10 +61,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     recipe = set_up(args, runtime, device)
     if args.pretrained_weights:
         load_weights(recipe.model, load_torch(args.pretrained_weights), args.pretrained_weights)
-    plan = flags.plan(args, budget, pretrain_lr(args))
-    sparse = flags.sparse_training(args, len(recipe.sources.train), budget.total_epochs)
-    folder = RunFolder(flags.run_path(args, args.arch, Path(os.path.abspath(args.data)).name, budget))
-    output = flags.output(args, parser, argv, folder, recipe.network, device, args.print_freq)
+    plan = from_flags.plan(args, budget, pretrain_lr(args))
+    sparse = from_flags.sparse_training(args, len(recipe.sources.train), budget.total_epochs)
+    folder = RunFolder(from_flags.run_path(args, args.arch, Path(os.path.abspath(args.data)).name, budget))
+    output = from_flags.output(args, parser, argv, folder, recipe.network, device, args.print_freq)
     output = dataclasses.replace(output, keep_checkpoints=args.gather_checkpoints)
     if args.evaluate:
         evaluate(recipe, plan, runtime, output)
@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             trainer, training=args.benchmark_training, inference=args.benchmark_inference, profile=args.prof
         )
     else:
-        flags.action(args)(recipe, plan, sparse, runtime, output)
+        from_flags.action(args)(recipe, plan, sparse, runtime, output)
 
 
 def set_up(args: argparse.Namespace, runtime: Runtime, device: torch.device) -> experiment.Recipe:
@@ -226,7 +226,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
     words = sys.argv[1:] if argv is None else argv
     parser = make_parser()
-    flags.take_over(parser, words)
+    kept_flags.take_over(parser, words)
     given = parser.given(words).keys()
     if given & {"density", "final_density"}:  # what --config brings is no contradiction to it
         parser.set_defaults(density=None, final_density=None)
@@ -285,8 +285,9 @@ def check(args: argparse.Namespace, budget: EpochBudget) -> list[str]:
     has_weights = args.resume is not None or args.pretrained_weights is not None
     if args.evaluate and not has_weights:
         raise UsageError("--evaluate needs weights: give --resume PATH or --pretrained-weights PATH")
-    warnings = flags.check(args, momentum_is_zero=args.momentum == 0, has_weights=has_weights)
-    return warnings + flags.check_budget(args, budget) + flags.pruning_window_warning(args, budget.pretrain_epochs)
+    warnings = flag_checks.check(args, momentum_is_zero=args.momentum == 0, has_weights=has_weights)
+    warnings += flag_checks.check_budget(args, budget)
+    return warnings + flag_checks.pruning_window_warning(args, budget.pretrain_epochs)
 
 
 def resolve_density(density: float | None, final_density: float | None) -> float:

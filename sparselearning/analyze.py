@@ -42,7 +42,7 @@ from sparselearning.reporting.corruptions import CORRUPTIONS
 from sparselearning.reporting.runs import Run, find_runs, read_run
 from sparselearning.sparse.layers import maskable_parameters
 from sparselearning.sparse.superpose import AVERAGING, chooses
-from sparselearning.training import flags
+from sparselearning.training import from_flags, kept_flags
 from sparselearning.training.networks import SavedNetwork
 from sparselearning.training.progress import print_notes
 from sparselearning.training.scripts import Script, script_of
@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None, otherwise: Script | None = None) -> 
         check_output(given.save_network, MADE_BY)
     run, script, args = rebuilt_flags(given, otherwise)
     folder = run.folder
-    device, runtime = flags.runtime(args).start()
+    device, runtime = from_flags.runtime(args).start()
     recipe = script.set_up(args, runtime, device)
     if chooses(args.superposing_method) and recipe.sources.test is None:
         raise UsageError(
@@ -213,11 +213,11 @@ def rebuilt_flags(given: argparse.Namespace, otherwise: Script | None) -> tuple[
     config = run.folder.read_config()
     script = otherwise if otherwise and "network" not in config else script_of(config, source)
     parser = script.make_parser()
-    anew = {name: value for name, value in flags.values(given).items() if name in REPLACED}
+    anew = {name: value for name, value in kept_flags.values(given).items() if name in REPLACED}
     known = {action.dest for action in parser._actions}
     if unknown := [name for name in anew if name not in known]:
         raise UsageError(f"the script of the run in {run.folder.path} has no flag {unknown[0]} to replace")
-    return run, script, flags.of_run(parser, {**run.flags, **anew}, str(source))
+    return run, script, kept_flags.of_run(parser, {**run.flags, **anew}, str(source))
 
 
 def draw(results: Analysis, out: Path) -> None:

@@ -28,7 +28,7 @@ from sparselearning.process.schema import read
 from sparselearning.reporting.analysis import Analysis
 from sparselearning.reporting.bench import Bench, Predictions
 from sparselearning.sparse.superpose import prune_to_density, superpose
-from sparselearning.training import flags
+from sparselearning.training import from_flags
 
 DENSITY, FACTOR, MEMBERS = 0.1, 0.3, 3
 ROOT = Path(analyze.__file__).parents[1]
@@ -118,7 +118,7 @@ def test_accuracies_are_those_that_the_run_recorded(finished, analysed):
 
 def bench_of(run, **options):
     _, script, args = analyze.rebuilt_flags(analyze.parse([str(run)]), None)
-    device, runtime = flags.runtime(args).start()
+    device, runtime = from_flags.runtime(args).start()
     return Bench.of(script.set_up(args, runtime, device), runtime, {}, **options)
 
 

@@ -117,7 +117,7 @@ class Checkpoint:
 
     Args:
         folder: of the run.
-        identity: values that a checkpoint must share with the run that resumes from it (``flags.identity``).
+        identity: values that a checkpoint must share with the run that resumes from it (``kept_flags.identity``).
         plan: of the run.
         at: the position of the run.
         batches: training batches of an epoch.

@@ -52,7 +52,7 @@ class Trainer:
         log_interval: batches between reads of the running loss.
         keep_tickets: write every ticket to a file of its own.
         keep_checkpoints: write a checkpoint after every epoch, and keep them all.
-        identity: values that a checkpoint must share with the run that resumes it (``flags.identity``).
+        identity: values that a checkpoint must share with the run that resumes it (``kept_flags.identity``).
         stop_signal: returns the signal that asks the run to stop, 0 for none.
 
     Attributes:

@@ -86,8 +86,8 @@ class Output:
     Attributes:
         folder: the run's folder.
         config: content of ``config.json``.
-        identity: the part of it that a resumed run must share (``flags.identity``).
-        settled: replaces values in such a part that mean the same here by one (``flags.settled``).
+        identity: the part of it that a resumed run must share (``kept_flags.identity``).
+        settled: replaces values in such a part that mean the same here by one (``kept_flags.settled``).
         resume: where to start from.
         log_interval: batches between reads of the running loss.
         keep_tickets: write every ticket to a file of its own.

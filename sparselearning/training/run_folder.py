@@ -1,4 +1,4 @@
-"""The files in a run's folder; the path of the folder itself is decided by ``flags.run_path``."""
+"""The files in a run's folder; the path of the folder itself is decided by ``from_flags.run_path``."""
 
 import contextlib
 import os

@@ -67,10 +67,10 @@ def find_start(
     Args:
         resume: a file, or a run's folder; None: nothing.
         folder: of the run that starts.
-        identity: values that a checkpoint must share with the run that resumes from it (``flags.identity``).
+        identity: values that a checkpoint must share with the run that resumes from it (``kept_flags.identity``).
         plan: of the run.
         sparse_init: how its first masks are drawn; None: dense training.
-        settled: replaces values in an ``identity`` that mean the same here by one (``flags.settled``).
+        settled: replaces values in an ``identity`` that mean the same here by one (``kept_flags.settled``).
 
     Raises:
         UsageError: if it is nothing that this run can start from.

@@ -16,7 +16,7 @@ from sparselearning.process.files import write_json
 from sparselearning.report import main
 from sparselearning.reporting.runs import group_runs, masked_weights, read_run
 from sparselearning.reporting.tables import csv_of_runs, csv_table, latex_table, markdown_report
-from sparselearning.training import experiment, flags
+from sparselearning.training import experiment, kept_flags
 from sparselearning.training.progress import run_table
 from sparselearning.training.run_folder import RunFolder
 
@@ -103,7 +103,7 @@ def test_damaged_configurations_stop_a_sweep_and_a_resumed_run_or_do_no_harm(tmp
     words = ["--pre_train", "--cyclic_train", "--data", "digits", "--model", "lenet-300-100", "--final-density", "0.1"]
     environment = {"commit": "abc1234", "versions": {"torch": "2.11"}, "device": "cpu: Fast", "threads": 2}
     args = main_suptickets.parse(sweep.planned("rigl", 7, words, tmp_path, control=False).flags)
-    content = flags.values(args) | environment | {"resumed": [environment | {"commit": "def5678"}]}
+    content = kept_flags.values(args) | environment | {"resumed": [environment | {"commit": "def5678"}]}
     refused = 0
     write_json(folder.config, content)
     for place, damage, damaged in damages(folder.config.read_text(), lines=False):

@@ -15,7 +15,7 @@ import sweep
 
 from sparselearning.process.errors import FaultError, UsageError
 from sparselearning.reporting import runs
-from sparselearning.training import flags
+from sparselearning.training import kept_flags
 
 SHARED = shlex.split(
     "--data digits --model cifar_resnet_8_4 --epochs 2 --cycle 1 --cycle_rate 0.5 --final-density 0.1 --workers 1 "
@@ -113,7 +113,7 @@ def test_a_method_wins_over_what_all_runs_share(method, expected):
 
 def config_of(path, *flags_of_run):
     """A file as a run with these flags leaves it."""
-    path.write_text(json.dumps(flags.values(main_suptickets.parse([*SHARED, *flags_of_run]))))
+    path.write_text(json.dumps(kept_flags.values(main_suptickets.parse([*SHARED, *flags_of_run]))))
     return ["--config", str(path)]
 
 
@@ -252,7 +252,7 @@ def test_no_other_file_is_replaced_or_added_to(out, name):
 
 def test_a_folder_with_a_run_of_other_flags_is_left_alone(out):
     words = sweep.planned("rigl", 7, SHARED, out, control=False).flags
-    config = flags.values(main_suptickets.parse(words))
+    config = kept_flags.values(main_suptickets.parse(words))
     folder = out / "rigl" / "seed7"
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config))

@@ -1,7 +1,5 @@
-"""The command line: defaults, help, what flags mean and do, the folder of a run. Nothing is trained here."""
+"""The flags as they are declared: defaults, help, marks, choices."""
 
-import argparse
-import json
 import re
 import shlex
 import sys
@@ -13,30 +11,14 @@ import pytest
 from cifar_data import DATASETS
 from cifar_models import model_names
 
-from helpers.cifar import RUN, parse, run_cifar
+from helpers.cifar import parse
 from helpers.commands import one_sentence
 from sparselearning.process.arguments import marked
-from sparselearning.process.errors import UsageError
 from sparselearning.sparse.schedules import DECAYS
 from sparselearning.sparse.sparse_init import SPARSE_INITS
 from sparselearning.sparse.superpose import AVERAGING
 from sparselearning.sparse.topology import GROWTH, METHODS, PRUNE, REDISTRIBUTION
 from sparselearning.training import flags
-from sparselearning.training.plan import EpochBudget
-
-# The published command lines of the CIFAR script.
-COMMON = (
-    "--update_bn --pre_train --cyclic_train --re_explore --no_maskupdates --cyc_lr --lr_2 0.005 --lr_1 0.001 "
-    "--cycle 8 --cycle_rate 0.1 --sparse --decay-schedule constant --seed 41 --sparse-init ERK --update-frequency 1000 "
-    "--batch-size 128 --prune-rate 0.5 --large-death-rate 0.5 --prune magnitude --final-density 0.05 --epochs 250 "
-    "--model ResNet50 --data cifar100 "
-)
-PUBLISHED = {
-    "granet": COMMON + "--indicate_method granet --method GraNet --growth gradient --init-density 0.5",
-    "rigl": COMMON + "--indicate_method rigl --method DST --growth gradient --init-density 0.05",
-    "set": COMMON + "--indicate_method set --method DST --growth random --init-density 0.05",
-}
-
 
 # ----------------------------------------------------------------------------------------------------- defaults
 
@@ -65,62 +47,6 @@ def test_defaults_are_the_documented_ones():
 def test_both_names_of_the_batchnorm_flag():
     assert parse("--update_bn").update_bn
     assert parse("--bn_update").update_bn
-
-
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_published_lines(name, capsys):
-    args = parse(PUBLISHED[name])
-    main_suptickets.check(args)
-    budget = EpochBudget.of_share(args.epochs, args.cycle_rate, args.cycle)
-    assert (budget.pretrain_epochs, budget.cyclic_epochs, budget.tickets) == (226, 24, 3)
-    assert (args.lr, args.lr_1, args.lr_2) == (0.1, 0.001, 0.005)
-    plan = flags.plan(args, budget, main_suptickets.pretrain_lr(args, budget))
-    assert [plan.lr(epoch, 0, 391) for epoch in (0, 112, 113, 168, 169, 225)] == pytest.approx(
-        [0.1, 0.1, 0.01, 0.01, 0.001, 0.001]
-    )
-    assert (plan.explore_rate, plan.updates_in_cycles, plan.final_density) == (0.5, False, 0.05)
-    masking = flags.sparse_training(args, 391, budget.total_epochs).masking
-    assert masking["total_steps"] == 250 * 391
-    assert (masking["prune_start_step"], masking["prune_end_step"]) == (0, 110 * 391)
-    assert masking["growth"] == ("random" if name == "set" else "gradient")
-
-
-def test_demo_presets_give_way_to_flags():
-    args = parse("--demo")
-    assert (args.data, args.sparse, args.pre_train, args.cyclic_train, args.final_density) == (
-        "digits", True, True, True, 0.05,
-    )  # fmt: skip
-    budget = EpochBudget.of_share(args.epochs, args.cycle_rate, args.cycle)
-    assert budget.tickets >= 3
-    assert not main_suptickets.check(args)
-    assert not flags.pruning_window_warning(args, budget.pretrain_epochs)
-    given = parse("--epochs 7 --demo --final-density 0.2")
-    assert (given.epochs, given.final_density, given.data) == (7, 0.2, "digits")
-    assert parse("").data == "cifar10"  # the presets do not stay behind
-
-
-@pytest.mark.parametrize("recipe", main_suptickets.RECIPES)
-def test_recipes_contradict_nothing_and_give_way_to_flags(recipe, capsys, tmp_path):
-    args = parse(f"--recipe {recipe}")
-    assert args.recipe == recipe
-    assert not main_suptickets.check(args)
-    given = parse(f"--epochs 125 --recipe={recipe} --method DST --init-density 0.05")
-    assert vars(given) == vars(args) | {"epochs": 125, "method": "DST", "init_density": 0.05}
-    assert not main_suptickets.check(given)
-    control = parse(f"--recipe {recipe} --cycle_rate 0")
-    assert EpochBudget.of_share(control.epochs, control.cycle_rate, control.cycle).tickets == 0
-    assert main_suptickets.RECIPES[recipe] in help_of(capsys)
-    path = config_of(tmp_path / "config.json", given)
-    assert vars(parse(f"--config {path}")) == vars(given) | {"config": path}
-
-
-def test_presets_exclude_each_other_and_recipes_the_flags_of_a_run(capsys, tmp_path):
-    with pytest.raises(SystemExit):
-        parse("--demo --recipe tuned")
-    assert "--recipe: not allowed with argument --demo" in capsys.readouterr().err
-    path = config_of(tmp_path / "config.json", parse("--pre_train --sparse --fix"))
-    with pytest.raises(UsageError, match="--recipe and --config"):
-        parse(f"--config {path} --recipe tuned")
 
 
 # --------------------------------------------------------------------------------------------------------- help
@@ -220,132 +146,6 @@ def test_no_abbreviations(capsys):
     assert leaving.value.code == 2
 
 
-# --------------------------------------------------------------------------------------- what flags mean and do
-
-
-@pytest.mark.parametrize(
-    ("epochs", "rate", "cycle", "expected"),
-    [
-        (250, 0.1, 8, (226, 24, 3)),
-        (160, 0.2, 8, (128, 32, 4)),
-        (10, 0.3, 1, (7, 3, 3)),  # 0.3 · 10 is below 3 in binary
-        (10, 0.5, 3, (7, 3, 1)),
-        (10, 1.0, 5, (0, 10, 2)),
-        (10, 0.0, 1, (10, 0, 0)),
-        (7, 0.1, 1, (7, 0, 0)),
-    ],
-)
-def test_epoch_budget(epochs, rate, cycle, expected):
-    budget = EpochBudget.of_share(epochs, rate, cycle)
-    assert (budget.pretrain_epochs, budget.cyclic_epochs, budget.tickets) == expected
-
-
-def test_learning_rate_of_pretraining():
-    rates = [main_suptickets.pretrain_lr(parse("--lr 1"), EpochBudget(7, 1, 0))(epoch) for epoch in range(7)]
-    assert rates == pytest.approx([1, 1, 1, 0.1, 0.1, 0.01, 0.01])  # ⌊3.5⌋ and ⌊5.25⌋
-    constant = main_suptickets.pretrain_lr(parse("--lr 1 --nolrsche"), EpochBudget(7, 1, 0))
-    assert {constant(epoch) for epoch in range(7)} == {1}
-
-
-def test_pruning_window_in_steps_and_the_multiplier():
-    args = parse(RUN + "--init-prune-epoch 2 --final-prune-epoch 5 --final-update-epoch 4 --multiplier 3")
-    masking = flags.sparse_training(args, steps_per_epoch=10, total_epochs=30).masking
-    assert (masking["prune_start_step"], masking["prune_end_step"], masking["total_steps"]) == (60, 150, 300)
-    assert masking["final_update_step"] == 120
-    assert flags.sparse_training(parse(RUN), 10, 30).masking["final_update_step"] is None
-
-
-def test_flags_come_from_a_config_and_the_command_line_counts_more(tmp_path):
-    first = parse(RUN + "--lr 0.3 --dense-layers fc conv1 --ema 0.9 --no-tf32 --save there --iters 3 --seed 5")
-    path = config_of(tmp_path / "config.json", first)
-    again = parse(f"--config {path} --seed 6")
-    expected = vars(first) | {"save": None, "iters": 1, "seed": 6, "config": path}
-    assert vars(again) == expected
-
-
-def config_of(path, args):
-    path.write_text(json.dumps({"command": "x", "versions": {}, "commit": None, **flags.values(args)}))
-    return path
-
-
-def test_the_presets_of_the_demo_count_more_than_a_config(tmp_path):
-    path = config_of(tmp_path / "config.json", parse("--pre_train --epochs 3 --lr 0.3 --momentum 0.5"))
-    given = parse(f"--config {path} --demo --momentum 0.7")
-    assert (given.epochs, given.data, given.lr, given.momentum) == (parse("--demo").epochs, "digits", 0.3, 0.7)
-
-
-def test_the_demo_again_from_its_config(tmp_path):
-    path = config_of(tmp_path / "config.json", parse("--demo --seed 3"))
-    assert vars(parse(f"--config {path}")) == vars(parse("--demo --seed 3")) | {"config": path}
-
-
-IMAGENET = (
-    "photos --arch resnet18 -c fanin --pre_train --sparse --density 0.2 --pretrain_epoch 5 --cyclic_epochs 4 --cycle 2 "
-    "--wd 0.001 --local_rank 0 --resume there"
-)
-
-
-@pytest.mark.parametrize(
-    ("changes", "expected"),
-    [
-        ("", {}),
-        ("slides", {"data": Path("slides")}),  # the folder comes from there too, unless one is given
-        ("--final-density 0.3", {"density": 0.3, "final_density": 0.3}),  # one budget, one of whose names is given
-        ("--density 0.3", {"density": 0.3, "final_density": 0.3}),
-        ("--pretrain_epoch 7", {"pretrain_epoch": 7, "epochs": 11}),
-        ("--cyclic_epochs 6 photos", {"cyclic_epochs": 6, "epochs": 11}),
-    ],
-)
-def test_imagenet_from_a_config(tmp_path, changes, expected):
-    first = imagenet_main.parse(shlex.split(IMAGENET))
-    path = config_of(tmp_path / "config.json", first)
-    again = imagenet_main.parse(shlex.split(f"--config {path} {changes}"))
-    unasked = {"config": path, "local_rank": None, "resume": None}
-    assert vars(again) == vars(first) | unasked | expected
-    imagenet_main.check(again, imagenet_main.epoch_budget(again))
-
-
-def test_a_config_of_the_other_script_names_what_does_not_fit(tmp_path):
-    path = config_of(tmp_path / "config.json", parse(RUN))
-    with pytest.raises(UsageError, match=r"this script has no flags .*'cycle_rate'"):
-        imagenet_main.parse(["photos", "--config", str(path)])
-
-
-def test_dense_training_has_neither_masks_nor_a_budget():
-    args = parse("--pre_train --cyclic_train")
-    assert flags.sparse_training(args, 10, 30) is None
-    assert flags.plan(args, EpochBudget(3, 1, 1), lambda epoch: 0.1).final_density is None
-
-
-def test_folder_of_a_run():
-    args = parse(PUBLISHED["rigl"])
-    path = flags.run_path(args, "ResNet50", "cifar100", EpochBudget.of_share(250, 0.1, 8))
-    assert str(path) == (
-        "saved_models/rigl/ResNet50/cifar100/cycle_num_8/pretrain_epoch_226/cyclic_epochs_24/density_0.05/M=3/"
-        "ex_rate=0.5/seed41"
-    )
-    assert str(flags.run_path(parse("--save /a/b"), "m", "d", EpochBudget(1, 1, 1))) == "/a/b"
-
-
-def test_values_of_the_flags_are_complete_and_plain():
-    args = parse(RUN + "--save /a/b --resume c.pth")
-    values = flags.values(args)
-    assert json.loads(json.dumps(values)) == values
-    assert values.keys() == vars(args).keys()
-    assert (values["save"], values["resume"]) == ("/a/b", "c.pth")
-    assert shlex.split(flags.command(["--save", "/a b"]))[-2:] == ["--save", "/a b"]
-
-
-def test_a_resumed_run_may_move_but_not_change():
-    def identity(call):
-        return flags.identity(flags.values(parse(RUN + call)), main_suptickets.make_parser())
-
-    first = identity("--save a --log-interval 5 --keep-tickets")
-    assert first == identity("--save b --resume a --data-dir x --test-batch-size 7")
-    for change in ("--seed 18", "--lr 0.2", "--model ResNet18", "--final-density 0.1", "--cyc_lr", "--amp bf16"):
-        assert first != identity(change), change
-
-
 OWN_MARKS = {
     main_suptickets: {
         flags.NO_EFFECT: ["data_dir", "demo", "iters", "log_interval", "mgpu", "recipe", "test_batch_size", "workers"],
@@ -383,24 +183,6 @@ def test_marks_by_hand(script):
     assert not {"ema", "seed", "lr", "multiplier", "amp"} & (about_masks | about_tickets)
 
 
-def test_every_flag_is_looked_at(tiny_defaults, monkeypatch):
-    """A flag changes what happens, or it does not exist."""
-    seen = set()
-
-    class Noticing(argparse.Namespace):
-        def __getattribute__(self, name):
-            seen.add(name)
-            return super().__getattribute__(name)
-
-    parse_before = main_suptickets.parse
-    monkeypatch.setattr(main_suptickets, "parse", lambda argv: Noticing(**vars(parse_before(argv))))
-    call = RUN + "--re_explore --cyc_lr --epochs 2 --cycle 1 --cycle_rate 0.5 --final-prune-epoch 1"
-    assert run_cifar(call) == 0
-    known = vars(parse_before([])).keys()
-    # Three take effect while parsing, one is said to have none.
-    assert known - seen <= {"config", "demo", "recipe", "workers"}
-
-
 def test_every_choice_is_taken_from_its_table():
     """A new entry of a table is a new choice at once, and nothing else is one."""
     actions = main_suptickets.make_parser()._actions
@@ -418,20 +200,3 @@ def test_every_choice_is_taken_from_its_table():
     assert set(PRUNE) == {"magnitude", "SET", "threshold", "global_magnitude"}
     assert set(GROWTH) == {"random", "gradient", "momentum", "momentum_neuron"}
     assert set(REDISTRIBUTION) == {"none", "nonzeros", "magnitude", "momentum"}
-
-
-def test_the_data_flags_arrive(monkeypatch):
-    class Seen(Exception):
-        pass
-
-    def load(name, **options):
-        raise Seen(name, options)
-
-    monkeypatch.setattr(main_suptickets, "load_data", load)
-    call = "--data digits --valid_split 0.25 --batch-size 7 --test-batch-size 5 --seed 3 --data-dir there"
-    with pytest.raises(Seen) as seen:
-        main_suptickets.main(shlex.split(RUN + call))
-    name, options = seen.value.args
-    assert name == "digits"
-    assert {"valid_split": 0.25, "batch_size": 7, "test_batch_size": 5, "seed": 3}.items() <= options.items()
-    assert str(options["data_dir"]) == "there"

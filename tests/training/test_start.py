@@ -12,7 +12,7 @@ from helpers.small_runs import MASKABLE, PLAN, Batches, Signals, network, prepar
 from sparselearning.process.errors import FaultError, UsageError
 from sparselearning.process.signals import Stopped
 from sparselearning.sparse import masking
-from sparselearning.training import experiment, flags, start
+from sparselearning.training import experiment, from_flags, start
 from sparselearning.training.engine import Trainer
 from sparselearning.training.experiment import Output
 from sparselearning.training.run_folder import RunFolder
@@ -84,7 +84,7 @@ def test_a_flag_that_means_the_same_here_is_no_other_flag(tmp_path, there, here,
         argv = shlex.split(f"--pre_train --sparse {flags_given}")
         args = main_suptickets.parse([*argv, *(["--resume", str(resume)] if resume else [])])
         folder = RunFolder(tmp_path / "run")
-        return flags.output(args, main_suptickets.make_parser(), argv, folder, {}, torch.device("cpu"), 1)
+        return from_flags.output(args, main_suptickets.make_parser(), argv, folder, {}, torch.device("cpu"), 1)
 
     first = output(there)
     head = {"config": first.identity, "epoch": 2, "masking": None, "ranks": [{}], "state_dict": {}}

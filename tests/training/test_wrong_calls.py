@@ -9,7 +9,7 @@ import pytest
 from helpers.cifar import RUN, parse, run_cifar
 from helpers.commands import one_sentence
 from sparselearning.process.errors import FaultError, UsageError
-from sparselearning.training import flags
+from sparselearning.training import flag_checks
 from sparselearning.training.plan import EpochBudget
 
 # --------------------------------------------------------------------------------------------------- wrong calls
@@ -217,18 +217,18 @@ def test_a_milestone_at_epoch_0_does_not_count(epochs, rates):
 
 def test_a_pruning_window_past_pretraining_is_warned_about():
     args = parse(RUN + "--final-prune-epoch 6 --multiplier 2")
-    assert flags.pruning_window_warning(args, 12) == []
-    assert "epoch 12, after pre-training, which ends at epoch 11" in flags.pruning_window_warning(args, 11)[0]
-    assert flags.pruning_window_warning(parse(RUN + "--method DST"), 11) == []
+    assert flag_checks.pruning_window_warning(args, 12) == []
+    assert "epoch 12, after pre-training, which ends at epoch 11" in flag_checks.pruning_window_warning(args, 11)[0]
+    assert flag_checks.pruning_window_warning(parse(RUN + "--method DST"), 11) == []
 
 
 def test_too_few_epochs_for_a_cycle_are_told():
     args = parse(RUN + "--epochs 30")
     assert EpochBudget.of_share(30, 0.2, 8) == EpochBudget(30, 8, 0)
-    assert "8 epochs" in flags.check_budget(args, EpochBudget(30, 8, 0))[0]
-    assert "(1 epoch)" in flags.check_budget(args, EpochBudget(30, 1, 0))[0]
-    assert flags.check_budget(args, EpochBudget(22, 8, 1)) == []
-    assert flags.check_budget(parse("--sparse --pre_train"), EpochBudget(30, 8, 0)) == []
+    assert "8 epochs" in flag_checks.check_budget(args, EpochBudget(30, 8, 0))[0]
+    assert "(1 epoch)" in flag_checks.check_budget(args, EpochBudget(30, 1, 0))[0]
+    assert flag_checks.check_budget(args, EpochBudget(22, 8, 1)) == []
+    assert flag_checks.check_budget(parse("--sparse --pre_train"), EpochBudget(30, 8, 0)) == []
 
 
 # --------------------------------------------------------------------------------------- what flags mean and do
