@@ -10,11 +10,9 @@ Give the same command again: finished runs are skipped, stopped ones are resumed
 
 import argparse
 import os
-import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,22 +23,19 @@ sys.path[:0] = [str(ROOT / "CIFAR"), str(ROOT)]
 
 import cifar_data  # noqa: E402  found once its folder is on the path
 import networks  # noqa: E402
+import pages  # noqa: E402
 import sweep  # noqa: E402
 
-from sparselearning import analyze, report  # noqa: E402
+from sparselearning import analyze  # noqa: E402
 from sparselearning.process import arguments  # noqa: E402
 from sparselearning.process.errors import UsageError  # noqa: E402
-from sparselearning.process.files import check_output, copy_whole, write_json, write_text, write_whole  # noqa: E402
+from sparselearning.process.files import check_output, copy_whole, write_json, write_whole  # noqa: E402
 from sparselearning.process.script import run_script  # noqa: E402
-from sparselearning.reporting.measured import differences_cells  # noqa: E402
-from sparselearning.reporting.runs import Group, Run, find_runs, group_runs, legend, read_run  # noqa: E402
-from sparselearning.reporting.tables import headline_table, markdown, markdown_report  # noqa: E402
+from sparselearning.reporting.runs import find_runs, read_run  # noqa: E402
 from sparselearning.training.run_folder import RunFolder  # noqa: E402
 
 WORK = Path("study")
 RESULTS = Path("results")
-DRAWN = Path("RESULTS.md")
-PAGES = [DRAWN, Path("README.md"), Path("docs/results-appendix.md")]
 
 
 class Experiment(NamedTuple):
@@ -197,7 +192,7 @@ FITTED = (
 """The published flags, with batches and updates scaled to 600 images, which the network fits (RESULTS.md)."""
 
 
-def tuned(flags: str, explores: bool = False) -> Experiment:
+def candidate(flags: str, explores: bool = False) -> Experiment:
     """Other cycles from the pre-trained networks of ``claim``, to choose by images that it does not test on."""
     return cycles_again(flags, without=[] if explores else ["--re_explore"], source=MAIN_OF_CLAIM)
 
@@ -252,15 +247,15 @@ STUDIES = {
     "recipe": Study(
         flags=FITTED,
         experiments={
-            "again": tuned("", explores=True),
-            "rate-0.02": tuned("--lr_2 0.02"),
-            "rate-0.05": tuned("--lr_2 0.05"),
-            "rate-0.1": tuned("--lr_2 0.1"),
-            "rate-0.05-cycles-of-12": tuned("--lr_2 0.05 --cycle 12"),
-            "rate-0.05-cycles-of-4": tuned("--lr_2 0.05 --cycle 4"),
-            "rate-0.05-cycles-of-2": tuned("--lr_2 0.05 --cycle 2"),
-            "rate-0.05-explore-0.1": tuned("--lr_2 0.05 --large-death-rate 0.1", explores=True),
-            "rate-0.05-explore-0.3": tuned("--lr_2 0.05 --large-death-rate 0.3", explores=True),
+            "again": candidate("", explores=True),
+            "rate-0.02": candidate("--lr_2 0.02"),
+            "rate-0.05": candidate("--lr_2 0.05"),
+            "rate-0.1": candidate("--lr_2 0.1"),
+            "rate-0.05-cycles-of-12": candidate("--lr_2 0.05 --cycle 12"),
+            "rate-0.05-cycles-of-4": candidate("--lr_2 0.05 --cycle 4"),
+            "rate-0.05-cycles-of-2": candidate("--lr_2 0.05 --cycle 2"),
+            "rate-0.05-explore-0.1": candidate("--lr_2 0.05 --large-death-rate 0.1", explores=True),
+            "rate-0.05-explore-0.3": candidate("--lr_2 0.05 --large-death-rate 0.3", explores=True),
             **{f"swa-rate-{rate}": swa(rate, "--points 2 --on test", MAIN_OF_CLAIM) for rate in (0.02, 0.05, 0.1)},
             "twice-the-cycles-rate-0.05": Experiment(
                 ["granet"], flags="--cycle_rate 0.2 --lr_2 0.05", without=["--re_explore"]
@@ -344,17 +339,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         collect(out, RESULTS / args.study / name)
         if name in study.kept:
             keep_networks(args.study, name)
-    publish()
-
-
-def publish() -> None:
-    """Make the tables of the pages, and their picture, from what lies in ``results/``."""
-    for page in filter(Path.is_file, PAGES):
-        fill(page)
-    settings = gains(DRAWN.read_text()) if DRAWN.is_file() else {}
-    if with_control := {title: groups for title, groups in settings.items() if any(group.control for group in groups)}:
-        plots = report.drawing()
-        plots.save(plots.gains(with_control), RESULTS / "gains")
+    pages.publish(RESULTS)
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -472,61 +457,6 @@ def keep_networks(name: str, experiment: str) -> None:
             folder = RESULTS / "networks" / f"{name}-{method}"
             prepare = f"python experiments/study.py {name} --prepare"
             networks.keep(read_run(run.path), folder, subset.path, prepare, subset.test_set)
-
-
-def fill(page: Path) -> None:
-    """Fill in the tables of a page, in place."""
-    write_text(page, filled(page.read_text()))
-
-
-def filled(text: str) -> str:
-    """Put below a comment ``report FOLDER…`` what the report says of these runs, and end it with a comment ``end``.
-
-    Other comments get a part of it alone, see :data:`KINDS`.
-    """
-    read = cache(read_run)  # several tables of a page show the same runs
-
-    def table(match: re.Match[str]) -> str:
-        folders = [Path(word) for word in match["folders"].split()]
-        there = [folder for folder in folders if folder.is_dir()]
-        missing = "".join(f"- not run yet: {folder}\n" for folder in folders if folder not in there)
-        shown = KINDS[match["kind"]](*_groups(there, read)) if there else ""
-        return f"<!-- {match['command']} -->\n\n{shown}{missing}\n<!-- end -->"
-
-    command = rf"(?P<command>(?P<kind>{'|'.join(KINDS)}) (?P<folders>[^>]*?))"
-    return re.sub(f"<!-- {command} -->.*?<!-- end -->", table, text, flags=re.DOTALL)
-
-
-def gains(text: str) -> dict[str, list[Group]]:
-    """What the picture of a page shows: the runs of each ``headline``, or else of a heading's first ``differences``."""
-    settings: dict[str, list[Group]] = {}
-    title = ""
-    narrow = r"^#+ (?P<title>.*)$|<!-- (?P<kind>headline|differences) (?P<folders>[^>]*?) -->"
-    for match in re.finditer(narrow, text, re.MULTILINE):
-        title = match["title"] or title
-        there = [path for path in map(Path, (match["folders"] or "").split()) if path.is_dir()]
-        if there and (match["kind"] == "headline" or title not in settings):
-            settings.setdefault(title, []).extend(_groups(there)[0])
-    return settings
-
-
-def _explained(groups: Sequence[Group]) -> str:
-    """What labels that leave something out stand for, below a table."""
-    sentences = [f"- {sentence}\n" for sentence in legend(groups)]
-    return "\n" + "".join(sentences) if sentences else ""
-
-
-def _groups(folders: Sequence[Path], read: Callable[[Path], Run] = read_run) -> tuple[list[Group], list[str]]:
-    return group_runs([read(path) for path in find_runs(folders)])
-
-
-KINDS: dict[str, Callable[[Sequence[Group], Sequence[str]], str]] = {
-    "report": markdown_report,
-    "headline": lambda groups, _: headline_table(groups) + _explained(groups),
-    "differences": lambda groups, _: markdown(differences_cells(groups)) + _explained(groups),
-}
-"""Tables of groups of runs: all that ``python -m sparselearning.report`` writes; those with tickets, each beside its
-control; their last superpositions over others."""
 
 
 if __name__ == "__main__":

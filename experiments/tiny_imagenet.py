@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     runs = [planned(method, schedule, seed) for seed, method, schedule in product(SEEDS, METHODS, SCHEDULES)]
     failed = sweep.do(runs)
     study.collect(WORK / NAME, RESULTS / NAME)
-    study.publish()
+    study.pages.publish(RESULTS)
     sweep.check_done(failed, runs)
 
 

@@ -224,7 +224,7 @@ def test_what_masks_save_beside_others_is_what_was_measured():
     }
     page = PAGES["docs/speed.md"]
     for name, what, files in (
-        ("the masked network", "step beside masked", ("references", "compiled", "compiled")),
+        ("the masked step", "step beside masked", ("references", "compiled", "compiled")),
         ("the dense one in bfloat16", "step beside bf16", ("references", "compiled", "compiled")),
         ("the dense one, compiled", "step beside compiled", ("references", "compiled", "compiled")),
         ("the dense one, both on two threads", "step beside dense", ("2-threads",) * 3),

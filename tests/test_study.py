@@ -17,6 +17,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "experiments"))
 
 import networks  # noqa: E402  found once its folder is on the path
+import pages  # noqa: E402
 import study  # noqa: E402
 import sweep  # noqa: E402
 import tiny_imagenet  # noqa: E402
@@ -24,6 +25,7 @@ import tiny_imagenet  # noqa: E402
 from sparselearning import analyze, predict, report  # noqa: E402
 from sparselearning.process import arguments  # noqa: E402
 from sparselearning.process.errors import FaultError, UsageError  # noqa: E402
+from sparselearning.reporting.runs import read_run  # noqa: E402
 from sparselearning.training import flags  # noqa: E402
 from sparselearning.training.plan import EpochBudget  # noqa: E402
 
@@ -78,7 +80,8 @@ def test_cycles_alone_differ_from_main_in_flags_about_tickets(name):
 def test_the_tuned_recipe_is_the_setting_that_was_tested():
     words = study.sweep_words(study.STUDIES["recipe-test"], "swa-rate-0.1", Path("work"), [61])
     tested = sweep.planned("granet", 61, words[words.index("--") + 1 :], Path("work"), control=False)
-    recipe, setting = (sweep.main_suptickets.parse(flags) for flags in (["--recipe", "tuned"], tested.flags))
+    given = ["--recipe", "tuned", "--update-frequency", "1000"]
+    recipe, setting = (sweep.main_suptickets.parse(flags) for flags in (given, tested.flags))
     of_data = {"model", "batch_size", "update_frequency", "valid_split"}
     of_run = {"recipe", "indicate_method", "seed", "save", "ema", "keep_tickets"}
     without_effect = {"large_death_rate"}  # as nothing is explored
@@ -242,13 +245,13 @@ def test_tables_are_filled_in_and_filled_again(tmp_path, monkeypatch):
     text = (
         "# Title\n<!-- report results/a results/b -->\nold\n<!-- end -->\nwords <!-- report results/c --><!-- end -->\n"
     )
-    once = study.filled(text)
+    once = pages.filled(text)
     assert "old" not in once
     assert "| GraNet |   1 |" in once
     assert "not run yet: results/b" in once
     assert "not run yet: results/c" in once
     assert once.startswith("# Title\n")
-    assert study.filled(once) == once
+    assert pages.filled(once) == once
 
 
 def test_a_headline_shows_runs_with_tickets_beside_their_control_by_hand(tmp_path, monkeypatch):
@@ -260,13 +263,19 @@ def test_a_headline_shows_runs_with_tickets_beside_their_control_by_hand(tmp_pat
     def cells(line):
         return [cell.strip() for cell in line.strip("|").split("|")]
 
-    once = study.filled("<!-- headline results/a results/plain results/b -->\nold\n<!-- end -->\n")
+    once = pages.filled("<!-- headline results/a results/plain results/b -->\nold\n<!-- end -->\n")
     comment, _, header, _, row, missing, _, end = once.splitlines()
     assert (comment, end) == ("<!-- headline results/a results/plain results/b -->", "<!-- end -->")
-    assert cells(header) == ["method", "n", "plain training [%]", "superposed [%]", "over plain training [points]"]
-    assert cells(row) == ["GraNet", "2", "78.00 ± 2.83", "85.00 ± 7.07", "+7.00 ± 4.24"]
+    assert cells(header) == [
+        "method",
+        "n",
+        "plain training [%]",
+        "superposed [%]",
+        "over plain training [points], ± standard error",
+    ]
+    assert cells(row) == ["GraNet", "2", "78.00 ± 2.83", "85.00 ± 7.07", "+7.00 ± 3.00"]
     assert missing == "- not run yet: results/b"
-    assert study.filled(once) == once
+    assert pages.filled(once) == once
 
 
 def test_differences_stand_alone_or_in_the_report(tmp_path, monkeypatch):
@@ -274,12 +283,12 @@ def test_differences_stand_alone_or_in_the_report(tmp_path, monkeypatch):
     for name, tickets in (("a", 2), ("plain", 0)):
         write_analysis(write_run(tmp_path / f"results/{name}/seed1", tickets=tickets), 0.0, range(tickets + 1))
     text = "<!-- differences results/a -->\n<!-- end -->\n<!-- report results/a results/plain --><!-- end -->"
-    once = study.filled(text)
+    once = pages.filled(text)
     brief, full = once.split("<!-- end -->")[:2]
     assert "| GraNet " in brief
     assert "| last superposition over plain training " not in brief
     assert "| last superposition over plain training " in full
-    assert study.filled(once) == once
+    assert pages.filled(once) == once
 
 
 def test_the_picture_shows_each_headline_under_its_heading(tmp_path, monkeypatch):
@@ -289,7 +298,7 @@ def test_the_picture_shows_each_headline_under_its_heading(tmp_path, monkeypatch
     text = "## One\n<!-- headline results/a results/gone -->\n<!-- differences results/b -->\n"
     text += "## None\n<!-- report results/c -->\n### Two\n<!-- headline results/b -->\n"
     text += "<!-- headline results/c results/b -->\n### Three\n<!-- differences results/c results/a -->\n"
-    settings = study.gains(text)
+    settings = pages.groups_by_heading(text)
     assert {title: [group.label for group in groups] for title, groups in settings.items()} == {
         "One": ["a"], "Two": ["b", "c", "b"], "Three": ["c", "a"],
     }  # fmt: skip
@@ -368,8 +377,9 @@ def test_collecting_is_content_with_nothing(tmp_path, monkeypatch):
 
 def test_results_say_what_the_kept_files_say(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
-    for page in study.PAGES:
-        assert study.filled(page.read_text()) == page.read_text()
+    read = functools.cache(read_run)
+    for page in pages.PAGES:
+        assert pages.filled(page.read_text(), read) == page.read_text()
     text = Path("docs/results-appendix.md").read_text()
     folders = re.search(r"<!-- report ([^>]*?) -->", text)[1].split()
     report.main([*folders, "--out", str(tmp_path), "--no-plots"])

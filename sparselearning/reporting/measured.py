@@ -1,7 +1,7 @@
 """Tables of what ``sparselearning.analyze`` measured of groups of runs: networks, differences, and how far apart.
 
-Differences are taken seed by seed. Their tables show mean ± standard error and, of accuracies, how many seeds of this
-deviation it takes until two standard errors are :data:`WORTH_SHOWING`.
+Differences are taken seed by seed. Their tables show mean ± standard error, the p-value of a two-sided t-test, and of
+accuracies how many seeds of this deviation show :data:`WORTH_SHOWING` with a power of 80 %.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -265,17 +265,19 @@ def _differs_in_ticket_flags_alone(group: Group, other: Group) -> bool:
 
 
 def _difference(measure: Measure, group: Group, ours: Place, theirs: Place | None) -> str:
-    """Mean difference ± standard error, if every run has it, and with an accuracy the number of seeds to show."""
+    """Mean difference ± standard error, if every run has it, its p-value, and of an accuracy the seeds to show."""
 
     def value(_: Group, run: Run) -> float | None:
         one, other = (_mean(measure.value, place.networks(run) if place else ()) for place in (ours, theirs))
         return None if one is None or other is None else one - other
 
-    column = Column(measure.difference, measure.difference, value, measure.digits, signed=True)
+    column = Column(measure.difference, measure.difference, value, measure.digits, signed=True, shows_error=True)
     spread = column.spread(group)
-    text = column.text_with_error(spread) if spread else UNKNOWN
-    seeds = spread.runs_to_show(WORTH_SHOWING) if spread and measure is ACCURACY else None
-    return text if seeds is None else f"{text} ({seeds})"
+    text = column.text(spread, " ± ", UNKNOWN)
+    if spread is None or spread.p is None:
+        return text
+    seeds = f", n {spread.runs_to_show(WORTH_SHOWING)}" if measure is ACCURACY else ""
+    return f"{text} (p {f'{spread.p:.2g}' if spread.p >= 0.001 else '< 0.001'}{seeds})"
 
 
 # --------------------------------------------------------------------------------------- how far tickets are apart

@@ -305,10 +305,10 @@ def comparison(groups: Sequence[Group]) -> Figure:
 
 @style.context(STYLE)
 def gains(settings: Mapping[str, Sequence[Group]]) -> Figure:
-    """Gain over plain training, in points, of every group that has a control: mean, two standard errors, every seed.
+    """Gain over plain training, in points, of every group that has a control: mean, 95 % t-interval, every seed.
 
     Args:
-        settings: groups by what they have in common. Bars clear of zero are more than two standard errors from it.
+        settings: groups by what they have in common.
     """
     rows: list[tuple[str, Group | None]] = []
     for title, groups in settings.items():
@@ -320,11 +320,10 @@ def gains(settings: Mapping[str, Sequence[Group]]) -> Figure:
     for place, (_, group) in enumerate(rows):
         if group is None or (spread := GAIN_OVER_PLAIN.spread(group)) is None:
             continue
-        error = None if spread.std is None else 2 * spread.std / math.sqrt(len(group.runs))
-        axes.errorbar(spread.mean, place, xerr=error, **diamond)
+        axes.errorbar(spread.mean, place, xerr=spread.margin, **diamond)
         singles = [single for run in group.runs if (single := GAIN_OVER_PLAIN.value(group, run)) is not None]
         axes.plot(singles, [place] * len(singles), ".", color=VERMILION, markersize=3.5, zorder=3)
-    axes.errorbar([], [], xerr=[], label="mean ± two standard errors", **diamond)
+    axes.errorbar([], [], xerr=[], label="mean, 95 % confidence interval", **diamond)
     axes.plot([], [], ".", color=VERMILION, label="one seed")
     axes.axvline(0, color=BLUE, linestyle="--", linewidth=1, label="plain training")
     axes.set_yticks(range(len(rows)), [label for label, _ in rows], parse_math=False)

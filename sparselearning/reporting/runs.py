@@ -303,6 +303,7 @@ def _effective_flags(run: Run) -> tuple[dict[str, Any], dict[str, Any]]:
     skipped = flags.names_with(flags.NO_EFFECT, marks) | {"seed", "epochs"}
     skipped |= set() if run.config.sparse else flags.names_with(flags.ABOUT_MASKS, marks) - {"sparse"}
     about_tickets = flags.names_with(flags.ABOUT_TICKETS, marks)
+    skipped |= {name for name, (other, off) in flags.SWITCHED_OFF.items() if run.flags.get(other) in off}
     effective = {name: value for name, value in run.flags.items() if name not in skipped}
     tickets = {name: value for name, value in effective.items() if name in about_tickets}
     recipe = {name: value for name, value in effective.items() if name not in tickets}

@@ -3,6 +3,7 @@
 import csv
 import io
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from statistics import fmean
 from typing import Any
 
@@ -100,7 +101,7 @@ COLUMNS = (
 HEADLINE = (
     Column("plain_acc_percent", "plain training [%]", _plain_accuracy, has_std=_pairs_with_control),
     Column("superposed_acc_percent", "superposed [%]", lambda group, run: final_accuracy(run)),
-    GAIN_OVER_PLAIN,
+    replace(GAIN_OVER_PLAIN, title=f"{GAIN_OVER_PLAIN.title}, ± standard error", shows_error=True),
 )
 """What the claim of superposing is about: its networks beside plain training of the same length."""
 
@@ -246,9 +247,9 @@ def report_notes(groups: Sequence[Group], left_out: Sequence[str] = ()) -> list[
         notes.append("the best of several, picked on the images that it is measured on, overstates its accuracy")
     if differences_cells(groups):
         notes.append(
-            "differences between networks are taken seed by seed, ± their standard error; in brackets, how many seeds "
-            f"of this deviation it takes until two standard errors are {WORTH_SHOWING} points; the first setting is "
-            "that of the first of several groups that differ in flags about tickets alone"
+            "differences between networks are taken seed by seed, ± their standard error; in brackets p of a two-sided "
+            f"t-test, and how many seeds n of this deviation show {WORTH_SHOWING} points with a power of 80 %; the "
+            "first setting is that of the first of several groups that differ in flags about tickets alone"
         )
     if any(run.summary and run.summary.test_acc is not None for run in runs):
         notes.append("gains over plain training are those on the test set, the other gains those on the held-out set")

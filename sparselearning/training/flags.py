@@ -3,6 +3,7 @@
 import argparse
 from collections.abc import Mapping, Sequence
 from functools import cache
+from typing import Any
 
 from sparselearning import execution
 from sparselearning.process.arguments import (
@@ -32,6 +33,18 @@ MARKS = NO_EFFECT, OF_ONE_CALL, ABOUT_MASKS, ABOUT_TICKETS = "no effect", "of on
 ``OF_ONE_CALL``: ``--config`` does not take it over: where files were, what a run resumed, how it was started.
 ``ABOUT_MASKS``: without effect on dense training. ``ABOUT_TICKETS``: without effect on plain training.
 """
+
+_CONSTANT = [name for name, method in METHODS.items() if not method.shrink]
+SWITCHED_OFF: dict[str, tuple[str, Sequence[Any]]] = {
+    "init_prune_epoch": ("method", _CONSTANT),
+    "final_prune_epoch": ("method", _CONSTANT),
+    "pruning_rate": ("sparse_init", [name for name in SPARSE_INITS if not name.startswith("prune_")]),
+    "lr_1": ("cyc_lr", [False]),
+    "lr_2": ("cyc_lr", [False]),
+    "large_death_rate": ("re_explore", [False]),
+    "CIMA_factor": ("superposing_method", [name for name in AVERAGING if name != "CIMA"]),
+}
+"""Name of a flag to that of another, and to the values of it with which the first one has no effect."""
 
 LOOK = "what a run would do"
 DATA = "data and network"

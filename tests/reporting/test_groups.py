@@ -96,6 +96,26 @@ def test_flags_that_took_no_effect_part_no_runs(tmp_path):
     assert [(group.label, group.seeds) for group in groups] == [("GraNet", [1, 2]), ("dense", [1, 2])]
 
 
+@pytest.mark.parametrize(
+    ("flag", "on", "off"),
+    [
+        ("large_death_rate", {"re_explore": True}, {"re_explore": False}),
+        ("CIMA_factor", {"superposing_method": "CIMA"}, {"superposing_method": "CAA"}),
+        ("lr_1", {"cyc_lr": True}, {"cyc_lr": False}),
+        ("lr_2", {"cyc_lr": True}, {"cyc_lr": False}),
+        ("final_prune_epoch", {"method": "GMP"}, {"method": "DST"}),
+        ("init_prune_epoch", {"method": "GraNet"}, {"method": "DST"}),
+        ("pruning_rate", {"sparse_init": "prune_global", "resume": "x"}, {"sparse_init": "resume", "resume": "x"}),
+    ],
+)
+def test_flags_that_others_switch_off_part_no_runs(tmp_path, flag, on, off):
+    for switch, seeds in ((on, [[1], [2]]), (off, [[1, 2]])):
+        folders = [
+            write_run(tmp_path / f"{len(seeds)}/{seed}", seed=seed, **switch, **{flag: seed / 10}) for seed in (1, 2)
+        ]
+        assert [group.seeds for group in groups_of(*folders)[0]] == seeds
+
+
 def test_what_a_script_says_of_its_own_flags_counts(tmp_path):
     marks = {flags.NO_EFFECT: ["hue"], flags.ABOUT_MASKS: ["grain"], flags.ABOUT_TICKETS: ["pause"]}
     values = [{"hue": 1, "grain": 1, "pause": 1}, {"hue": 2, "grain": 2, "pause": 2}]

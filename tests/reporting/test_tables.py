@@ -2,10 +2,12 @@
 
 import csv
 import io
+import math
 
 import pytest
 
 from helpers.written_runs import groups_of, rows_of, write_analysis, write_run
+from sparselearning.reporting.columns import Spread
 from sparselearning.reporting.measured import MEASURES
 from sparselearning.reporting.runs import find_runs
 from sparselearning.reporting.tables import (
@@ -135,16 +137,47 @@ def compared(study):
 
 
 def test_the_last_superposition_minus_others_by_hand(compared):
-    """Over plain training 9 and 10 points: deviation 1/√2, standard error 1/2, and (2/√2/0.3)² = 22.2 seeds."""
+    """Over plain training 9 and 10 points: deviation 1/√2, standard error 1/2, so that t is 19.
+
+    With one degree of freedom p = 1 - 2/π · atan t.
+    """
     header, *rows = report_cells(compared)["The last superposition over others, seed by seed"]
     assert header == [
         "last superposition, accuracy on the test set", "n", "over plain training [points]",
         "over pre-trained [points]", "over last ticket [points]", "over that of the first setting [points]",
     ]  # fmt: skip
     assert rows == [
-        ["GraNet, lr_2 0.01", "2", "+9.50 ± 0.50 (23)", "+9.00 ± 0.00 (2)", "+5.00 ± 0.00 (2)", "-"],
-        ["GraNet, lr_2 0.05", "2", "+9.50 ± 0.50 (23)", "+9.00 ± 0.00 (2)", "+5.00 ± 0.00 (2)", "+0.00 ± 1.00 (89)"],
+        [
+            "GraNet, lr_2 0.01",
+            "2",
+            "+9.50 ± 0.50 (p 0.033, n 46)",
+            "+9.00 ± 0.00 (p < 0.001, n 2)",
+            "+5.00 ± 0.00 (p < 0.001, n 2)",
+            "-",
+        ],
+        [
+            "GraNet, lr_2 0.05",
+            "2",
+            "+9.50 ± 0.50 (p 0.033, n 46)",
+            "+9.00 ± 0.00 (p < 0.001, n 2)",
+            "+5.00 ± 0.00 (p < 0.001, n 2)",
+            "+0.00 ± 1.00 (p 1, n 177)",
+        ],
     ]
+
+
+@pytest.mark.parametrize(("effect", "runs"), [(1.0, 10), (0.8, 15), (0.5, 34), (0.2, 199)])
+def test_as_many_runs_show_an_effect_as_textbooks_say(effect, runs):
+    """One-sample t-test, two-sided at 5 %, power 80 %; the effect in deviations (Cohen 1988)."""
+    assert Spread(mean=9.0, std=1.0, n=3).runs_to_show(effect) == runs
+
+
+def test_margin_and_p_of_a_mean_by_hand():
+    spread = Spread(mean=4.303, std=math.sqrt(3), n=3)  # a standard error of 1, and t of two degrees of freedom
+    assert spread.margin == pytest.approx(4.303, abs=1e-3)
+    assert spread.p == pytest.approx(0.05, abs=1e-4)
+    assert (Spread(1.0, None, 1).margin, Spread(1.0, None, 1).p) == (None, None)
+    assert (Spread(1.0, 0.0, 2).p, Spread(0.0, 0.0, 2).p) == (0, 1)
 
 
 def test_differences_in_all_measures_by_hand(compared):
@@ -156,13 +189,13 @@ def test_differences_in_all_measures_by_hand(compared):
     ]  # fmt: skip
     found = {title: figures for title, *figures in rows}
     assert found["last superposition over plain training"] == [
-        "+9.50 ± 0.50 (23)", "+0.0000 ± 0.0000", "+0.95 ± 0.05", "+4.75 ± 0.25",
+        "+9.50 ± 0.50 (p 0.033, n 46)", "+0.0000 ± 0.0000 (p 1)", "+0.95 ± 0.05 (p 0.033)", "+4.75 ± 0.25 (p 0.033)",
     ]  # fmt: skip
-    assert found["last superposition over that of the first setting"][0] == "+0.00 ± 1.00 (89)"
-    assert found["ensemble of all (mean of logits) over plain training"][0] == "+10.50 ± 0.50 (23)"
+    assert found["last superposition over that of the first setting"][0] == "+0.00 ± 1.00 (p 1, n 177)"
+    assert found["ensemble of all (mean of logits) over plain training"][0] == "+10.50 ± 0.50 (p 0.03, n 46)"
     assert found["CAA, BatchNorm averaged over plain training"][1] == "+nan"
     assert found["plain training's moving average of weights over plain training"][:3] == [
-        "+3.00 ± 0.00 (2)", "+0.0000 ± 0.0000", "+0.30 ± 0.00",
+        "+3.00 ± 0.00 (p < 0.001, n 2)", "+0.0000 ± 0.0000 (p 1)", "+0.30 ± 0.00 (p < 0.001)",
     ]  # fmt: skip
     assert list(found)[:4] == [
         f"last superposition over {other}"

@@ -86,13 +86,13 @@ def test_the_demo_again_from_its_config(tmp_path):
 
 @pytest.mark.parametrize("recipe", main_suptickets.RECIPES)
 def test_recipes_contradict_nothing_and_give_way_to_flags(recipe, tmp_path):
-    args = parse(f"--recipe {recipe}")
+    args = parse(f"--recipe {recipe} --update-frequency 26")
     assert args.recipe == recipe
     assert not main_suptickets.check(args)
-    given = parse(f"--epochs 125 --recipe={recipe} --method DST --init-density 0.05")
+    given = parse(f"--epochs 125 --recipe={recipe} --update-frequency 26 --method DST --init-density 0.05")
     assert vars(given) == vars(args) | {"epochs": 125, "method": "DST", "init_density": 0.05}
     assert not main_suptickets.check(given)
-    control = parse(f"--recipe {recipe} --cycle_rate 0")
+    control = parse(f"--recipe {recipe} --update-frequency 26 --cycle_rate 0")
     assert EpochBudget.of_share(control.epochs, control.cycle_rate, control.cycle).tickets == 0
     assert main_suptickets.RECIPES[recipe] in " ".join(main_suptickets.make_parser().format_help().split())
     path = config_of(tmp_path / "config.json", given)
@@ -106,6 +106,11 @@ def test_presets_exclude_each_other_and_recipes_the_flags_of_a_run(capsys, tmp_p
     path = config_of(tmp_path / "config.json", parse("--pre_train --sparse --fix"))
     with pytest.raises(UsageError, match="--recipe and --config"):
         parse(f"--config {path} --recipe tuned")
+
+
+def test_a_recipe_needs_the_steps_between_updates_which_depend_on_the_data():
+    with pytest.raises(UsageError, match="--recipe tuned needs --update-frequency"):
+        parse("--recipe tuned")
 
 
 def test_values_of_the_flags_are_complete_and_plain():
