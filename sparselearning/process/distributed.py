@@ -148,12 +148,33 @@ def wrap(model: nn.Module, device: torch.device) -> nn.Module:
     # ranks' with rank 0's at every forward pass) and are averaged after an epoch: see `average_buffers`.
     known = inspect.signature(DistributedDataParallel).parameters
     without_sync: Any = {"forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False}
-    return DistributedDataParallel(
+    parallel = DistributedDataParallel(
         model,
         device_ids=[device] if device.type == "cuda" else None,
         gradient_as_bucket_view=True,
         **without_sync,
     )
+    if device.type == "cpu" and world_size() > 2:
+        parallel.register_comm_hook(None, _average_in_rank_order)
+    return parallel
+
+
+def _average_in_rank_order(_: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    """Average a bucket of gradients over the ranks, added up in rank order.
+
+    Gloo adds up three or more numbers in an order that depends on their place in the bucket, and the buckets of the
+    first backward pass are others than those of all later ones: a resumed run would differ in its first step.
+    """
+    own = bucket.buffer().div_(world_size())
+    shares = [torch.empty_like(own) for _ in range(world_size())]
+
+    def add_up(_: torch.futures.Future[Any]) -> Tensor:
+        total = own.zero_()
+        for share in shares:
+            total.add_(share)
+        return total
+
+    return dist.all_gather(shares, own, async_op=True).get_future().then(add_up)
 
 
 def without_data_parallel(model: nn.Module) -> nn.Module:

@@ -1,4 +1,4 @@
-"""Two ranks that run what tests ask of them."""
+"""Ranks that run what tests ask of them."""
 
 import contextlib
 import multiprocessing
@@ -17,17 +17,21 @@ CPU = torch.device("cpu")
 
 
 class Ranks:
-    """Two processes in one gloo group. A call runs a function in both and returns both results, rank 0's first.
+    """Two processes, or more, in one gloo group. A call runs a function in all and returns the results in rank order.
 
     Ranks that had to be killed are followed by others.
     """
 
-    def __init__(self):
+    def __init__(self, world_size=2):
+        self._world_size = world_size
         self._start()
 
     def _start(self):
         port, context = free_port(), multiprocessing.get_context("spawn")
-        self._pools = [ProcessPoolExecutor(1, context, join_group, (rank, port)) for rank in (0, 1)]
+        self._pools = [
+            ProcessPoolExecutor(1, context, join_group, (rank, self._world_size, port))
+            for rank in range(self._world_size)
+        ]
         self._processes = [future.result(PATIENCE) for future in [pool.submit(os.getpid) for pool in self._pools]]
 
     def __call__(self, function, *args):
@@ -49,8 +53,9 @@ class Ranks:
             pool.shutdown()
 
 
-def join_group(rank, port):
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+def join_group(rank, world_size, port):
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+    os.environ |= {"WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     os.fsync = lambda descriptor: None  # files are written as ever, but for the wait until the disk has them
     torch.set_num_threads(1)

@@ -5,6 +5,7 @@ batch, as everywhere in data-parallel training), no dropout, and the same global
 the bit the networks compute in float64, so that the other order of summation cannot swap two scores that nearly tie.
 """
 
+import contextlib
 import itertools
 import random
 import re
@@ -19,7 +20,7 @@ from cifar_data import Augmentation, TensorLoader
 from torch import nn
 
 from helpers.comparing import without_times
-from helpers.ranks import CPU, as_numpy, assert_same_arrays
+from helpers.ranks import CPU, Ranks, as_numpy, assert_same_arrays
 from sparselearning import Masking, update_bn
 from sparselearning.process import distributed
 from sparselearning.process.errors import FaultError, UsageError
@@ -114,6 +115,26 @@ def test_two_processes_equal_one_with_adam(ranks, growth):
     alone, (ours, theirs) = train({"growth": growth}, adam=True), ranks(train, {"growth": growth}, True)
     assert_same_arrays(ours["last"], theirs["last"])
     assert_same_arrays(ours["last"], alone["last"])
+
+
+def gradients_of_two_passes():
+    """Of one batch, each rank's own, twice."""
+    model = small_model()
+    network, (batch, labels) = distributed.wrap(model, CPU), next(global_batches())
+    mine = slice(distributed.rank(), None, distributed.world_size())
+    gradients = []
+    for _ in range(2):
+        model.zero_grad()
+        F.cross_entropy(network(batch[mine]), labels[mine]).backward()
+        gradients.append(as_numpy({name: weight.grad for name, weight in model.named_parameters()}))
+    return gradients
+
+
+def test_the_first_pass_of_three_processes_adds_up_as_later_ones_do():
+    """A resumed run has a first pass where the uninterrupted one has a later one."""
+    with contextlib.closing(Ranks(3)) as three:
+        for first, second in three(gradients_of_two_passes):
+            assert_same_arrays(first, second)
 
 
 def test_it_does_not_matter_whether_masks_or_the_wrapper_come_first(ranks):
