@@ -1,6 +1,5 @@
 """What both scripts do with a recipe: masks, resuming, and the run itself."""
 
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from copy import deepcopy
@@ -26,12 +25,12 @@ from sparselearning.sparse.superpose import batchnorms
 from sparselearning.training.data import Batch, Sources
 from sparselearning.training.engine import Trainer
 from sparselearning.training.networks import load_weights
+from sparselearning.training.opening import has_own_checkpoint, open_folder
 from sparselearning.training.passes import Passes, keeping_buffers
 from sparselearning.training.plan import Plan
 from sparselearning.training.progress import Progress, print_notes, run_table
-from sparselearning.training.provenance import ENVIRONMENT
 from sparselearning.training.records import Summary
-from sparselearning.training.run_folder import RunFolder, find_checkpoint
+from sparselearning.training.run_folder import RunFolder
 from sparselearning.training.runtime import Runtime
 from sparselearning.training.start import Continue, Fresh, FromWeights, Start, find_start
 from sparselearning.training.trackers import Tracker
@@ -242,16 +241,16 @@ def run(recipe: Recipe, plan: Plan, sparse: SparseTraining | None, runtime: Runt
         FaultError: if training or the disk fails, or another run is using the folder.
         Stopped: on a stop signal, after writing the checkpoint.
     """
-    if distributed.broadcast_object(_has_own_checkpoint(output.folder)):  # as rank 0, which wrote it, sees it
+    if distributed.broadcast_object(has_own_checkpoint(output.folder)):  # as rank 0, which wrote it, sees it
         output = replace(output, resume=output.folder.path)
     with stop_signals() as stop_signal, ExitStack() as held:
         start = start_of(plan, sparse, output)
-        continues = isinstance(start, Continue)
         trainer = prepare(recipe, plan, sparse, runtime, output, stop_signal, start)
-        del start  # a whole checkpoint, which need not stay in memory until the end
         if distributed.is_main() and trainer.masking:
             print(f"execution: {_execution(trainer)}", flush=True)
-        distributed.on_main(lambda: _open_folder(output, continues, _execution(trainer), held))
+        config = {**output.config, "executed": _execution(trainer)}
+        distributed.on_main(partial(open_folder, output.folder, start, config, held))
+        del start  # a whole checkpoint, which need not stay in memory until the end
         summary = trainer.run()
         if distributed.is_main():
             write_json(output.folder.summary, summary)
@@ -260,15 +259,6 @@ def run(recipe: Recipe, plan: Plan, sparse: SparseTraining | None, runtime: Runt
         if stop_signal():  # it came too late to stop this run, but the next one is not to start
             raise Stopped(stop_signal(), output.folder.checkpoint)
     return summary
-
-
-def _has_own_checkpoint(folder: RunFolder) -> bool:
-    """Whether the checkpoint there is of this very job, restarted by the launcher, and not of an earlier run."""
-    return distributed.is_main() and folder.checkpoint.exists() and distributed.remembers(_opened(folder))
-
-
-def _opened(folder: RunFolder) -> str:
-    return f"the run in {folder.path.resolve()} has begun"
 
 
 def _execution(trainer: Trainer) -> str:
@@ -313,74 +303,3 @@ def _note_empty_layers(masking: Masking) -> None:
             f"snip leaves no weight active in {len(empty)} of {len(masking.masks)} masked layers, {empty[-1]} among "
             "them: where a network's last weights start at zero, as in vision transformers, so does every saliency"
         )
-
-
-def stays_in_place(output: Output, continues: bool) -> bool:
-    """Whether a run goes on in the folder that holds it, rather than in one that is to be free.
-
-    Args:
-        output: of the run.
-        continues: the run resumes the one that ``output.resume`` names.
-    """
-    source = _source(output, continues)
-    return source is not None and source.path.resolve() == output.folder.path.resolve()
-
-
-def _source(output: Output, continues: bool) -> RunFolder | None:
-    """The run whose files are this one's too; None: a new one, or one that goes back to an earlier checkpoint."""
-    if output.resume is None or not continues:
-        return None
-    source = RunFolder.of(output.resume)
-    goes_back = find_checkpoint(output.resume).resolve() != source.checkpoint.resolve()
-    return None if goes_back else source
-
-
-def _open_folder(output: Output, continues: bool, executed: str, held: ExitStack) -> None:
-    """Make the run's folder and write ``config.json``; another run there is moved aside, unless it is still running.
-
-    A resumed run keeps its files, and copies them into another folder; one that goes back to an earlier checkpoint
-    leaves them to the later run.
-
-    Args:
-        output: of the run.
-        continues: the run resumes the one that ``output.resume`` names.
-        executed: how it begins to compute.
-        held: keeps other runs out of the folder until this is closed.
-
-    Raises:
-        FaultError: if another run is using the folder, or it cannot be made.
-        UsageError: if the folder holds something else than a run.
-    """
-    folder, source = output.folder, _source(output, continues)
-    if not held.enter_context(folder.in_use()):
-        print_notes(f"the file system of {folder.path} has no locks: no other run may write there meanwhile")
-    if not stays_in_place(output, continues):
-        on_windows = os.name == "nt"  # which moves no folder with an open file in it
-        if on_windows:
-            held.close()
-        aside = folder.make_room()
-        if aside:
-            print_notes(f"the earlier run in {folder.path} was moved to {aside}")
-        if aside or on_windows:
-            held.enter_context(folder.in_use())
-        if source:
-            folder.copy_from(source.path)
-    if not folder.config.exists():
-        write_json(folder.config, {**output.config, "executed": executed})
-    else:
-        _note_environment(folder, output.config)
-    distributed.remember(_opened(folder))
-
-
-def _note_environment(folder: RunFolder, config: Mapping[str, Any]) -> None:
-    """Add the code, versions and hardware that a run is resumed with to its ``config.json``, if they are others.
-
-    Raises:
-        FaultError: if the file is damaged.
-    """
-    there = folder.read_config()
-    latest = (there.get("resumed") or [there])[-1]
-    now = {name: config[name] for name in ENVIRONMENT if name in config}
-    if any(latest.get(name) != value for name, value in now.items()):
-        there.setdefault("resumed", []).append(now)
-        write_json(folder.config, there)

@@ -5,12 +5,12 @@ from sparselearning.sparse.costs import inference_flops, layer_densities, layer_
 from sparselearning.sparse.layers import maskable_parameters
 from sparselearning.sparse.topology import METHODS, REDISTRIBUTION, Layer, classifier, shrink_globally
 from sparselearning.training.engine import Trainer
-from sparselearning.training.experiment import Output, Recipe, SparseTraining, prepare, start_of, stays_in_place
+from sparselearning.training.experiment import Output, Recipe, SparseTraining, prepare, start_of
+from sparselearning.training.opening import check_folder
 from sparselearning.training.plan import Plan
 from sparselearning.training.profiling import endless, timed
 from sparselearning.training.progress import layer_table
 from sparselearning.training.runtime import Runtime
-from sparselearning.training.start import Continue
 
 TIMED_STEPS = 3
 UNITS = (("d", 86400), ("h", 3600), ("min", 60), ("s", 1))
@@ -42,9 +42,8 @@ def dry_run(recipe: Recipe, plan: Plan, sparse: SparseTraining | None, runtime: 
         FaultError: if it cannot be read, the run's folder cannot be written into, or another run is using it.
     """
     start = start_of(plan, sparse, output)
-    goes_on = stays_in_place(output, isinstance(start, Continue))
     trainer = prepare(recipe, plan, sparse, runtime, output, start=start)
-    distributed.on_main(lambda: output.folder.check(goes_on))
+    distributed.on_main(lambda: check_folder(output.folder, start))
     rows = {
         "epochs": _epochs(trainer),
         "updates": _updates(trainer),

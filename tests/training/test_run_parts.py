@@ -29,6 +29,7 @@ from sparselearning.process.files import load_torch
 from sparselearning.process.signals import Stopped
 from sparselearning.training import experiment
 from sparselearning.training.experiment import Output
+from sparselearning.training.opening import open_folder
 from sparselearning.training.plan import EpochBudget
 from sparselearning.training.run_folder import RunFolder
 from sparselearning.training.runtime import Runtime
@@ -232,7 +233,8 @@ def test_a_run_names_every_code_and_machine_that_it_ran_on(tmp_path):
             output = Output(RunFolder(tmp_path), identity={"f": 1}, resume=folder, **here)
             trainer = experiment.prepare(recipe(), PLAN, sparse(), Runtime(amp="off"), output, Signals(at))
             with contextlib.ExitStack() as held:
-                experiment._open_folder(output, folder is not None, "sparse", held)
+                start = experiment.start_of(PLAN, sparse(), output)
+                open_folder(output.folder, start, output.config, held)
                 trainer.run()
         return json.loads((tmp_path / "config.json").read_text())
 
