@@ -1,25 +1,28 @@
 """The folder that a run begins or goes on in: who may have it, what moves aside, what is copied and noted there."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 from sparselearning.process import distributed
+from sparselearning.process.errors import UsageError
 from sparselearning.process.files import write_json
 from sparselearning.training.progress import print_notes
 from sparselearning.training.provenance import ENVIRONMENT
 from sparselearning.training.run_folder import RunFolder
-from sparselearning.training.start import Continue, Start
+from sparselearning.training.start import Continue, FromWeights, Start
 
 
 def check_folder(folder: RunFolder, start: Start) -> None:
     """Refuse a folder that a run could not begin in, as :func:`open_folder` would, and make nothing.
 
     Raises:
-        FaultError: if another run is in it, or it cannot be written into.
-        UsageError: if the folder holds something else than a run.
+        FaultError: if another run is in it, or it cannot be written into, or the run that is resumed has not ended.
+        UsageError: if the folder holds the weights to start from, or something else than a run.
     """
+    _check_start(folder, start)
     folder.check(_stays_in_place(folder, start))
 
 
@@ -36,9 +39,10 @@ def open_folder(folder: RunFolder, start: Start, config: Mapping[str, Any], held
         held: keeps other runs out of the folder until this is closed.
 
     Raises:
-        FaultError: if another run is using the folder, or it cannot be made.
-        UsageError: if the folder holds something else than a run.
+        FaultError: if another run is using the folder, or it cannot be made, or the run that is resumed has not ended.
+        UsageError: if the folder holds the weights to start from, or something else than a run.
     """
+    _check_start(folder, start)
     if not held.enter_context(folder.in_use()):
         print_notes(f"the file system of {folder.path} has no locks: no other run may write there meanwhile")
     if not _stays_in_place(folder, start):
@@ -66,6 +70,34 @@ def has_own_checkpoint(folder: RunFolder) -> bool:
 
 def _opened(folder: RunFolder) -> str:
     return f"the run in {folder.path.resolve()} has begun"
+
+
+def check_weights(folder: RunFolder, source: Path, differing: Sequence[str] = ()) -> None:
+    """Refuse weights to start from in the new run's own folder: a second run of the same name would find its result.
+
+    Args:
+        folder: of the new run.
+        source: a file.
+        differing: flags that would have to be others for the run in the folder to be resumed.
+
+    Raises:
+        UsageError: if the file is in the folder.
+    """
+    if source.resolve().is_relative_to(folder.path.resolve()):
+        resuming = f"; the run there has other flags: {', '.join(differing)}" if differing else ""
+        raise UsageError(
+            f"{source}, the weights to start from, lie in the folder of the new run: name another one with --save"
+            + resuming
+        )
+
+
+def _check_start(folder: RunFolder, start: Start) -> None:
+    """Refuse files to start from that would be moved aside, or that another run is writing."""
+    if isinstance(start, FromWeights):
+        check_weights(folder, start.source, start.differing)
+    source = _resumed(start)
+    if source and not _stays_in_place(folder, start):
+        source.check_has_ended()
 
 
 def _resumed(start: Start) -> RunFolder | None:

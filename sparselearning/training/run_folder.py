@@ -158,14 +158,22 @@ class RunFolder:
             return False
         return False
 
+    def check_has_ended(self) -> None:
+        """Refuse to resume a run in another folder while it is still writing its files.
+
+        Raises:
+            FaultError: if it is.
+        """
+        if self.is_in_use():
+            raise FaultError(f"{self.path} is in use by another run: resume it once that has ended")
+
     def copy_from(self, source: Path) -> None:
         """Copy the files of a run that is resumed in this folder.
 
         Raises:
             FaultError: if one cannot be read or written, or the run there has not ended.
         """
-        if RunFolder(source).is_in_use():
-            raise FaultError(f"{source} is in use by another run: resume it once that has ended")
+        RunFolder(source).check_has_ended()
         try:
             if RunFolder(source).config.exists():
                 ignore = shutil.ignore_patterns("*.partial", self.lock.name)

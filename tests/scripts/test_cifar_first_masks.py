@@ -1,9 +1,14 @@
 """The first masks that the CIFAR script's flags draw, or take over from trained weights."""
 
+import json
+import os
+from pathlib import Path
+
 import pytest
 import torch
 
 from helpers.cifar import SPARSE, TOTAL
+from helpers.commands import one_sentence
 from helpers.comparing import tree
 from helpers.tensors import active
 from sparselearning.process.files import load_torch
@@ -79,9 +84,22 @@ def test_first_masks_by_pruning_filters(script, monkeypatch, base, init):
         assert int(kept.sum()) == (count if "grow" in init else max(1, round(count * 0.5)))
 
 
-def test_pruning_a_network_in_its_own_folder_does_not_overwrite_it(script):
-    assert script("--pre_train --epochs 1", SPARSE, "--save run") == 0
-    before = tree("run")
-    assert script("--pre_train --epochs 1", SPARSE, "--sparse-init prune_global --resume run --save run") == 0
-    after = tree(".").values()
-    assert all(content in after for content in before.values())
+@pytest.mark.parametrize("source", ["run", "run/model_current.pth", "link/tickets/ticket_0.pth"])
+def test_pruning_a_network_in_its_own_folder_is_refused(script, capsys, source):
+    """The run would move the weights aside that it starts from; the same command again would not find them."""
+    assert script("--pre_train --epochs 1 --keep-tickets", SPARSE, "--save run") == 0
+    Path("link").symlink_to("run")
+    before = tree(".")
+    capsys.readouterr()
+    assert script("--pre_train --epochs 1", SPARSE, "--sparse-init prune_global --save run --resume", source) == 2
+    assert "the weights to start from, lie in the folder of the new run" in one_sentence(capsys.readouterr().err)
+    assert tree(".") == before
+
+
+def test_all_seeds_prune_the_same_network(script):
+    assert script("--pre_train --epochs 1 --cycle_rate 0") == 0
+    (dense,) = [path.parent for path in Path("saved_models").rglob("config.json")]
+    call = "--pre_train --epochs 1 --cycle_rate 0 --sparse --method DST --fix --sparse-init prune_global"
+    assert script(call, "--iters 2 --save runs --resume", dense) == 0
+    densities = [json.loads(Path("runs", seed, "summary.json").read_text())["density"] for seed in os.listdir("runs")]
+    assert densities == pytest.approx([0.5, 0.5], abs=1e-3)

@@ -107,6 +107,20 @@ def test_a_folder_that_a_run_is_using_is_refused_and_left_alone(script, undistur
     assert ".lock" not in os.listdir("run")
 
 
+@pytest.mark.parametrize("dry", ["", "--dry-run"])
+def test_a_run_that_is_still_going_on_is_not_resumed_elsewhere(script, undisturbed, stopped, capsys, dry):
+    """Nor is the earlier run there moved aside for it."""
+    shutil.copytree(stopped, "run")
+    shutil.copytree(undisturbed["sgd"], "elsewhere")
+    with RunFolder(Path("run")).in_use():
+        before = tree(".")
+        for place in ("elsewhere", "new"):
+            assert script(WHOLE_METHOD, "--resume run --save", place, dry) == 1
+            assert "run is in use by another run: resume it once that" in one_sentence(capsys.readouterr().err)
+            assert tree(".") == before
+    assert sorted(os.listdir()) == ["elsewhere", "run"]
+
+
 def test_a_folder_is_in_use_while_its_run_goes_on(script, undisturbed, monkeypatch):
     """After an earlier run moved aside, too: then nobody else may write there, or move it."""
     shutil.copytree(undisturbed["sgd"], "run")
