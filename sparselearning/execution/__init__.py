@@ -29,7 +29,7 @@ def sparse_execution(
 
     Results equal the model's own but for rounding. Parameters, gradients, optimizer and masks stay what they are.
     Gradients of inactive weights are zero, but in steps in which ``masking`` reads them; before a ``truncate_weights``
-    by gradient, set ``dense_gradients`` of the network for the backward pass that it reads.
+    by gradient, which refuses zeros, set ``dense_gradients`` of the network for the backward pass that it reads.
 
     Args:
         model: on the CPU, in float32.

@@ -92,6 +92,8 @@ class SparseNetwork(nn.Module):
             self._pays.pop(False, None)
         if not self.is_sparse:
             return self.model(*args, **kwargs)
+        if self.masking is not None and torch.is_grad_enabled() and not self.wants_dense_gradients:
+            self.masking.note_active_gradients()
         with _Watch(self):
             return self.model(*args, **kwargs)
 

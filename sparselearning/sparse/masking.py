@@ -151,6 +151,7 @@ class Masking:
         self._explorations = 0  # prune-and-grow rounds so far; each has its own random stream
         self._versions: list[int] | None = None  # of the weights when they and all their state were last masked
         self._gradients_masked = False  # before the optimizer step under way
+        self._active_gradients_step = -1  # last one whose gradients may be those of active weights alone
         self._overdue = False  # an update that met overflowed gradients waits for the next step
         self._method = METHODS[method]
         self._prune = PRUNE[prune].begin()
@@ -363,12 +364,14 @@ class Masking:
             prune_rate: share of each layer's active weights to remove, in [0, 1]; by default the scheduled one.
 
         Raises:
-            UsageError: if the rate is out of range, or gradients or momentum that the modes read are not there.
+            UsageError: if the rate is out of range, or gradients or momentum that the modes read are not there, or the
+                gradients are those of active weights alone (see :meth:`note_active_gradients`).
         """
         if prune_rate is not None:
             check_option("prune_rate", prune_rate, Share)
         self._check_has_model()
         self._check_weights()
+        self._check_gradients()
         layers = self._layers()
         self._explore(layers, prune_rate)
         self._settle(layers)
@@ -476,9 +479,18 @@ class Masking:
         return [weight._version for weight in self._parameters.values()]
 
     def mask_gradients(self) -> None:
-        """Zero the gradient of every inactive weight, in place."""
+        """Zero the gradient of every inactive weight, in place; growth then refuses to read these gradients."""
+        self.note_active_gradients()
         gradients = ((name, weight.grad) for name, weight in self._parameters.items())
         self._zero(((name, [gradient]) for name, gradient in gradients if gradient is not None), self.masks)
+
+    def note_active_gradients(self) -> None:
+        """Take note that the coming step's gradients are those of active weights alone.
+
+        Growth refuses to read them, as it would choose none but the weights just removed. Dense gradients that have
+        taken their place since are known by their non-zeros.
+        """
+        self._active_gradients_step = self.steps + 1
 
     def state_dict(self) -> dict[str, Any]:
         """A copy of everything that changes during training: masks, counters, record of exploration, modes."""
@@ -543,17 +555,23 @@ class Masking:
         if self._tracks_momentum:
             self._dense_momentum.load_state_dict(state["off_mask_momentum"], self._parameters)
         self._versions = None
+        self._active_gradients_step = -1
 
     # ----------------------------------------------------------------------------------- topology updates
 
     @torch.no_grad()
     def _update_topology(self) -> None:
+        explores = self.schedule.grows_at(self.steps)
+        if explores:
+            self._check_gradients()
         layers = self._layers()
         if self._method.shrink:
             self._method.shrink(layers, self.scheduled_density())
-        if self.schedule.grows_at(self.steps):
+        if explores:
             self._explore(layers)
         self._settle(layers)
+        if self._reads_gradient and not explores and self._active_gradients_step >= self.steps:
+            self.mask_gradients()  # those of weights that are now inactive, too, or they would pass for dense ones
 
     def _explore(self, layers: list[Layer], prune_rate: float | None = None) -> None:
         """Prune and grow ``layers``; with a ``prune_rate`` of its own, apart from the state of periodic updates."""
@@ -593,8 +611,6 @@ class Masking:
                 f"{frozen[0]} was frozen after add_module, and an update would prune it: freeze layers before, or stop "
                 "updates by updates_enabled = False"
             )
-        if self._reads_gradient and all(weight.grad is None for weight in self._parameters.values()):
-            raise UsageError("the chosen modes read gradients: run a backward pass before")
         last = classifier(self._parameters)
         layers = []
         for name, weight in self._parameters.items():
@@ -613,6 +629,22 @@ class Masking:
                 layer.momentum = _flat(self._dense_momentum.of(name, weight), weight)
             layers.append(layer)
         return layers
+
+    def _check_gradients(self) -> None:
+        """Refuse to explore by gradients that are not there, or not those of inactive weights."""
+        if not self._reads_gradient:
+            return
+        gradients = {name: weight.grad for name, weight in self._parameters.items() if weight.grad is not None}
+        if not gradients:
+            raise UsageError("the chosen modes read gradients: run a backward pass before")
+        if self._active_gradients_step < self.steps or all(mask.all() for mask in self.masks.values()):
+            return
+        if not any(gradient.masked_fill(self.masks[name], 0).any() for name, gradient in gradients.items()):
+            raise UsageError(
+                "the gradients at hand are those of active weights alone, and growth would find no others: before the "
+                "backward pass that it reads, set dense_gradients of the network that sparse_execution returned; and "
+                "neither call mask_gradients nor step with keep_gradients=False after it"
+            )
 
     def _check_has_model(self) -> None:
         if not self.masks:

@@ -93,8 +93,13 @@ def test_dense_gradients_come_where_growth_reads_them() -> None:
     assert gradients(network, model, images)[name][~mask].any()  # the next step updates the topology
     masking.step()
     assert not gradients(network, model, images)[name][~masking.masks[name]].any()
+    with pytest.raises(UsageError, match=r"those of active weights alone.*dense_gradients"):
+        masking.truncate_weights(0.5)
     network.dense_gradients = True
     assert gradients(network, model, images)[name][~masking.masks[name]].any()
+    before = masking.masks[name].clone()
+    masking.truncate_weights(0.5)
+    assert (masking.masks[name] & ~before).any()
 
 
 def test_dense_gradients_of_every_layer_equal_masked_ones() -> None:
