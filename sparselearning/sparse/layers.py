@@ -70,6 +70,20 @@ def maskable_parameters(
     return {name: parameter for name, parameter in found.items() if name not in left_out}
 
 
+def classifier(model: nn.Module) -> nn.Parameter | None:
+    """The weight that is taken for the classifier's, whether it is maskable or not: the model's last matrix.
+
+    Embeddings do not count, but a layer does that shares an embedding's weight.
+    """
+    inner = distributed.unwrap(model)
+    last = None
+    for path, parameter in inner.named_parameters(remove_duplicate=False):
+        owner = inner.get_submodule(path.rpartition(".")[0])
+        if parameter.dim() == 2 and not isinstance(owner, NORMS + EMBEDDINGS):
+            last = parameter
+    return last
+
+
 def _is_weight(owner: nn.Module, parameter: Tensor) -> bool:
     if isinstance(owner, NORMS):
         return False

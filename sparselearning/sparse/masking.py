@@ -16,7 +16,7 @@ from sparselearning.process.schema import Count, Density, Mismatch, Ordinal, Sha
 from sparselearning.process.seeding import derive_seed
 from sparselearning.process.tensor_schema import Check, all_of, conform, inside, like, mapping, optional, record
 from sparselearning.sparse.distributions import active_count, check_leaves_weights, nonzero_counts
-from sparselearning.sparse.layers import EMBEDDINGS, fixed_densities, maskable_parameters
+from sparselearning.sparse.layers import EMBEDDINGS, classifier, fixed_densities, maskable_parameters
 from sparselearning.sparse.optimizer_state import KEEPS_ZEROS, DenseMomentum, has_momentum, per_weight_state, take_step
 from sparselearning.sparse.schedules import DECAYS, UpdateSchedule, check_densities, check_window, gradual_density
 from sparselearning.sparse.sparse_init import SPARSE_INITS, InitSettings, check_shares_density
@@ -29,7 +29,6 @@ from sparselearning.sparse.topology import (
     Stateful,
     check_momentum,
     chosen_modes,
-    classifier,
     prune_and_grow,
 )
 from sparselearning.sparse.zeroing import Zeroing
@@ -70,6 +69,7 @@ class Masking:
 
     Attributes:
         masks: parameter name to boolean tensor, true where the weight is active.
+        classifier: name of the model's classifier (:func:`layers.classifier`); None: it has no mask.
         steps: optimizer steps taken.
         updates_enabled: set to False to freeze the topology.
 
@@ -144,6 +144,7 @@ class Masking:
         self.seed = int(seed)
 
         self.masks: dict[str, Tensor] = {}
+        self.classifier: str | None = None
         self.steps = _whole("steps", steps)
         self.updates_enabled = True
         self._parameters: dict[str, nn.Parameter] = {}
@@ -212,6 +213,8 @@ class Masking:
         if self._method.shrink:
             check_leaves_weights(total, self.final_density)
         self._parameters = parameters
+        last = classifier(model)
+        self.classifier = next((name for name, weight in parameters.items() if weight is last), None)
         self._links = _links(distributed.unwrap(model), parameters)
         self.seed = distributed.broadcast_object(self.seed)
         # A mask is laid out in memory as its weight is, so that both can be read as flat views.
@@ -219,7 +222,8 @@ class Masking:
         if init:
             generator = torch.Generator().manual_seed(derive_seed(self.seed, "first masks"))
             with torch.no_grad():
-                drawn = init.draw(parameters, InitSettings(self.init_density, pruning_rate, generator, fixed))
+                settings = InitSettings(self.init_density, pruning_rate, generator, fixed, self.classifier)
+                drawn = init.draw(parameters, settings)
             for name, mask in masks.items():
                 mask.copy_(drawn[name])
         if not any(nonzero_counts(masks.values())):
@@ -611,7 +615,6 @@ class Masking:
                 f"{frozen[0]} was frozen after add_module, and an update would prune it: freeze layers before, or stop "
                 "updates by updates_enabled = False"
             )
-        last = classifier(self._parameters)
         layers = []
         for name, weight in self._parameters.items():
             if self.masks[name].stride() != weight.stride():
@@ -620,7 +623,7 @@ class Masking:
                 weight=_flat(weight.detach(), weight),
                 mask=_flat(self.masks[name], weight),
                 neurons=weight.shape[0],
-                is_classifier=name == last,
+                is_classifier=name == self.classifier,
             )
             if self._reads_gradient:
                 gradient = torch.zeros_like(weight) if weight.grad is None else weight.grad

@@ -16,7 +16,6 @@ from torch import Tensor
 from sparselearning.process.errors import UsageError
 from sparselearning.sparse.distributions import DENSITIES, active_count, random_mask, shared_counts
 from sparselearning.sparse.selection import select_largest
-from sparselearning.sparse.topology import classifier
 
 Masks = dict[str, Tensor]
 Draw = Callable[[Mapping[str, Tensor], "InitSettings"], Masks]
@@ -31,12 +30,14 @@ class InitSettings:
         pruning_rate: share of the trained weights that the ``prune_*`` modes drop, in [0, 1].
         generator: source of random masks, on the CPU.
         layer_densities: layer name to a density in (0, 1] that the user has given.
+        classifier: name of the layer that structured pruning leaves alone; None: there is none among those masked.
     """
 
     density: float
     pruning_rate: float
     generator: torch.Generator
     layer_densities: Mapping[str, float] = field(default_factory=dict)
+    classifier: str | None = None
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ def _prune_global(weights: Mapping[str, Tensor], settings: InitSettings) -> Mask
 def _prune_structured(weights: Mapping[str, Tensor], settings: InitSettings) -> Masks:
     """Drop whole output neurons of small L2 norm; never a layer's last one, never the classifier's."""
     masks = _non_zero(weights, settings)
-    for name in _structured_layers(weights):
+    for name in _structured_layers(weights, settings):
         norms = weights[name].flatten(1).norm(dim=1)
         alive = int(torch.count_nonzero(norms))
         keep = max(1, active_count(alive, 1 - settings.pruning_rate))
@@ -113,7 +114,7 @@ def _then_grow(prune: Draw) -> Draw:
 def _prune_and_grow_structured(weights: Mapping[str, Tensor], settings: InitSettings) -> Masks:
     """Drop output neurons as ``prune_structured`` does, then regrow as many by their gradients' L2 norm."""
     masks = _prune_structured(weights, settings)
-    for name in _structured_layers(weights):
+    for name in _structured_layers(weights, settings):
         weight = weights[name]
         alive = weight.flatten(1).any(dim=1)
         kept = masks[name].flatten(1).any(dim=1)
@@ -181,7 +182,6 @@ def _largest(scores: Mapping[str, Tensor], count: int) -> Masks:
     return {name: mask.view(scores[name].shape) for name, mask in zip(scores, chosen, strict=True)}
 
 
-def _structured_layers(weights: Mapping[str, Tensor]) -> list[str]:
+def _structured_layers(weights: Mapping[str, Tensor], settings: InitSettings) -> list[str]:
     """All layers but the classifier."""
-    last = classifier(weights)
-    return [name for name in weights if name != last]
+    return [name for name in weights if name != settings.classifier]

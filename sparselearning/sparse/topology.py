@@ -76,12 +76,6 @@ class Stateful(Protocol):
         """Load a :meth:`state_dict`."""
 
 
-def classifier(weights: Mapping[str, Tensor]) -> str | None:
-    """Name of the layer that is taken for the classifier: the last one that is a matrix."""
-    matrices = [name for name, weight in weights.items() if weight.dim() == 2]
-    return matrices[-1] if matrices else None
-
-
 def removal_count(prune_rate: float, active: int) -> int:
     """``ceil(prune_rate · active)`` of the rate as it is written: 0.07 · 100 is 7, though above 7 in binary."""
     return math.ceil(prune_rate * active - 1e-9)
@@ -333,8 +327,9 @@ def shrink_globally(layers: Sequence[Layer], density: float) -> None:
 def shrink_uniformly(layers: Sequence[Layer], density: float) -> None:
     """Remove the smallest weights of each layer, so that all have the same density.
 
-    Except that below a density of 0.2 the classifier stays at 0.2 and the others take up the difference. A layer that
-    is already sparser than its target keeps what it has.
+    Except that below a density of 0.2 the classifier stays at 0.2 and the others take up the difference, unless that
+    would leave them less than a tenth of the density. A layer that is already sparser than its target keeps what it
+    has.
     """
     active = active_counts(layers)
     target = _target(layers, density)
@@ -357,24 +352,24 @@ def _remove(layers: Sequence[Layer], chosen: Sequence[Tensor]) -> None:
 
 
 CLASSIFIER_DENSITY = 0.2
+LEAST_OF_OTHERS = 0.1
+"""Share of the scheduled density that holding the classifier leaves the other layers together, at least."""
 
 
 def _uniform_targets(layers: Sequence[Layer], active: list[int], density: float, target: int) -> list[int]:
     """Active weights that each layer keeps, adding up to ``target``."""
     sizes = [layer.mask.numel() for layer in layers]
     shares = [float(size) for size in sizes]
-    capacity = list(active)
-    held = 0
-    if density < CLASSIFIER_DENSITY:
-        for i, layer in enumerate(layers):
-            if layer.is_classifier:
-                held = min(active_count(sizes[i], CLASSIFIER_DENSITY), active[i], target)
-                capacity[i] = 0
-    if target - held > sum(capacity):
-        # The other layers cannot take up the difference: the classifier gives way.
-        return apportion(target, shares, active)
-    keep = apportion(target - held, shares, capacity)
-    return [held if layer.is_classifier and held else kept for layer, kept in zip(layers, keep, strict=True)]
+    head = next((i for i, layer in enumerate(layers) if layer.is_classifier), None)
+    if head is not None and density < CLASSIFIER_DENSITY:
+        held = min(active_count(sizes[head], CLASSIFIER_DENSITY), active[head])
+        least = LEAST_OF_OTHERS * density * (sum(sizes) - sizes[head])
+        others = [0 if i == head else n for i, n in enumerate(active)]
+        if least <= target - held <= sum(others):
+            keep = apportion(target - held, shares, others)
+            keep[head] = held
+            return keep
+    return apportion(target, shares, active)
 
 
 # ------------------------------------------------------------------------------------------------ methods

@@ -3,7 +3,7 @@
 from sparselearning.process import distributed
 from sparselearning.sparse.costs import inference_flops, layer_densities, layer_flops, overall_density
 from sparselearning.sparse.layers import maskable_parameters
-from sparselearning.sparse.topology import METHODS, REDISTRIBUTION, Layer, classifier, shrink_globally
+from sparselearning.sparse.topology import METHODS, REDISTRIBUTION, Layer, shrink_globally
 from sparselearning.training.engine import Trainer
 from sparselearning.training.experiment import Output, Recipe, SparseTraining, prepare, start_of
 from sparselearning.training.opening import check_folder
@@ -144,9 +144,9 @@ def _densities(trainer: Trainer) -> tuple[dict[str, float], dict[str, float | No
     masking = trainer.masking
     if masking is None:
         return {}, {}
-    method, last = METHODS[masking.method], classifier(masking.masks)
+    method = METHODS[masking.method]
     layers = {
-        name: Layer(mask.flatten().float(), mask.flatten().clone(), is_classifier=name == last)
+        name: Layer(mask.flatten().float(), mask.flatten().clone(), is_classifier=name == masking.classifier)
         for name, mask in masking.masks.items()
     }
     last_shrink = masking.schedule.last_shrink(trainer.plan.updates_end_epoch * len(trainer.sources.train))

@@ -121,6 +121,57 @@ def test_linear_layers_with_one_weight_are_masked_under_its_first_name():
     assert list(maskable_parameters(model)) == ["0.weight"]
 
 
+def with_embedding_last():
+    model = nn.Module()
+    model.hidden, model.head = nn.Linear(3, 4), nn.Linear(4, 2)
+    model.tokens = nn.Embedding(6, 3)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "classifier"),
+    [
+        (nn.Sequential(nn.Conv2d(2, 3, 3), nn.Flatten(), nn.Linear(3, 4), nn.Linear(4, 2)), {}, "3.weight"),
+        (nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)), {"dense_layers": ["1"]}, None),
+        (nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2).requires_grad_(False)), {}, None),
+        (nn.Sequential(nn.Linear(3, 4), parametrizations.weight_norm(nn.Linear(4, 2))), {"dense_layers": ["1"]}, None),
+        (nn.Conv2d(4, 2, 1), {}, None),
+        (Tied(), {}, None),
+        (Tied(), {"mask_embeddings": True}, "tokens.weight"),
+        (with_embedding_last(), {"mask_embeddings": True}, "head.weight"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:left alone")
+def test_the_classifier_is_the_models_last_matrix_if_that_is_masked(model, options, classifier):
+    for whole in (model, torch.compile(model, backend="eager")):
+        masking = Masking(torch.optim.SGD(model.parameters(), lr=0.1), init_density=0.5)
+        masking.add_module(whole, **options)
+        assert masking.classifier == classifier
+
+
+def hidden_layers_and_a_dense_head():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, 10), nn.ReLU(), nn.Linear(10, 10), nn.ReLU(), nn.Linear(10, 4))
+
+
+def test_uniform_pruning_takes_no_hidden_layer_for_the_classifier():
+    model = hidden_layers_and_a_dense_head()
+    masking = Masking(
+        torch.optim.SGD(model.parameters(), lr=0.1), method="GMP_uniform", init_density=1.0, final_density=0.1,
+        prune_end_step=0, update_frequency=1,
+    )  # fmt: skip
+    masking.add_module(model, "GMP", dense_layers=["4"])
+    masking.step()
+    assert masking.active_counts() == {"0.weight": 8, "2.weight": 10}
+
+
+def test_structured_pruning_takes_no_hidden_layer_for_the_classifier():
+    model = hidden_layers_and_a_dense_head()
+    masking = Masking(torch.optim.SGD(model.parameters(), lr=0.1))
+    masking.add_module(model, "prune_structured", pruning_rate=0.4, dense_layers=["4"])
+    assert masking.active_counts() == {"0.weight": 6 * 8, "2.weight": 6 * 10}
+
+
 @pytest.mark.parametrize("kind", [nn.Embedding, nn.EmbeddingBag])
 def test_masked_embeddings_with_sparse_gradients_are_refused(kind):
     model = nn.Sequential(kind(5, 4, sparse=True), nn.Linear(4, 2))

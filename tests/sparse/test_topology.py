@@ -386,7 +386,8 @@ def test_gradual_pruning_never_adds(shrink):
         (0.2, [20, 20, 8]),
         (0.1, [8, 8, 8]),  # 24 of 240 in all; the classifier keeps 0.2 · 40 = 8, the others share 16
         (0.05, [2, 2, 8]),
-        (0.03, None),  # 7 in all, the classifier alone would keep 8: the total rules
+        (0.03, [3, 3, 1]),  # 7 in all, fewer than the 8 of the classifier alone: it is not held
+        (0.0375, [1, 0, 8]),  # 9 in all; the others' 1 of 200 is above a tenth of that density
     ],
 )
 @pytest.mark.parametrize("values", ["distinct", "all equal"])
@@ -399,9 +400,18 @@ def test_gradual_uniform_pruning_holds_the_classifier(density, kept, values):
     shrink_uniformly(layers, density)
     counts = [int(x.mask.sum()) for x in layers]
     assert sum(counts) == round(240 * density)
-    assert kept is None or counts == kept
+    assert counts == kept
     if values == "distinct":
         assert all(x.mask[-n:].all() for x, n in zip(layers, counts, strict=True) if n)
+
+
+def test_gradual_uniform_pruning_does_not_hold_a_classifier_that_is_nearly_all_of_the_network():
+    # 0.2 of the classifier are 180 of its 900. Of 190 in all that leaves the others 10 of 100; of 181 it would leave
+    # 1, fewer than a tenth of 0.181 · 100; of 100 none.
+    for density, kept in ((0.19, [10, 180]), (0.181, [18, 163]), (0.1, [10, 90])):
+        layers = [layer([1.0] * size, range(size), 1, is_classifier=size == 900) for size in (100, 900)]
+        shrink_uniformly(layers, density)
+        assert [int(x.mask.sum()) for x in layers] == kept
 
 
 @pytest.mark.parametrize("shrink", [shrink_globally, shrink_uniformly])
