@@ -287,7 +287,7 @@ class FolderLoader:
 
     Images arrive on ``device`` as B x 3 x H x W float32, channels-last at first, normalised by ImageNet's mean and
     standard deviation; labels as int64, B. A damaged image is named on stderr once, noted in ``damaged`` and left
-    out of its batch; a batch of nothing but damaged images is left out whole, if this is the only process.
+    out of its batch; a batch of nothing but damaged images is left out whole by the only process of an exact pass.
 
     Args:
         files: the split.
@@ -379,7 +379,7 @@ class FolderLoader:
 
         Raises:
             FaultError: an image is damaged and ``strict_data`` is set; not one image could be read; a worker died;
-                or a batch is damaged whole while other processes take theirs.
+                or a batch is damaged whole that is a step of training, or while other processes take theirs.
         """
         yielded = 0
         for images, labels, damaged in self.host_batches(epoch, start):
@@ -387,13 +387,13 @@ class FolderLoader:
             if len(labels) > 0:
                 yielded += 1
                 yield self._on_device(images, labels)
-            elif self._world_size > 1:  # whose processes keep step batch by batch
+            elif self._padded or self._world_size > 1:  # training counts its steps, and processes keep step
                 raise FaultError(
-                    "a whole batch is damaged, which one process cannot leave out alone: mend or remove "
-                    + _listed([path for path, _ in damaged])
+                    f"a whole batch is damaged, and cannot be left out here: is {self._files.folder} still there? If "
+                    f"so, mend or remove {_listed([path for path, _ in damaged])}"
                 )
         if yielded == 0 and start == 0 and len(self) > 0:
-            raise FaultError(f"not one image could be read from {self._files.folder}: is it still there?")
+            raise FaultError(f"not one image could be read: is {self._files.folder} still there?")
 
     def host_batches(self, epoch: int, start: int = 0) -> Iterator[HostBatch]:
         """Yield the same batches as they come from the workers, in main memory, pinned if they go to a GPU.

@@ -93,19 +93,27 @@ def test_pixels_of_an_unknown_range_are_damage(folder, kind, capfd):
     assert "0.tif (pixels of 32 bits, whose range it does not say)" in capfd.readouterr().err
 
 
-def test_a_damaged_batch_among_ranks_is_a_fault(folder):
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_no_step_of_training_is_left_out(folder, world_size):
+    """Steps, checkpoints and schedules count on as many as there are batches."""
     scramble(folder / "train" / "ant" / "0.jpg")
-    loaders = [load(folder, batch_size=1, rank=rank, world_size=2).train for rank in range(2)]
-    (hit,) = [loader for loader in loaders if [0] in loader.batches(0)]
+    ranks = [load(folder, batch_size=1, rank=rank, world_size=world_size) for rank in range(world_size)]
+    (hit,) = [data.train for data in ranks if [0] in data.train.batches(0)]
     with pytest.raises(FaultError, match=r"a whole batch is damaged.*ant/0\.jpg"):
         list(hit.epoch(0))
 
 
-def test_nothing_readable_is_a_fault(folder):
+def test_a_damaged_batch_is_left_out_of_batchnorm_statistics(folder):
+    scramble(folder / "train" / "ant" / "0.jpg")
+    assert len(list(load(folder, batch_size=1).train_once.epoch(0))) == 31
+
+
+@pytest.mark.parametrize("source", ["train", "train_once"])
+def test_nothing_readable_is_a_fault(folder, source):
     for path in (folder / "train").rglob("*.jpg"):
         scramble(path)
-    with pytest.raises(FaultError, match=r"not one image could be read from .*train"):
-        list(load(folder).train.epoch(0))
+    with pytest.raises(FaultError, match=r"is .*/train still there\?"):
+        list(getattr(load(folder), source).epoch(0))
 
 
 # --- wrong calls and damaged folders
