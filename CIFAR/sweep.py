@@ -23,6 +23,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -198,15 +199,17 @@ def planned(method: str, seed: int, shared: Sequence[str], out: Path, control: b
     main_suptickets.check(args)
     if args.iters > 1:
         raise UsageError("--iters and --seeds both ask for several seeds: give --seeds alone")
-    _check_folder(run, kept_flags.identity(kept_flags.values(args), main_suptickets.make_parser()))
+    _check_folder(run, args)
     return run
 
 
-def _check_folder(run: Run, identity: dict) -> None:
+def _check_folder(run: Run, args: argparse.Namespace) -> None:
     if not run.folder.config.is_file():
         return
-    there = identity | run.folder.read_config()  # which an earlier version may have left without some flags
-    if differing := differing_flags(there, identity, kept_flags.settled):
+    parser = main_suptickets.make_parser()
+    identity = kept_flags.identity(kept_flags.values(args), parser)
+    settled = partial(kept_flags.settled, parser=parser)
+    if differing := differing_flags(run.folder.read_config(), identity, settled):
         others = ", ".join(differing)
         raise UsageError(f"{run.folder.path} holds a run with other flags, {others}: choose another --out")
 

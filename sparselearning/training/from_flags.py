@@ -154,7 +154,7 @@ def output(
         folder=folder,
         config=config,
         identity=kept_flags.identity(known, parser),
-        settled=partial(kept_flags.settled, device=device),
+        settled=partial(kept_flags.settled, parser=parser, device=device),
         resume=args.resume,
         log_interval=log_interval,
         keep_tickets=args.keep_tickets,

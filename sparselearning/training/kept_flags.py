@@ -1,6 +1,7 @@
 """The flags of a run as its ``config.json`` keeps them: written, taken over by another run, restored, compared."""
 
 import argparse
+import os
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
@@ -106,18 +107,28 @@ def identity(values: Mapping[str, Any], parser: argparse.ArgumentParser) -> dict
     return {name: value for name, value in values.items() if name not in without_effect}
 
 
-def settled(values: Mapping[str, Any], device: torch.device | None = None) -> dict[str, Any]:
-    """A run's flags with one word for each number format and execution: two that mean the same become equal.
+def settled(
+    values: Mapping[str, Any], parser: argparse.ArgumentParser, device: torch.device | None = None
+) -> dict[str, Any]:
+    """A run's flags with one word for each number format, execution and data set: what means the same becomes equal.
+
+    A data set is known by the last part of its path, as in the run's folder, so that it may move.
 
     Args:
-        values: by name, maybe of an earlier version that had fewer.
+        values: by name, maybe of an earlier version that had fewer: what these did is the default of those it lacked,
+            but for ``--execution``.
+        parser: of the script.
         device: what ``auto`` means on it takes its place; None: ``auto`` stays.
     """
-    amp = number_format(values.get("amp"), bool(values.get("fp16")))
-    runtime = Runtime(amp=amp, compile=bool(values.get("compile")), execution=str(values.get("execution")))
+    defaults = {action.dest: action.default for action in parser._actions} | {"execution": "masked"}
+    all_values = {**defaults, **values}
+    execution = str(all_values["execution"]) if all_values["sparse"] else "masked"
+    amp = number_format(all_values["amp"], bool(all_values["fp16"]))
+    runtime = Runtime(amp=amp, compile=bool(all_values["compile"]), execution=execution)
     if device is not None:
         runtime = runtime.resolved(device)
-    return {**values, "amp": runtime.amp, "fp16": runtime.amp == "fp16", "execution": runtime.execution}
+    same = {"amp": runtime.amp, "fp16": runtime.amp == "fp16", "execution": runtime.execution}
+    return {**all_values, **same, "data": Path(os.path.abspath(str(all_values["data"]))).name}
 
 
 def number_format(amp: str | None, fp16: bool) -> str:

@@ -111,9 +111,9 @@ def differing_flags(
     """Flags in which a checkpoint's run and this one differ, also when ``settled``, with both values, for people."""
     settled_there, settled_here = settled(there), settled(here)
     return [
-        f"{name} ({there.get(name)} there, {value} here)"
+        f"{name} ({there.get(name, settled_there.get(name))} there, {value} here)"
         for name, value in sorted(here.items())
-        if there.get(name) != value and settled_there.get(name) != settled_here[name]
+        if settled_there.get(name) != settled_here[name] and (name not in there or there[name] != value)
     ]
 
 

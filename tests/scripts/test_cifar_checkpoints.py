@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -42,6 +43,16 @@ def test_a_flag_that_is_no_more_does_not_matter(script, stopped, undisturbed):
     torch.save(content, "run/checkpoint.pth")
     assert script(WHOLE_METHOD, "--save run --resume run") == 0
     assert_same_outcome(undisturbed["sgd"], "run")
+
+
+def test_the_data_set_may_have_moved(script, data, stopped, undisturbed, capsys):
+    Path("moved").mkdir()
+    shutil.copy(data, "moved")
+    assert script(WHOLE_METHOD, "--data", Path("moved", data.name), "--save run --resume", stopped) == 0
+    assert_same_outcome(undisturbed["sgd"], "run")
+    shutil.copy(data, "others.npz")
+    assert script(WHOLE_METHOD, "--data others.npz --save other --resume", stopped) == 2
+    assert "other flags: data (" in one_sentence(capsys.readouterr().err)
 
 
 def test_cycles_that_go_on_are_not_told_about_densities(script, monkeypatch, capsys):

@@ -257,6 +257,12 @@ def test_a_folder_with_a_run_of_other_flags_is_left_alone(out):
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config))
     sweep.planned("rigl", 7, [*SHARED, "--log-interval", "5", "--amp", "auto"], out, control=False)  # the same run
+    of_earlier_version = {name: value for name, value in config.items() if name not in ("ema", "execution")}
+    (folder / "config.json").write_text(json.dumps(of_earlier_version))
+    sweep.planned("rigl", 7, [*SHARED, "--execution", "masked"], out, control=False)  # the same run, too
+    with pytest.raises(UsageError, match=r"other flags, ema \(None there, 0.9 here\), execution \(masked there, auto"):
+        sweep.planned("rigl", 7, [*SHARED, "--ema", "0.9"], out, control=False)
+    (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(UsageError, match=r"seed7 holds a run with other flags, epochs \(2 there, 9 here\)"):
         run_sweep(out, "--seeds", 6, 7, "--methods", "rigl", shared=[*SHARED, "--epochs", "9"])
     (folder / "config.json").write_text("{")
@@ -272,7 +278,11 @@ def test_a_folder_with_a_run_of_other_flags_is_left_alone(out):
         ("rigl", [*SHARED, "--iters", "2"], "give --seeds alone"),
         ("granet", [*SHARED, "--final-density", "0.6"], "which is above it"),
         ("dense", ["--demo"], "dense cannot be combined with --demo"),
-        ("dense", ["--recipe", "tuned"], "dense cannot be combined with .*--recipe .*--sparse"),
+        (
+            "dense",
+            ["--recipe", "tuned", "--update-frequency", "9"],
+            "dense cannot be combined .*--recipe .*--sparse",
+        ),
         ("rigl", [*SHARED, "--model", "ResNet51"], "unknown model 'ResNet51'"),
         ("rigl", [*SHARED, "--data", "nowhere.npz"], "nowhere.npz"),
         ("rigl", [*SHARED, "--save", "here"], "--save after -- .* --out"),

@@ -130,3 +130,13 @@ def test_a_resumed_run_may_move_but_not_change():
     assert first == identity("--save b --resume a --data-dir x --test-batch-size 7")
     for change in ("--seed 18", "--lr 0.2", "--model ResNet18", "--final-density 0.1", "--cyc_lr", "--amp bf16"):
         assert first != identity(change), change
+
+
+@pytest.mark.parametrize("path", ["/data/imagenet", "/scratch/1/imagenet/", "imagenet", "../imagenet/train/.."])
+def test_a_folder_of_images_is_known_by_its_name(path):
+    def settled(data):
+        args = imagenet_main.parse(shlex.split(f"{data} --pre_train"))
+        return kept_flags.settled(kept_flags.values(args), imagenet_main.make_parser())
+
+    assert settled(path) == settled("/scratch/2/imagenet")
+    assert settled(path) != settled("/scratch/2/imagenet-100")

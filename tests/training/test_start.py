@@ -3,6 +3,7 @@
 import dataclasses
 import shlex
 import weakref
+from pathlib import Path
 
 import main_suptickets
 import pytest
@@ -77,23 +78,56 @@ def test_a_finished_run_goes_on_in_its_own_folder(tmp_path):
         ("--amp auto", "--amp bf16", r"amp \(auto there, bf16 here\)$"),
         ("--amp bf16", "", r"amp \(bf16 there, None here\)$"),
         ("", "--execution masked", r"execution \(auto there, masked here\)$"),
+        ("--data ./a.npz", "--data ../CIFAR/a.npz", None),  # the same images, moved
+        ("--data a.npz", "--data b.npz", r"data \(a\.npz there, b\.npz here\)$"),
     ],
 )
 def test_a_flag_that_means_the_same_here_is_no_other_flag(tmp_path, there, here, differs):
-    def output(flags_given, resume=None):
-        argv = shlex.split(f"--pre_train --sparse {flags_given}")
-        args = main_suptickets.parse([*argv, *(["--resume", str(resume)] if resume else [])])
-        folder = RunFolder(tmp_path / "run")
-        return from_flags.output(args, main_suptickets.make_parser(), argv, folder, {}, torch.device("cpu"), 1)
+    resumes_or_says(differs, checkpoint_of(tmp_path, f"--sparse {there}"), f"--sparse {here}")
 
-    first = output(there)
-    head = {"config": first.identity, "epoch": 2, "masking": None, "ranks": [{}], "state_dict": {}}
-    torch.save(head, tmp_path / "checkpoint.pth")
+
+def output(flags_given, resume=None):
+    argv = shlex.split(f"--pre_train {flags_given}")
+    args = main_suptickets.parse([*argv, *(["--resume", str(resume)] if resume else [])])
+    return from_flags.output(
+        args, main_suptickets.make_parser(), argv, RunFolder(Path("run")), {}, torch.device("cpu"), 1
+    )
+
+
+def checkpoint_of(folder, flags_given, lacking=()):
+    """A run's folder with as much of a checkpoint as is looked at, of a version that lacked some flags."""
+    config = {name: value for name, value in output(flags_given).identity.items() if name not in lacking}
+    head = {"config": config, "epoch": 2, "masking": None, "ranks": [{}], "state_dict": {}}
+    torch.save(head, folder / "checkpoint.pth")
+    return folder
+
+
+def resumes_or_says(differs, folder, flags_given):
     if differs is None:
-        assert isinstance(experiment.start_of(PLAN, sparse(), output(here, tmp_path)), Continue)
+        assert isinstance(experiment.start_of(PLAN, sparse(), output(flags_given, folder)), Continue)
     else:
-        with pytest.raises(UsageError, match=differs):
-            experiment.start_of(PLAN, sparse(), output(here, tmp_path))
+        with pytest.raises(UsageError, match=f"other flags: {differs}"):
+            experiment.start_of(PLAN, sparse(), output(flags_given, folder))
+
+
+@pytest.mark.parametrize(
+    ("here", "differs"),
+    [
+        ("--execution masked", None),
+        ("", r"execution \(masked there, auto here\)$"),  # computing with active weights alone rounds otherwise
+        ("--execution masked --no-tf32", r"tf32 \(True there, False here\)$"),
+        ("--execution masked --ema 0.9", r"ema \(None there, 0.9 here\)$"),
+        ("--execution masked --dense-layers fc", r"dense_layers \(None there, \['fc'\] here\)$"),
+    ],
+)
+def test_flags_that_an_earlier_version_lacked_have_their_defaults(tmp_path, here, differs):
+    lacking = {"execution", "tf32", "ema", "dense_layers", "layer_density", "final_update_epoch", "compile"}
+    resumes_or_says(differs, checkpoint_of(tmp_path, "--sparse", lacking), f"--sparse {here}")
+
+
+@pytest.mark.parametrize("here", ["", "--execution masked"])
+def test_dense_training_is_executed_in_one_way(tmp_path, here):
+    resumes_or_says(None, checkpoint_of(tmp_path, "", lacking={"execution"}), here)
 
 
 def test_without_a_file_a_run_starts_afresh(tmp_path):
