@@ -33,7 +33,7 @@ from sparselearning.process.script import run_script
 from sparselearning.process.seeding import seed_everything
 from sparselearning.sparse.schedules import milestone_lr
 from sparselearning.sparse.sparse_init import SPARSE_INITS
-from sparselearning.training import experiment, flag_checks, flags, from_flags, kept_flags
+from sparselearning.training import experiment, flag_checks, flags, from_flags, kept_flags, opening
 from sparselearning.training.builders import builder_name
 from sparselearning.training.data import Sources
 from sparselearning.training.plan import EpochBudget
@@ -186,6 +186,8 @@ def run(args: argparse.Namespace, argv: Sequence[str] | None) -> None:
 
     recipe = set_up(args, runtime, device)
     folder = RunFolder(from_flags.run_path(args, args.model, Path(args.data).stem, budget))
+    if args.iters > 1 and args.resume:
+        opening.check_start_lies_elsewhere(folder, args.resume)
     from_flags.action(args)(
         recipe,
         from_flags.plan(args, budget, pretrain_lr(args, budget)),

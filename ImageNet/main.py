@@ -32,7 +32,7 @@ from sparselearning.process.files import load_torch
 from sparselearning.process.script import run_script
 from sparselearning.process.seeding import derive_seed, seed_everything
 from sparselearning.sparse.schedules import milestone_lr
-from sparselearning.training import experiment, flag_checks, flags, from_flags, kept_flags, opening, profiling
+from sparselearning.training import experiment, flag_checks, flags, from_flags, kept_flags, profiling
 from sparselearning.training.builders import builder_name
 from sparselearning.training.data import Sources
 from sparselearning.training.networks import load_weights
@@ -74,8 +74,6 @@ def main(argv: Sequence[str] | None = None) -> None:
             trainer, training=args.benchmark_training, inference=args.benchmark_inference, profile=args.prof
         )
     else:
-        if args.pretrained_weights and not args.resume:
-            opening.check_weights(folder, args.pretrained_weights)
         from_flags.action(args)(recipe, plan, sparse, runtime, output)
 
 

@@ -1,7 +1,7 @@
 """The folder that a run begins or goes on in: who may have it, what moves aside, what is copied and noted there."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -11,8 +11,8 @@ from sparselearning.process.errors import UsageError
 from sparselearning.process.files import write_json
 from sparselearning.training.progress import print_notes
 from sparselearning.training.provenance import ENVIRONMENT
-from sparselearning.training.run_folder import RunFolder
-from sparselearning.training.start import Continue, FromWeights, Start
+from sparselearning.training.run_folder import RunFolder, find_checkpoint
+from sparselearning.training.start import Continue, Start
 
 
 def check_folder(folder: RunFolder, start: Start) -> None:
@@ -20,7 +20,7 @@ def check_folder(folder: RunFolder, start: Start) -> None:
 
     Raises:
         FaultError: if another run is in it, or it cannot be written into, or the run that is resumed has not ended.
-        UsageError: if the folder holds the weights to start from, or something else than a run.
+        UsageError: if the folder holds something else than a run.
     """
     _check_start(folder, start)
     folder.check(_stays_in_place(folder, start))
@@ -40,7 +40,7 @@ def open_folder(folder: RunFolder, start: Start, config: Mapping[str, Any], held
 
     Raises:
         FaultError: if another run is using the folder, or it cannot be made, or the run that is resumed has not ended.
-        UsageError: if the folder holds the weights to start from, or something else than a run.
+        UsageError: if the folder holds something else than a run.
     """
     _check_start(folder, start)
     if not held.enter_context(folder.in_use()):
@@ -72,29 +72,24 @@ def _opened(folder: RunFolder) -> str:
     return f"the run in {folder.path.resolve()} has begun"
 
 
-def check_weights(folder: RunFolder, source: Path, differing: Sequence[str] = ()) -> None:
-    """Refuse weights to start from in the new run's own folder: a second run of the same name would find its result.
+def check_start_lies_elsewhere(folder: RunFolder, resume: Path) -> None:
+    """Refuse files to start from that the run would move aside, where later runs are to start from them as well.
 
     Args:
-        folder: of the new run.
-        source: a file.
-        differing: flags that would have to be others for the run in the folder to be resumed.
+        folder: of the run.
+        resume: a file, or a run's folder.
 
     Raises:
-        UsageError: if the file is in the folder.
+        UsageError: if they lie in the run's folder.
     """
-    if source.resolve().is_relative_to(folder.path.resolve()):
-        resuming = f"; the run there has other flags: {', '.join(differing)}" if differing else ""
+    if find_checkpoint(resume).resolve().is_relative_to(folder.path.resolve()):
         raise UsageError(
-            f"{source}, the weights to start from, lie in the folder of the new run: name another one with --save"
-            + resuming
+            f"{resume}, which all --iters runs start from, lies in the folder of one of them: name another with --save"
         )
 
 
 def _check_start(folder: RunFolder, start: Start) -> None:
-    """Refuse files to start from that would be moved aside, or that another run is writing."""
-    if isinstance(start, FromWeights):
-        check_weights(folder, start.source, start.differing)
+    """Refuse to move another run aside for one that is resumed while it is still going on elsewhere."""
     source = _resumed(start)
     if source and not _stays_in_place(folder, start):
         source.check_has_ended()

@@ -1,6 +1,6 @@
 """How a run starts: afresh, from trained weights, or where it was stopped."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,13 +28,11 @@ class FromWeights:
         saved: content of a file with weights.
         source: the file.
         with_training: it is a run's checkpoint, whose momentum, masks and step counter the run starts with as well.
-        differing: flags in which that run and this one differ, for people.
     """
 
     saved: Mapping[str, Any]
     source: Path
     with_training: bool = False
-    differing: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -95,8 +93,7 @@ def find_start(
             return Continue(saved, source)
     if takes_weights:
         keeps_pattern = sparse_init in (None, "resume")
-        with_training = is_checkpoint and not plan.pre_train and keeps_pattern
-        return FromWeights(saved, source, with_training, differing)
+        return FromWeights(saved, source, with_training=is_checkpoint and not plan.pre_train and keeps_pattern)
     if not is_checkpoint:
         raise UsageError(
             f"{resume} is no checkpoint of a run: weights alone can start --cyclic_train without --pre_train, "

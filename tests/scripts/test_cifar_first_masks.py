@@ -84,16 +84,28 @@ def test_first_masks_by_pruning_filters(script, monkeypatch, base, init):
         assert int(kept.sum()) == (count if "grow" in init else max(1, round(count * 0.5)))
 
 
-@pytest.mark.parametrize("source", ["run", "run/model_current.pth", "link/tickets/ticket_0.pth"])
-def test_pruning_a_network_in_its_own_folder_is_refused(script, capsys, source):
-    """The run would move the weights aside that it starts from; the same command again would not find them."""
-    assert script("--pre_train --epochs 1 --keep-tickets", SPARSE, "--save run") == 0
-    Path("link").symlink_to("run")
-    before = tree(".")
+def test_pruning_a_network_in_its_own_folder_does_not_overwrite_it(script):
+    assert script("--pre_train --epochs 1", SPARSE, "--save run") == 0
+    before = tree("run")
+    assert script("--pre_train --epochs 1", SPARSE, "--sparse-init prune_global --resume run --save run") == 0
+    after = tree(".").values()
+    assert all(content in after for content in before.values())
+
+
+@pytest.mark.parametrize("source", ["", "model_current.pth"])
+def test_several_seeds_cannot_start_from_a_folder_that_one_of_them_moves_aside(script, capsys, source):
+    """Later seeds would start from its result."""
+    assert script("--pre_train --epochs 1", SPARSE) == 0
+    (folder,) = [path.parent for path in Path("saved_models").rglob("config.json")]
+    Path("link").symlink_to(folder)
+    before = tree("saved_models")
     capsys.readouterr()
-    assert script("--pre_train --epochs 1", SPARSE, "--sparse-init prune_global --save run --resume", source) == 2
-    assert "the weights to start from, lie in the folder of the new run" in one_sentence(capsys.readouterr().err)
-    assert tree(".") == before
+    prunes = "--sparse-init prune_global --iters 2 --resume"
+    assert script("--pre_train --epochs 1", SPARSE, prunes, Path("link") / source) == 2
+    assert "which all --iters runs start from, lies in the folder of one of them" in one_sentence(
+        capsys.readouterr().err
+    )
+    assert tree("saved_models") == before
 
 
 def test_all_seeds_prune_the_same_network(script):

@@ -20,7 +20,7 @@ from helpers.cifar import (
     small_call,
 )
 from helpers.commands import one_sentence
-from helpers.comparing import lines, plain, tree
+from helpers.comparing import lines, plain, tree, without_times
 from helpers.tensors import active
 from sparselearning.process.files import load_torch
 
@@ -74,18 +74,16 @@ def test_cycles_alone_from_a_ticket_are_told_if_it_is_over_the_budget(script, ca
     assert ("denser than the budget" in capsys.readouterr().err) == told
 
 
-@pytest.mark.parametrize("more", ["", "--iters 2", "--dry-run"])
-def test_cycles_alone_are_refused_the_folder_of_the_run_that_they_start_from(script, capsys, more):
-    """Both parts have it without --save: a second seed, or call, would start from what is no longer there."""
+def test_cycles_alone_do_not_overwrite_the_run_that_they_start_from(script):
+    """Without --save both parts have the same folder: what pre-training left must still be somewhere."""
     assert script(WHOLE_METHOD.replace("--cyclic_train", "")) == 0
     (folder,) = [path.parent for path in Path("saved_models").rglob("config.json")]
-    before = tree(".")
-    capsys.readouterr()
-    assert script(WHOLE_METHOD.replace("--pre_train", ""), more, "--resume", folder) == 2
-    told = one_sentence(capsys.readouterr().err)
-    assert f"{folder}/checkpoint.pth, the weights to start from" in told
-    assert "--save; the run there has other flags: cyclic_train (False there, True here)" in told
-    assert tree(".") == before
+    pretraining = [without_times(row) for row in lines(folder / "metrics.jsonl")]
+    checkpoint = (folder / "checkpoint.pth").read_bytes()
+    assert script(WHOLE_METHOD.replace("--pre_train", ""), "--resume", folder) == 0
+    rows = [without_times(row) for path in Path("saved_models").rglob("metrics.jsonl") for row in lines(path)]
+    assert all(row in rows for row in pretraining)
+    assert checkpoint in [path.read_bytes() for path in Path("saved_models").rglob("*.pth")]
 
 
 def test_cycles_alone_go_on_from_cycles_alone(script, pretrained):

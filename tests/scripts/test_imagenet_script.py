@@ -155,14 +155,6 @@ def test_pretrained_weights_are_where_training_starts(home, trained, tmp_path):
     assert all(torch.equal(start[name], end[name]) for name in start if name.endswith(("weight", "bias")))
 
 
-def test_pretrained_weights_in_the_folder_of_the_new_run_are_refused(home, trained, tmp_path, capsys):
-    shutil.copytree(trained.path, tmp_path / "run")
-    there = RunFolder(tmp_path / "run")
-    assert run(*DENSE, "--pretrained-weights", there.previous, "--save", there.path, home / "imagenet2012") == 2
-    assert "the weights to start from, lie in the folder of the new run" in capsys.readouterr().err
-    assert [path.name for path in tmp_path.iterdir()] == ["run"]
-
-
 def test_cycles_alone_start_from_pretrained_weights(home, trained, tmp_path):
     cycles = [word for word in SMALL if word != "--pre_train"]
     flags = [*cycles, "--pretrained-weights", trained.previous, "--save", tmp_path / "run", "--keep-tickets"]
