@@ -17,7 +17,7 @@ from sparselearning.process.seeding import derive_seed
 from sparselearning.process.tensor_schema import Check, all_of, conform, inside, like, mapping, optional, record
 from sparselearning.sparse.distributions import active_count, check_leaves_weights, nonzero_counts
 from sparselearning.sparse.layers import EMBEDDINGS, classifier, fixed_densities, maskable_parameters
-from sparselearning.sparse.optimizer_state import KEEPS_ZEROS, DenseMomentum, has_momentum, per_weight_state, take_step
+from sparselearning.sparse.optimizer_state import DenseMomentum, has_momentum, keeps_zeros, per_weight_state, take_step
 from sparselearning.sparse.schedules import DECAYS, UpdateSchedule, check_densities, check_window, gradual_density
 from sparselearning.sparse.sparse_init import SPARSE_INITS, InitSettings, check_shares_density
 from sparselearning.sparse.topology import (
@@ -34,7 +34,7 @@ from sparselearning.sparse.topology import (
 from sparselearning.sparse.zeroing import Zeroing
 
 HOOKS: weakref.WeakKeyDictionary[torch.optim.Optimizer, weakref.finalize] = weakref.WeakKeyDictionary()
-"""Optimizer to the function that removes the hook of its Masking."""
+"""Optimizer to the function that removes the hooks of its Masking."""
 
 
 class Masking:
@@ -260,20 +260,34 @@ class Masking:
         return trained
 
     def _hook_optimizer(self) -> None:
-        """Run :meth:`_after_optimizer_step` after every step of the optimizer, in place of an earlier Masking's."""
+        """Follow every step of the optimizer, and what is loaded into it, in place of an earlier Masking."""
         this = weakref.ref(self)
 
         def after_step(*_: Any) -> None:
             if (masking := this()) is not None:
                 masking._after_optimizer_step()
 
+        def after_loading(*_: Any) -> None:
+            if (masking := this()) is not None:
+                masking._versions = None
+
         if remove_earlier := HOOKS.pop(self.optimizer, None):
             remove_earlier()
-        HOOKS[self.optimizer] = weakref.finalize(self, self.optimizer.register_step_post_hook(after_step).remove)
+        hooks = (
+            self.optimizer.register_step_post_hook(after_step),
+            self.optimizer.register_load_state_dict_post_hook(after_loading),
+        )
+
+        def remove() -> None:
+            for hook in hooks:
+                hook.remove()
+
+        HOOKS[self.optimizer] = weakref.finalize(self, remove)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Hook the optimizer of a copy, which is a copy without hooks."""
+        """Hook the optimizer of a copy, which has no hooks, and whose weights count their changes anew."""
         self.__dict__.update(state)
+        self._versions = None
         if self.masks:
             self._hook_optimizer()
 
@@ -286,15 +300,16 @@ class Masking:
             keep_gradients: leave the dense gradients in place, for a :meth:`truncate_weights` that may follow. If not,
                 a step without a topology update masks the gradients before the optimizer step, instead of weights and
                 optimizer state after it, which saves a pass or two over memory. What is zero then stays zero: only of
-                optimizers in :data:`KEEPS_ZEROS`, and not after something else has written weights, is this done. In
-                float16 training, gradients that overflow at inactive weights alone then skip no step.
+                optimizers that :func:`keeps_zeros` knows, and not after something else has written weights or loaded
+                optimizer state, is this done. In float16 training, gradients that overflow at inactive weights alone
+                then skip no step.
 
         Raises:
             UsageError: if the optimizer runs no hooks, or a masked weight of the model was replaced.
         """
         self._check_has_model()
         steps = self.steps
-        zeros_stay = type(self.optimizer) in KEEPS_ZEROS and self._versions == self._weight_versions()
+        zeros_stay = keeps_zeros(self.optimizer) and self._versions == self._weight_versions()
         self._gradients_masked = zeros_stay and not (keep_gradients or self.update_due or self._tracks_momentum)
         if self._gradients_masked:
             self._check_weights()

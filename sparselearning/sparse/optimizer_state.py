@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import _global_optimizer_pre_hooks
 
 from sparselearning.process.errors import UsageError
 from sparselearning.process.schema import FlagValue, Mismatch
@@ -36,6 +37,11 @@ KEEPS_ZEROS = {
 """Optimizers, not their subclasses, whose step leaves a weight at zero if its gradient and state are."""
 
 
+def keeps_zeros(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether a step leaves a weight at zero if its gradient and state are zero now; a hook may change its gradient."""
+    return type(optimizer) in KEEPS_ZEROS and not (optimizer._optimizer_step_pre_hooks or _global_optimizer_pre_hooks)
+
+
 def per_weight_state(optimizer: torch.optim.Optimizer, weight: nn.Parameter) -> Iterator[tuple[str, Tensor]]:
     """State tensors of the weight's shape, by name."""
     for key, value in optimizer.state.get(weight, {}).items():
@@ -44,7 +50,7 @@ def per_weight_state(optimizer: torch.optim.Optimizer, weight: nn.Parameter) -> 
 
 
 def has_momentum(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether the optimizer keeps momentum for any of its parameters."""
+    """Whether the optimizer keeps momentum, as :class:`DenseMomentum` knows it, for any of its parameters."""
     return any(_decay(group) for group in optimizer.param_groups)
 
 
@@ -238,6 +244,7 @@ class DenseMomentum:
 
 
 def _decay(group: Mapping[str, Any]) -> dict[str, float]:
-    if "betas" in group:
-        return dict(zip(("exp_avg", "exp_avg_sq"), group["betas"], strict=True))
+    if "betas" in group:  # Adam's two: which averages others are for differs from optimizer to optimizer
+        names = ("exp_avg", "exp_avg_sq")
+        return dict(zip(names, group["betas"], strict=True)) if len(group["betas"]) == len(names) else {}
     return {"momentum_buffer": group["momentum"]} if group.get("momentum") else {}

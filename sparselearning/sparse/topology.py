@@ -264,7 +264,9 @@ def chosen_modes(prune: str, growth: str, redistribution: str) -> list[Mode]:
     return [mode for mode in (PRUNE[prune], GROWTH[growth], REDISTRIBUTION[redistribution]) if mode]
 
 
-def check_momentum(modes: Sequence[Mode], is_kept: bool, needed: str = "an optimizer with momentum above 0") -> None:
+def check_momentum(
+    modes: Sequence[Mode], is_kept: bool, needed: str = "an optimizer with momentum above 0, or two betas"
+) -> None:
     """Refuse modes that read momentum where the optimizer keeps none; ``needed`` is what messages ask for.
 
     Raises:

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from helpers.comparing import assert_identical
 from helpers.masked_networks import (
@@ -239,6 +240,102 @@ def test_density_notices_the_steps_of_another_optimizer(fused):
     torch.optim.SGD(model.parameters(), lr=0.05, fused=fused).step()
     with pytest.raises(UsageError, match="something other than this optimizer's steps"):
         masking.density()
+
+
+def add_noise(optimizer, *_):
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            p.grad += 1.0
+
+
+def hook_of_its_own(optimizer):
+    return optimizer.register_step_pre_hook(add_noise)
+
+
+def hook_of_all(optimizer):
+    return register_optimizer_step_pre_hook(add_noise)
+
+
+@pytest.mark.parametrize("register", [hook_of_its_own, hook_of_all])
+def test_a_hook_that_changes_gradients_before_the_step_leaves_inactive_weights_at_zero(register):
+    model = SmallNet()
+    masking = Masking(sgd(model), init_density=0.3)
+    masking.add_module(model)
+    backward(model, 0)
+    masking.step(keep_gradients=False)
+    hook = register(masking.optimizer)
+    try:
+        backward(model, 1)
+        masking.step(keep_gradients=False)
+    finally:
+        hook.remove()
+    assert_zero_off_the_masks(model, masking)
+
+
+def load_dense_momentum(masking, versions):
+    state = masking.optimizer.state_dict()
+    for kept in state["state"].values():
+        kept["momentum_buffer"] = torch.ones_like(kept["momentum_buffer"])
+    masking.optimizer.load_state_dict(state)
+
+
+def write_until_the_versions_are_those_of_the_original(masking, versions):
+    for weight, version in zip(masking.parameters.values(), versions, strict=True):
+        with torch.no_grad():
+            while weight._version < version:
+                weight.add_(1.0)
+
+
+@pytest.mark.parametrize(
+    ("is_copy", "write"),
+    [
+        (False, load_dense_momentum),
+        (True, load_dense_momentum),
+        (True, write_until_the_versions_are_those_of_the_original),
+    ],
+)
+def test_what_was_written_since_the_last_step_is_masked_again(is_copy, write):
+    model = SmallNet()
+    masking = Masking(sgd(model), init_density=0.3)
+    masking.add_module(model)
+    for number in range(3):
+        backward(model, number)
+        masking.step(keep_gradients=False)
+    versions = [weight._version for weight in masking.parameters.values()]
+    if is_copy:
+        model, masking = copy.deepcopy((model, masking))
+    write(masking, versions)
+    backward(model, 3)
+    masking.step(keep_gradients=False)
+    assert_zero_off_the_masks(model, masking)
+
+
+class Adan(torch.optim.Optimizer):
+    """The shape of Adan (Xie et al. 2022): three betas, and three averages of each weight."""
+
+    def __init__(self, params):
+        super().__init__(params, {"lr": 0.01, "betas": (0.9, 0.8, 0.7)})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                for name, beta in zip(("exp_avg", "exp_avg_diff", "exp_avg_sq"), group["betas"], strict=True):
+                    self.state[p].setdefault(name, torch.zeros_like(p)).lerp_(p.grad, 1 - beta)
+                p.sub_(self.state[p]["exp_avg"], alpha=group["lr"])
+
+
+def test_an_optimizer_of_three_betas_is_masked_but_its_momentum_is_unknown():
+    model = SmallNet()
+    masking = Masking(Adan(model.parameters()), init_density=0.3, update_frequency=2)
+    masking.add_module(model)
+    for number in range(4):
+        backward(model, number)
+        masking.step()
+        assert assert_zero_off_the_masks(model, masking) == 9
+    masking.load_state_dict(masking.state_dict())
+    with pytest.raises(UsageError, match="two betas"):
+        Masking(Adan(model.parameters()), growth="momentum")
 
 
 MATRICES_ONLY = {"Muon"}
