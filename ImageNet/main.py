@@ -98,7 +98,8 @@ def set_up(args: argparse.Namespace, runtime: Runtime, device: torch.device) -> 
     sample_shape = (data.channels, data.image_size, data.image_size)
     val_shape = (data.channels, data.val_image_size, data.val_image_size)
     experiment.check_images(model, [sample_shape, val_shape])
-    passes = [data.train, data.train_once] if args.update_bn else [data.train]
+    re_estimates = args.update_bn or args.ema is not None
+    passes = [data.train, data.train_once] if re_estimates else [data.train]
     experiment.check_smallest_batch(model, sample_shape, min(source.smallest_batch for source in passes))
     if distributed.rank():  # ranks start from one network, and drop out units independently
         seed_everything(derive_seed(args.seed, "rank", distributed.rank()))
@@ -237,6 +238,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     args.epochs = args.epochs or args.pretrain_epoch + args.cyclic_epochs
     if args.arch in RESNETS:
         args.model_config = args.model_config or DEFAULT_INIT
+    elif "model_config" not in given:  # what --config brings is about another network
+        args.model_config = None
     if args.evaluate or args.show_layers or measures_only(args):
         args.pre_train = args.pre_train or not args.cyclic_train
     return args

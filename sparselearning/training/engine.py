@@ -255,7 +255,8 @@ class Trainer:
 
     def evaluate(self, source: BatchSource | None = None) -> tuple[float, float]:
         """Mean loss and accuracy in [0, 1] of the present network, on the evaluation set if no other is given."""
-        return self.passes.evaluate(self.stops.batches(source or self.sources.evaluation))
+        source = self.sources.evaluation if source is None else source  # one without batches on this rank is empty
+        return self.passes.evaluate(self.stops.batches(source))
 
     def evaluate_superposition(self, source: BatchSource) -> tuple[float, float]:
         """Mean loss and accuracy of the superposition so far."""

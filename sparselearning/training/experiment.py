@@ -255,9 +255,9 @@ def run(recipe: Recipe, plan: Plan, sparse: SparseTraining | None, runtime: Runt
         if distributed.is_main():
             write_json(output.folder.summary, summary)
             print(run_table(summary, output.folder.path))
-        distributed.barrier()
-        if stop_signal():  # it came too late to stop this run, but the next one is not to start
-            raise Stopped(stop_signal(), output.folder.checkpoint)
+        # All wait for the files, and agree: a signal that came too late to stop this run keeps the next from starting.
+        if signal_number := distributed.max_over_ranks(stop_signal()):
+            raise Stopped(signal_number, output.folder.checkpoint)
     return summary
 
 

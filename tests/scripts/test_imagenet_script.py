@@ -12,14 +12,16 @@ from imagenet_resnet import build_model
 
 from helpers.commands import exit_code
 from helpers.comparing import assert_identical, lines, results
-from helpers.imagenet import NUM_CLASSES, SCRIPTS, TRAIN_IMAGES
+from helpers.imagenet import NUM_CLASSES, SCRIPTS, TRAIN_IMAGES, write_images
 from helpers.narrow_networks import narrow_networks
 from helpers.tensors import active
 from sparselearning import export
+from sparselearning.process.errors import UsageError
 from sparselearning.process.files import load_torch
 from sparselearning.sparse.costs import layer_flops
 from sparselearning.training import profiling
 from sparselearning.training.run_folder import RunFolder
+from sparselearning.training.runtime import Runtime
 
 ARCH = "mobilenet_v3_small"
 SMALL = shlex.split(
@@ -264,6 +266,19 @@ def test_wrong_calls_end_with_a_sentence_and_nothing_written(home, tmp_path, mon
     (message,) = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("note: ")]
     assert CONTRADICTIONS[flags] in message
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("re_estimates", ["--bn_update", "--ema 0.9"])
+def test_a_rank_with_one_image_to_re_estimate_batchnorm_on_is_refused(tmp_path, monkeypatch, re_estimates):
+    """Of three images, the second of two ranks trains on two, one of them the first rank's too."""
+    for split in ("train", "val"):
+        write_images(tmp_path / split, classes=("a", "b", "c"), per_class=1)
+    monkeypatch.setattr(main.distributed, "world_size", lambda: 2)
+    monkeypatch.setattr(main.distributed, "rank", lambda: 1)
+    sizes = "--train-crop-size 8 --val-resize-size 8 --val-crop-size 8"
+    call = f"{tmp_path} --arch resnet18 -b 2 -j 0 --pre_train --cyclic_train {sizes} {re_estimates}"
+    with pytest.raises(UsageError, match="BatchNorm cannot train on one image at a time"):
+        main.set_up(main.parse(shlex.split(call)), Runtime(), torch.device("cpu"))
 
 
 def test_neither_part_is_nothing_to_do(home, capsys):

@@ -7,6 +7,7 @@ the bit the networks compute in float64, so that the other order of summation ca
 
 import contextlib
 import itertools
+import os
 import random
 import re
 import signal
@@ -30,6 +31,7 @@ from sparselearning.sparse.superpose import AVERAGING
 from sparselearning.sparse.topology import GROWTH, PRUNE, REDISTRIBUTION
 from sparselearning.training import experiment
 from sparselearning.training.data import Batch, Sources
+from sparselearning.training.engine import Trainer
 from sparselearning.training.plan import EpochBudget, Plan
 from sparselearning.training.run_folder import RunFolder
 from sparselearning.training.runtime import Runtime
@@ -315,8 +317,8 @@ UNEVEN = [(0, 4), (4, 9), (9, 16)], [(16, 25)]
 ONE_SIDED = [(0, 12), (12, 25)], []
 
 
-def toy_trainer(folder, *, resume=None, shares=UNEVEN, stop_signal=lambda: 0, dropout=0.3, execution="masked"):
-    """The whole method, small: 2 epochs of pre-training, 2 cycles of 2, with BatchNorm and dropout."""
+def toy(folder, *, resume=None, shares=UNEVEN, dropout=0.3, execution="masked"):
+    """A run of the whole method, small: 2 epochs of pre-training, 2 cycles of 2, with BatchNorm and dropout."""
     seed_everything(3)
     model = nn.Sequential(
         nn.Conv2d(1, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Flatten(), nn.Dropout(dropout), nn.Linear(96, 4)
@@ -334,7 +336,7 @@ def toy_trainer(folder, *, resume=None, shares=UNEVEN, stop_signal=lambda: 0, dr
         "method": "GraNet", "init_density": 0.6, "final_density": 0.3, "prune_end_step": 8, "update_frequency": 3,
         "seed": 3,
     }  # fmt: skip
-    return experiment.prepare(
+    return (
         experiment.Recipe(
             model,
             torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9),
@@ -346,17 +348,23 @@ def toy_trainer(folder, *, resume=None, shares=UNEVEN, stop_signal=lambda: 0, dr
         experiment.SparseTraining(masking),
         Runtime(use_cuda=False, amp="off", execution=execution),
         experiment.Output(RunFolder(folder), {}, resume=resume),
-        stop_signal,
     )
 
 
-def evaluated(shares, folder):
-    return toy_trainer(folder, shares=shares).evaluate()
+def toy_trainer(folder, *, stop_signal=lambda: 0, **settings):
+    return experiment.prepare(*toy(folder, **settings), stop_signal)
 
 
+def evaluated(shares, folder, is_test_set):
+    trainer = toy_trainer(folder, shares=UNEVEN if is_test_set else shares)
+    return trainer.evaluate(Shares(*shares)) if is_test_set else trainer.evaluate()
+
+
+@pytest.mark.parametrize("is_test_set", [False, True])
 @pytest.mark.parametrize("shares", [UNEVEN, ONE_SIDED], ids=["uneven", "one_sided"])
-def test_evaluation_counts_each_sample_once(ranks, shares, tmp_path):
-    alone, (ours, theirs) = evaluated(shares, tmp_path), ranks(evaluated, shares, tmp_path)
+def test_evaluation_counts_each_sample_once(ranks, shares, is_test_set, tmp_path):
+    alone = evaluated(shares, tmp_path, is_test_set)
+    ours, theirs = ranks(evaluated, shares, tmp_path, is_test_set)
     assert ours == theirs
     assert ours[1] == alone[1]
     assert ours[0] == pytest.approx(alone[0], rel=1e-6)
@@ -406,6 +414,28 @@ def test_a_stop_on_one_rank_stops_both_at_the_same_batch_and_resumes_exactly(
     for after, undisturbed in zip(stopped, undisturbed_toy, strict=True):
         assert_same_arrays(after[1], undisturbed[1])
         assert after[2:] == undisturbed[2:]
+
+
+def run_with_a_late_signal(folder):
+    """Run, of which one rank gets a signal after its last look; with which exit code this rank ends."""
+    summary_of = Trainer._summary
+
+    def summary_under_fire(self):
+        if distributed.rank() == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return summary_of(self)
+
+    with pytest.MonkeyPatch.context() as context:
+        context.setattr(Trainer, "_summary", summary_under_fire)
+        try:
+            experiment.run(*toy(folder))
+        except Stopped as stop:
+            return stop.exit_code
+
+
+def test_a_stop_that_comes_too_late_for_a_run_starts_no_other_on_any_rank(ranks, tmp_path):
+    assert ranks(run_with_a_late_signal, tmp_path / "run") == [143, 143]
+    assert (tmp_path / "run" / "summary.json").exists()
 
 
 def test_the_ranks_of_a_run_end_with_the_same_networks_and_metrics(undisturbed_toy):

@@ -48,6 +48,8 @@ IMAGENET = (
         ("--density 0.3", {"density": 0.3, "final_density": 0.3}),
         ("--pretrain_epoch 7", {"pretrain_epoch": 7, "epochs": 11}),
         ("--cyclic_epochs 6 photos", {"cyclic_epochs": 6, "epochs": 11}),
+        ("--arch resnet50", {"arch": "resnet50"}),
+        ("--arch vit_b_16", {"arch": "vit_b_16", "model_config": None}),  # which knows no -c
     ],
 )
 def test_imagenet_from_a_config(tmp_path, changes, expected):
@@ -57,6 +59,13 @@ def test_imagenet_from_a_config(tmp_path, changes, expected):
     unasked = {"config": path, "local_rank": None, "resume": None}
     assert vars(again) == vars(first) | unasked | expected
     imagenet_main.check(again, imagenet_main.epoch_budget(again))
+
+
+def test_a_given_model_config_is_not_dropped(tmp_path):
+    path = config_of(tmp_path / "config.json", imagenet_main.parse(shlex.split(IMAGENET)))
+    args = imagenet_main.parse(shlex.split(f"--config {path} --arch vit_b_16 -c fanin"))
+    with pytest.raises(UsageError, match="vit_b_16 starts as torchvision's: leave it out"):
+        imagenet_main.check(args, imagenet_main.epoch_budget(args))
 
 
 def test_demo_presets_give_way_to_flags():
