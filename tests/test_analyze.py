@@ -388,6 +388,12 @@ def test_a_folder_of_several_runs_must_be_narrowed_down(run):
         analyse(run.parent)
 
 
+def test_a_run_that_kept_its_tickets_but_for_the_first(run):
+    (run / "tickets" / "ticket_0.pth").unlink()
+    with pytest.raises(UsageError, match=r"ticket_0\.pth, .*, is not there, though others are: name these"):
+        analyse(run)
+
+
 def test_a_run_that_kept_no_tickets(run):
     shutil.rmtree(run / "tickets")
     with pytest.raises(UsageError, match="--keep-tickets"):

@@ -308,7 +308,9 @@ def kept_tickets(folder: RunFolder) -> list[int]:
     """
     numbers = list(itertools.takewhile(lambda number: folder.ticket(number).is_file(), itertools.count()))
     if not numbers:
-        raise UsageError(f"there is no file {folder.ticket(0)}: only runs with --keep-tickets keep their tickets")
+        others = any(folder.ticket(0).parent.glob("ticket_*.pth"))
+        why = "though others are: name these with --tickets" if others else "as none is without --keep-tickets"
+        raise UsageError(f"{folder.ticket(0)}, the pre-trained network, is not there, {why}")
     return numbers
 
 

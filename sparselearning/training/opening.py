@@ -30,7 +30,7 @@ def open_folder(folder: RunFolder, start: Start, config: Mapping[str, Any], held
     """Make a run's folder and write ``config.json``; another run there is moved aside, unless it is still running.
 
     A resumed run keeps its files, and copies them into another folder; one that goes back to an earlier checkpoint
-    leaves them to the later run.
+    leaves them to the later run, but for copies of the tickets that were kept until then.
 
     Args:
         folder: of the run.
@@ -56,6 +56,10 @@ def open_folder(folder: RunFolder, start: Start, config: Mapping[str, Any], held
             held.enter_context(folder.in_use())
         if source := _resumed(start):
             folder.copy_from(source.path)
+        elif isinstance(start, Continue):
+            later = RunFolder.of(start.source)
+            now_in = RunFolder(aside) if aside and _is_same(later, folder) else later
+            folder.copy_tickets(now_in, _tickets_of(start.saved))
     if not folder.config.exists():
         write_json(folder.config, config)
     else:
@@ -106,7 +110,16 @@ def _resumed(start: Start) -> RunFolder | None:
 def _stays_in_place(folder: RunFolder, start: Start) -> bool:
     """Whether a run goes on in the folder that holds it, rather than in one that is to be free."""
     source = _resumed(start)
-    return source is not None and source.path.resolve() == folder.path.resolve()
+    return source is not None and _is_same(source, folder)
+
+
+def _is_same(one: RunFolder, other: RunFolder) -> bool:
+    return one.path.resolve() == other.path.resolve()
+
+
+def _tickets_of(saved: Mapping[str, Any]) -> range:
+    """Numbers of the tickets that a run had until this checkpoint, from 0, the pre-trained network."""
+    return range(0 if saved["pretrain_acc"] is None else 1 + len(saved["tickets"]))
 
 
 def _note_environment(folder: RunFolder, config: Mapping[str, Any]) -> None:

@@ -4,12 +4,12 @@ import contextlib
 import os
 import shutil
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
 from sparselearning.process.errors import FaultError, UsageError
-from sparselearning.process.files import check_folder, copy_file, lock_file, read_json
+from sparselearning.process.files import check_folder, copy_file, copy_whole, lock_file, read_json
 from sparselearning.process.schema import FlagValue, read
 from sparselearning.training.records import History, flags_of
 
@@ -157,6 +157,18 @@ class RunFolder:
         except OSError:  # no lock, or none that may be read
             return False
         return False
+
+    def copy_tickets(self, source: "RunFolder", numbers: Iterable[int]) -> None:
+        """Copy those of these tickets that another run has kept.
+
+        Raises:
+            FaultError: if one cannot be read or written.
+        """
+        try:
+            for kept in filter(lambda number: source.ticket(number).is_file(), numbers):
+                copy_whole(source.ticket(kept), self.ticket(kept))
+        except OSError as error:
+            raise FaultError(f"cannot copy the tickets of {source.path} to {self.path}: {error}") from error
 
     def check_has_ended(self) -> None:
         """Refuse to resume a run in another folder while it is still writing its files.

@@ -171,13 +171,17 @@ def test_a_run_goes_back_to_one_of_its_checkpoints(home, trained, tmp_path, epoc
     """The later run moves aside, whole; what stands in its place is consistent, and in the end equal."""
     shutil.copytree(trained.path, tmp_path / "run")
     there, aside = RunFolder(tmp_path / "run"), RunFolder(tmp_path / "run.old-1")
-    assert run(*SMALL, home / "imagenet2012", "--save", there.path, "--resume", there.epoch_checkpoint(epoch)) == 0
+    call = [*SMALL, "--keep-tickets", home / "imagenet2012", "--save", there.path]
+    assert run(*call, "--resume", there.epoch_checkpoint(epoch)) == 0
     assert aside.epoch_checkpoint(3).read_bytes() == trained.epoch_checkpoint(3).read_bytes()
     for file in ("metrics", "tickets", "summary"):
         written, before = (getattr(folder, file).read_text().splitlines() for folder in (there, trained))
         assert len(written) == len(before)
     for file in ("current", "previous"):
         written, before = (load_torch(getattr(folder, file))["state_dict"] for folder in (there, trained))
+        assert all(torch.equal(written[name], before[name]) for name in before)
+    for number in range(3):
+        written, before = (load_torch(folder.ticket(number))["state_dict"] for folder in (there, trained))
         assert all(torch.equal(written[name], before[name]) for name in before)
     assert load_torch(there.checkpoint)["epoch"] == 3
 

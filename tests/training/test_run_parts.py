@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import shutil
 
 import pytest
 import torch
@@ -284,3 +285,23 @@ def test_checkpoints_of_every_epoch_can_be_kept(tmp_path):
     trainer.run()
     saved = [load_torch(trainer.folder.epoch_checkpoint(epoch)) for epoch in range(1, 7)]
     assert [content["epoch"] for content in saved] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory):
+    """A run with the checkpoint of every epoch and all tickets: after epochs 2, 4 and 6."""
+    trainer = prepare(tmp_path_factory.mktemp("kept") / "run", keep_checkpoints=True, keep_tickets=True)
+    trainer.run()
+    return trainer.folder
+
+
+@pytest.mark.parametrize("place", ["run", "elsewhere"])
+@pytest.mark.parametrize(("epoch", "tickets"), [(1, 0), (2, 1), (3, 1), (5, 2), (6, 3)])
+def test_a_run_that_goes_back_keeps_the_tickets_until_then(tmp_path, kept, place, epoch, tickets):
+    there = RunFolder(shutil.copytree(kept.path, tmp_path / "run"))
+    flags = {"flags": "the same"}
+    output = Output(RunFolder(tmp_path / place), {}, flags, resume=there.epoch_checkpoint(epoch))
+    with contextlib.ExitStack() as held:
+        open_folder(output.folder, experiment.start_of(PLAN, sparse(), output), {}, held)
+    found = {path.name: path.read_bytes() for path in output.folder.path.glob("tickets/*")}
+    assert found == {kept.ticket(number).name: kept.ticket(number).read_bytes() for number in range(tickets)}
