@@ -8,7 +8,7 @@ from warnings import warn
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import get_total_norm
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from sparselearning.process import distributed
 from sparselearning.process.errors import FaultError, UsageError
@@ -503,6 +503,28 @@ class Masking:
         gradients = ((name, weight.grad) for name, weight in self._parameters.items())
         self._zero(((name, [gradient]) for name, gradient in gradients if gradient is not None), self.masks)
 
+    @torch.no_grad()
+    def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> Tensor:
+        """Clip gradients as ``torch.nn.utils.clip_grad_norm_`` does, but by the norm of those that move weights.
+
+        Those of inactive weights are scaled along, for growth to read, and do not count: sparse execution computes them
+        in few steps alone, and with them the norm would depend on the execution. A loss scaler unscales before.
+
+        Args:
+            max_norm: above this norm, gradients are scaled down to it.
+            norm_type: the p of the norm; ``math.inf``: the largest magnitude.
+
+        Returns:
+            Norm, before, over active weights and all of the optimizer's parameters without a mask; one number.
+        """
+        self._check_has_model()
+        masks = {weight: self.masks[name] for name, weight in self._parameters.items()}
+        gradients = self._gradients()
+        counted = [torch.where(masks[p], gradient, 0) if p in masks else gradient for p, gradient in gradients.items()]
+        norm = get_total_norm(counted, norm_type)
+        clip_grads_with_norm_(list(gradients), max_norm, norm)
+        return norm
+
     def note_active_gradients(self) -> None:
         """Take note that the coming step's gradients are those of active weights alone.
 
@@ -681,8 +703,12 @@ class Masking:
 
     def gradients_are_finite(self) -> bool:
         """Whether all gradients of the optimizer's parameters are finite; a loss scaler skips steps where not."""
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        return math.isfinite(get_total_norm([p.grad for p in parameters if p.grad is not None], math.inf))
+        return math.isfinite(get_total_norm(self._gradients().values(), math.inf))
+
+    def _gradients(self) -> dict[nn.Parameter, Tensor]:
+        """Gradient of each of the optimizer's parameters that has one."""
+        parameters = (parameter for group in self.optimizer.param_groups for parameter in group["params"])
+        return {parameter: parameter.grad for parameter in parameters if parameter.grad is not None}
 
 
 def _check_values(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:

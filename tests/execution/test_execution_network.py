@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import math
 import os
 import subprocess
 import sys
@@ -100,6 +101,24 @@ def test_dense_gradients_come_where_growth_reads_them() -> None:
     before = masking.masks[name].clone()
     masking.truncate_weights(0.5)
     assert (masking.masks[name] & ~before).any()
+
+
+def test_clipping_is_the_same_in_both_executions() -> None:
+    torch.manual_seed(0)
+    model = build_model("cifar_resnet_8", 10)
+    model.eval()  # without the kinks of BatchNorm of a few images
+    _, masking = masked(model)
+    network = sparse_execution(model, masking)
+    images = torch.randn(4, 3, 32, 32)
+    norms = []
+    for one, dense in ((network, False), (network, True), (model, True)):
+        network.dense_gradients = dense
+        gradients(one, model, images)
+        norms.append(float(masking.clip_grad_norm_(0.1)))
+        assert float(masking.clip_grad_norm_(math.inf)) == pytest.approx(0.1, rel=1e-4)
+    assert norms == pytest.approx([norms[0]] * 3, rel=1e-3)
+    whole = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+    assert float(whole) > 0.12  # with those of inactive weights, which are there
 
 
 def test_dense_gradients_of_every_layer_equal_masked_ones() -> None:

@@ -11,7 +11,6 @@ from torch import nn
 from helpers.comparing import assert_identical
 from helpers.masked_networks import (
     GRADUAL,
-    GROW_4,
     SmallNet,
     active,
     backward,
@@ -242,89 +241,6 @@ def test_gradient_growth_needs_gradients():
     with pytest.raises(UsageError, match="backward"):
         masking.truncate_weights(0.5)
     assert same(before, masking.masks)
-
-
-def mask_the_gradients(model, masking):
-    backward_of_eight(model, masking)
-    masking.mask_gradients()
-    for p in model.parameters():  # as clipping does
-        p.grad.mul_(0.5)
-
-
-def step_without_keeping_them(model, masking):
-    step(model, masking, GROW_4)  # the first step masks weights and state, and then what is zero stays zero
-    backward_of_eight(model, masking)
-    masking.step(keep_gradients=False)
-
-
-def backward_of_eight(model, masking, set_to_none=True):
-    masking.optimizer.zero_grad(set_to_none)
-    model.loss([1.0, 1, 1, 1, 9, 1, 1, 1]).backward()
-
-
-@pytest.mark.parametrize("set_to_none", [True, False])
-@pytest.mark.parametrize("begin", [mask_the_gradients, step_without_keeping_them])
-def test_growth_refuses_gradients_that_were_masked(begin, set_to_none):
-    """Among weights without a gradient it would choose those that were just removed."""
-    model, masking = eight([1.0, 2, 3, 4, 0, 0, 0, 0], growth="gradient")
-    masking.update_frequency = 100
-    begin(model, masking)
-    before = snapshot(masking)
-    with pytest.raises(UsageError, match=r"those of active weights alone.*dense_gradients.*keep_gradients"):
-        masking.truncate_weights(0.25)
-    assert same(before, masking.masks)
-    backward_of_eight(model, masking, set_to_none)
-    masking.truncate_weights(0.25)
-    assert active(masking) == [1, 2, 3, 4]
-
-
-def test_an_update_refuses_gradients_that_were_masked():
-    model, masking = eight([1.0, 2, 3, 4, 0, 0, 0, 0], growth="gradient", prune_rate=0.25)
-    backward_of_eight(model, masking)
-    masking.mask_gradients()
-    with pytest.raises(UsageError, match="those of active weights alone"):
-        masking.step()
-    assert active(masking) == [0, 1, 2, 3]
-
-
-def test_masked_gradients_of_an_earlier_step_do_not_count():
-    # All zero: the first weights that may grow do, among them the one just removed.
-    model, masking = eight([1.0, 2, 3, 4, 0, 0, 0, 0], growth="gradient", prune_rate=0.25)
-    masking.update_frequency = 3
-    step_without_keeping_them(model, masking)
-    step(model, masking, [0.0] * 8)
-    assert active(masking) == [0, 1, 2, 3]
-
-
-def test_gradients_stay_masked_when_pruning_removes_more():
-    model, masking = eight(
-        [1.0, 2, 3, 4, 5, 6, 0, 0], method="GMP", init_density=1.0, final_density=0.5, prune_end_step=0
-    )
-    backward_of_eight(model, masking)
-    masking.mask_gradients()
-    masking.step()
-    assert active(masking) == [2, 3, 4, 5]
-    with pytest.raises(UsageError, match="those of active weights alone"):
-        masking.truncate_weights(0.25)
-
-
-def test_gradients_of_a_dense_network_are_whole_though_masked():
-    model, masking = eight(
-        [1.0, 2, 3, 4, 5, 6, 7, 8], method="GraNet", init_density=1.0, final_density=0.5, prune_end_step=0
-    )
-    backward_of_eight(model, masking)
-    masking.mask_gradients()
-    masking.step()  # to 4 5 6 7; then 4 and 5 go; of 0 to 5, 4 has the largest gradient, and 0 comes first
-    assert active(masking) == [0, 4, 6, 7]
-
-
-def test_random_growth_reads_no_gradients():
-    model, masking = eight([1.0, 2, 3, 4, 0, 0, 0, 0], growth="random", prune_rate=0.25)
-    backward_of_eight(model, masking)
-    masking.mask_gradients()
-    masking.step()
-    masking.truncate_weights(0.5)
-    assert masking.density() == 0.5
 
 
 def test_dst_needs_no_window_and_no_final_density():
