@@ -16,7 +16,8 @@ from sparselearning.process.schema import Count, Density, Mismatch, Ordinal, Sha
 from sparselearning.process.seeding import derive_seed
 from sparselearning.process.tensor_schema import Check, all_of, conform, inside, like, mapping, optional, record
 from sparselearning.sparse.distributions import active_count, check_leaves_weights, nonzero_counts
-from sparselearning.sparse.layers import EMBEDDINGS, classifier, fixed_densities, maskable_parameters
+from sparselearning.sparse.held_weights import HeldWeights, check_values
+from sparselearning.sparse.layers import classifier, fixed_densities, maskable_parameters
 from sparselearning.sparse.optimizer_state import DenseMomentum, has_momentum, keeps_zeros, per_weight_state, take_step
 from sparselearning.sparse.schedules import DECAYS, UpdateSchedule, check_densities, check_window, gradual_density
 from sparselearning.sparse.sparse_init import SPARSE_INITS, InitSettings, check_shares_density
@@ -148,9 +149,8 @@ class Masking:
         self.steps = _whole("steps", steps)
         self.updates_enabled = True
         self._parameters: dict[str, nn.Parameter] = {}
-        self._links: list[tuple[Mapping[str, Any], str, Any]] = []  # from the model to its masked weights, see _links
+        self._held = HeldWeights(nn.Module(), {})
         self._explorations = 0  # prune-and-grow rounds so far; each has its own random stream
-        self._versions: list[int] | None = None  # of the weights when they and all their state were last masked
         self._gradients_masked = False  # before the optimizer step under way
         self._active_gradients_step = -1  # last one whose gradients may be those of active weights alone
         self._overdue = False  # an update that met overflowed gradients waits for the next step
@@ -206,7 +206,7 @@ class Masking:
         if layer_densities:
             check_shares_density(sparse_init)
         parameters = maskable_parameters(model, keep_first_dense, dense_layers, mask_embeddings)
-        _check_values(distributed.unwrap(model), parameters)
+        check_values(distributed.unwrap(model), parameters)
         parameters = self._trained(parameters)
         fixed = fixed_densities(layer_densities or {}, parameters, model, dense_layers)
         total = sum(weight.numel() for weight in parameters.values())
@@ -215,7 +215,7 @@ class Masking:
         self._parameters = parameters
         last = classifier(model)
         self.classifier = next((name for name, weight in parameters.items() if weight is last), None)
-        self._links = _links(distributed.unwrap(model), parameters)
+        self._held = HeldWeights(distributed.unwrap(model), parameters)
         self.seed = distributed.broadcast_object(self.seed)
         # A mask is laid out in memory as its weight is, so that both can be read as flat views.
         masks = {name: torch.ones_like(weight, dtype=torch.bool) for name, weight in parameters.items()}
@@ -236,7 +236,7 @@ class Masking:
             mask.copy_(distributed.broadcast(mask.contiguous()))
         self._ever_active = {name: mask.to("cpu", copy=True) for name, mask in self.masks.items()}
         self.apply_masks()
-        self._versions = None
+        self._held.forget()
         self._hook_optimizer()
         if init and self.total_steps and (unfinished := self.unfinished_pruning(self.total_steps)):
             warn(unfinished, stacklevel=2)
@@ -269,7 +269,7 @@ class Masking:
 
         def after_loading(*_: Any) -> None:
             if (masking := this()) is not None:
-                masking._versions = None
+                masking._held.forget()
 
         if remove_earlier := HOOKS.pop(self.optimizer, None):
             remove_earlier()
@@ -285,9 +285,8 @@ class Masking:
         HOOKS[self.optimizer] = weakref.finalize(self, remove)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Hook the optimizer of a copy, which has no hooks, and whose weights count their changes anew."""
+        """Hook the optimizer of a copy, which is a copy without hooks."""
         self.__dict__.update(state)
-        self._versions = None
         if self.masks:
             self._hook_optimizer()
 
@@ -309,10 +308,10 @@ class Masking:
         """
         self._check_has_model()
         steps = self.steps
-        zeros_stay = keeps_zeros(self.optimizer) and self._versions == self._weight_versions()
+        zeros_stay = keeps_zeros(self.optimizer) and self._held.are_masked
         self._gradients_masked = zeros_stay and not (keep_gradients or self.update_due or self._tracks_momentum)
         if self._gradients_masked:
-            self._check_weights()
+            self._held.check()
             self.mask_gradients()
         try:
             take_step(self.optimizer, scaler)
@@ -330,13 +329,13 @@ class Masking:
     def _after_optimizer_step(self) -> None:
         """Mask what the optimizer has just changed, and update the topology when it is due."""
         if not self._gradients_masked:
-            self._check_weights()
+            self._held.check()
         # A fused optimizer runs, without effect, in a step that its loss scaler skips; others are not run at all.
         found_inf: Tensor | None = getattr(self.optimizer, "found_inf", None)
         if self._tracks_momentum:
             self._dense_momentum.age(self._parameters, found_inf)
         if self._gradients_masked:
-            self._versions = self._weight_versions()
+            self._held.remember()
         else:
             self.apply_masks()
         self._count_step(skipped=self.update_due and found_inf is not None and bool(found_inf))
@@ -389,7 +388,7 @@ class Masking:
         if prune_rate is not None:
             check_option("prune_rate", prune_rate, Share)
         self._check_has_model()
-        self._check_weights()
+        self._held.check()
         self._check_gradients()
         layers = self._layers()
         self._explore(layers, prune_rate)
@@ -415,7 +414,7 @@ class Masking:
             UsageError: if weights that the masks say are zero are not, because something else has written them.
         """
         self._check_has_model()
-        self._check_weights()
+        self._held.check()
         inactive = (weight.masked_fill(self.masks[name], 0) for name, weight in self._parameters.items())
         for name, written in zip(self.masks, nonzero_counts(inactive), strict=True):
             if written:
@@ -488,14 +487,10 @@ class Masking:
         for name, weight in self._parameters.items():
             self._dense_momentum.keep(name, weight, self.masks[name])
         self._zero(((name, self._weight_and_state(weight)) for name, weight in self._parameters.items()), self.masks)
-        self._versions = self._weight_versions()
+        self._held.remember()
 
     def _weight_and_state(self, weight: nn.Parameter) -> list[Tensor]:
         return [weight, *(state for _, state in per_weight_state(self.optimizer, weight))]
-
-    def _weight_versions(self) -> list[int]:
-        """Counters that PyTorch raises whenever something writes into the weights (except through ``.data``)."""
-        return [weight._version for weight in self._parameters.values()]
 
     def mask_gradients(self) -> None:
         """Zero the gradient of every inactive weight, in place; growth then refuses to read these gradients."""
@@ -595,7 +590,7 @@ class Masking:
         self.seed = state["seed"]
         if self._tracks_momentum:
             self._dense_momentum.load_state_dict(state["off_mask_momentum"], self._parameters)
-        self._versions = None
+        self._held.forget()
         self._active_gradients_step = -1
 
     # ----------------------------------------------------------------------------------- topology updates
@@ -690,17 +685,6 @@ class Masking:
         if not self.masks:
             raise UsageError("there are no masks yet: call add_module first")
 
-    def _check_weights(self) -> None:
-        """Refuse a model whose weights were replaced, or that has sparse gradients."""
-        for holder, name, held in self._links:
-            if holder.get(name) is not held:
-                raise UsageError(
-                    f"the masked model's {name!r} was replaced after add_module: make a new optimizer and Masking"
-                )
-        for name, weight in self._parameters.items():
-            if weight.grad is not None and weight.grad.is_sparse:
-                raise UsageError(f"{name} has a sparse gradient, which masks cannot be applied to")
-
     def gradients_are_finite(self) -> bool:
         """Whether all gradients of the optimizer's parameters are finite; a loss scaler skips steps where not."""
         return math.isfinite(get_total_norm(self._gradients().values(), math.inf))
@@ -709,36 +693,6 @@ class Masking:
         """Gradient of each of the optimizer's parameters that has one."""
         parameters = (parameter for group in self.optimizer.param_groups for parameter in group["params"])
         return {parameter: parameter.grad for parameter in parameters if parameter.grad is not None}
-
-
-def _check_values(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:
-    """Refuse weights that masks cannot be applied to."""
-    for name, weight in parameters.items():
-        if weight.is_meta:
-            raise UsageError(
-                f"{name} has no values on the meta device: move the model with to_empty() and fill it first"
-            )
-    masked = set(parameters.values())
-    for path, module in model.named_modules():
-        if getattr(module, "sparse", False) and isinstance(module, EMBEDDINGS) and module.weight in masked:
-            raise UsageError(
-                f"{path} has sparse gradients, which masks cannot be applied to: make it with sparse=False"
-            )
-
-
-def _links(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> list[tuple[Mapping[str, Any], str, Any]]:
-    """What leads from a model to its masked weights: (a module's entries, name of one, what it is)."""
-    masked = set(parameters.values())
-    links: dict[tuple[int, str], tuple[Mapping[str, Any], str, Any]] = {}
-    for path, parameter in model.named_parameters():
-        if parameter in masked:
-            *parents, last = path.split(".")
-            module = model
-            for name in parents:
-                links[id(module), name] = module._modules, name, module._modules[name]
-                module = module.get_submodule(name)
-            links[id(module), last] = module._parameters, last, parameter
-    return list(links.values())
 
 
 def _flat(tensor: Tensor, reference: Tensor) -> Tensor:
