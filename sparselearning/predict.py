@@ -178,6 +178,28 @@ def load_network(path: Path) -> tuple[nn.Module, Preparation]:
     return network, preparation
 
 
+def load_packed(path: Path) -> nn.Module:
+    """Load a packed file's network for prediction: what ``sparse_inference`` makes of the model that was exported.
+
+    Active weights go straight to the kernels' lists: of layers with a kernel no dense weight is ever made.
+
+    Args:
+        path: file of ``sparselearning.export``.
+
+    Raises:
+        UsageError: if there is none, it does not say how its network is built, or a package is missing.
+        FaultError: if it is damaged.
+    """
+    check_available()
+    entries, metadata = read_packed(path)
+    if not isinstance(metadata.get("network"), dict):
+        raise UsageError(
+            f"{path} does not say how its network is built: load_sparse of sparselearning.export gives its weights for "
+            "a model of your own, and sparse_inference takes that"
+        )
+    return _from_packed(entries, metadata, path)
+
+
 def _network_record(known: Any, source: Path) -> dict[str, Any]:
     record = known.get("network")
     if not isinstance(record, dict) or "mean" not in record or "std" not in record:
@@ -189,7 +211,7 @@ def _network_record(known: Any, source: Path) -> dict[str, Any]:
 
 
 def _from_packed(entries: dict[str, Tensor | Packed], metadata: dict[str, Any], path: Path) -> nn.Module:
-    """Build a packed file's network around lists of its active weights; of layers with a kernel no dense weight exists.
+    """Build a packed file's network around lists of its active weights.
 
     Raises:
         UsageError: if the weights are of another network than the metadata say.

@@ -269,8 +269,28 @@ def test_a_packed_file_is_never_made_dense(run: Path, monkeypatch: pytest.Monkey
     export.main([str(run), str(packed)])
     made = []
     monkeypatch.setattr(export.Packed, "dense", lambda entry: made.append(entry.shape) or torch.zeros(entry.shape))
-    predict.load_network(packed)
+    predict.load_packed(packed)
     assert all(len(shape) < 4 for shape in made)  # the classifier is too small for a kernel
+
+
+@pytest.mark.parametrize("flags", [[], ["--fold-bn"]], ids=["packed", "packed and folded"])
+def test_a_packed_network_needs_no_record_of_images(run: Path, flags: list[str]) -> None:
+    pytest.importorskip("safetensors")
+    packed = run.parent / "packed.safetensors"
+    write_record(run, mean=None)
+    export.main([str(run), str(packed), *flags])
+    model = build_model("cifar_resnet_8", 10)
+    model.load_state_dict(torch.load(run / "model_previous.pth", weights_only=True)["state_dict"])
+    assert_equal(predict.load_packed(packed), model.eval(), torch.randn(3, 3, 32, 32))
+    with pytest.raises(UsageError, match="images were normalised"):
+        predict.load_network(packed)
+
+
+def test_a_packed_file_that_does_not_say_how_its_network_is_built_is_refused(tmp_path: Path) -> None:
+    pytest.importorskip("safetensors")
+    export.save_sparse(tmp_path / "own.safetensors", nn.Linear(2, 2).state_dict(), {})
+    with pytest.raises(UsageError, match="load_sparse"):
+        predict.load_packed(tmp_path / "own.safetensors")
 
 
 def test_without_out_the_table_goes_to_stdout(run: Path, pixels: np.ndarray, capsys, monkeypatch) -> None:
