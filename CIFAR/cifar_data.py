@@ -138,8 +138,8 @@ def load_arrays(name: str, data_dir: str | Path) -> tuple[Arrays, int]:
 
     The arguments and errors are those of :func:`load_data`.
     """
-    recipe, source = _find(name, Path(data_dir))
-    return _validated(recipe.load(source), name, recipe.num_classes)
+    data_set, source = _find(name, Path(data_dir))
+    return _validated(data_set.load(source), name, data_set.num_classes)
 
 
 def check_data_name(name: str) -> None:

@@ -184,16 +184,16 @@ def run(args: argparse.Namespace, argv: Sequence[str] | None) -> None:
     if distributed.is_main():
         print(runtime.description(device), flush=True)
 
-    recipe = set_up(args, runtime, device)
+    setup = set_up(args, runtime, device)
     folder = RunFolder(from_flags.run_path(args, args.model, Path(args.data).stem, budget))
     if args.iters > 1 and args.resume:
         opening.check_start_lies_elsewhere(folder, args.resume)
     from_flags.action(args)(
-        recipe,
+        setup,
         from_flags.plan(args, budget, pretrain_lr(args, budget)),
-        from_flags.sparse_training(args, len(recipe.sources.train), budget.total_epochs),
+        from_flags.sparse_training(args, len(setup.sources.train), budget.total_epochs),
         runtime,
-        from_flags.output(args, parser, argv, folder, recipe.network, device, args.log_interval),
+        from_flags.output(args, parser, argv, folder, setup.network_record, device, args.log_interval),
     )
 
 
@@ -210,11 +210,11 @@ def check(args: argparse.Namespace) -> list[str]:
     return flag_checks.check(args, momentum_is_zero, has_weights=args.resume is not None)
 
 
-def set_up(args: argparse.Namespace, runtime: Runtime, device: torch.device) -> experiment.Recipe:
+def set_up(args: argparse.Namespace, runtime: Runtime, device: torch.device) -> experiment.Setup:
     """Network, optimizer and data of a run, on the device, before its first step."""
     data, model = load(args, runtime, device)
     sample_shape = (data.channels, data.image_size, data.image_size)
-    return experiment.Recipe(
+    return experiment.Setup(
         model=model,
         optimizer=OPTIMIZERS[args.optimizer](model.parameters(), args),
         sources=Sources(
@@ -225,7 +225,7 @@ def set_up(args: argparse.Namespace, runtime: Runtime, device: torch.device) -> 
         ),
         sample_shape=sample_shape,
         class_balanced_batch=lambda: data.train.class_balanced_batch(args.batch_size, args.seed),
-        network={
+        network_record={
             "builder": builder_name(build_model),
             "arguments": {
                 "name": args.model,

@@ -58,26 +58,26 @@ def main(argv: Sequence[str] | None = None) -> None:
     if distributed.is_main():
         print(runtime.description(device), flush=True)
 
-    recipe = set_up(args, runtime, device)
+    setup = set_up(args, runtime, device)
     if args.pretrained_weights:
-        load_weights(recipe.model, load_torch(args.pretrained_weights), args.pretrained_weights)
+        load_weights(setup.model, load_torch(args.pretrained_weights), args.pretrained_weights)
     plan = from_flags.plan(args, budget, pretrain_lr(args))
-    sparse = from_flags.sparse_training(args, len(recipe.sources.train), budget.total_epochs)
+    sparse = from_flags.sparse_training(args, len(setup.sources.train), budget.total_epochs)
     folder = RunFolder(from_flags.run_path(args, args.arch, Path(os.path.abspath(args.data)).name, budget))
-    output = from_flags.output(args, parser, argv, folder, recipe.network, device, args.print_freq)
+    output = from_flags.output(args, parser, argv, folder, setup.network_record, device, args.print_freq)
     output = dataclasses.replace(output, keep_checkpoints=args.gather_checkpoints)
     if args.evaluate:
-        evaluate(recipe, plan, runtime, output)
+        evaluate(setup, plan, runtime, output)
     elif measures_only(args):
-        trainer = experiment.prepare(recipe, plan, sparse, runtime, output)
+        trainer = experiment.prepare(setup, plan, sparse, runtime, output)
         profiling.measure(
             trainer, training=args.benchmark_training, inference=args.benchmark_inference, profile=args.prof
         )
     else:
-        from_flags.action(args)(recipe, plan, sparse, runtime, output)
+        from_flags.action(args)(setup, plan, sparse, runtime, output)
 
 
-def set_up(args: argparse.Namespace, runtime: Runtime, device: torch.device) -> experiment.Recipe:
+def set_up(args: argparse.Namespace, runtime: Runtime, device: torch.device) -> experiment.Setup:
     """Network, optimizer and data of a run, on the device, before its first step."""
     seed_everything(args.seed)
     data = load_imagenet(
@@ -106,14 +106,14 @@ def set_up(args: argparse.Namespace, runtime: Runtime, device: torch.device) -> 
     memory_format = runtime.memory_format(model)
     data.use_memory_format(memory_format)
     model = model.to(device, memory_format=memory_format)
-    return experiment.Recipe(
+    return experiment.Setup(
         model=model,
         optimizer=make_optimizer(model, args),
         sources=Sources(train=data.train, train_once=data.train_once, evaluation=data.evaluation),
         sample_shape=sample_shape,
         class_balanced_batch=lambda: data.train.class_balanced_batch(args.batch_size, args.seed),
         label_smoothing=args.label_smoothing,
-        network={
+        network_record={
             "builder": builder_name(build_model),
             "arguments": network_arguments,
             "input_shape": list(val_shape),
@@ -326,12 +326,12 @@ def pretrain_lr(args: argparse.Namespace) -> Callable[[int], float]:
     return lambda epoch: milestone_lr(epoch, args.lr, milestones, args.warmup * args.multiplier)
 
 
-def evaluate(recipe: experiment.Recipe, plan: Plan, runtime: Runtime, output: experiment.Output) -> None:
+def evaluate(setup: experiment.Setup, plan: Plan, runtime: Runtime, output: experiment.Output) -> None:
     """Print loss and accuracy of saved weights; of a run's folder, those of its superposition."""
     if output.resume:
         path = RunFolder(output.resume).previous if output.resume.is_dir() else output.resume
-        load_weights(recipe.model, load_torch(path), path)
-    trainer = experiment.prepare(recipe, plan, None, runtime, dataclasses.replace(output, resume=None))
+        load_weights(setup.model, load_torch(path), path)
+    trainer = experiment.prepare(setup, plan, None, runtime, dataclasses.replace(output, resume=None))
     loss, accuracy = trainer.evaluate()
     if distributed.is_main():
         print(f"evaluation loss {loss:.4f}, accuracy {accuracy:.2%}")

@@ -177,7 +177,7 @@ def make_trainer(setting: Setting, runtime: Runtime, sparse: bool = True) -> Tra
     loader = make_loader(setting, setting.layout)
     density = {"init_density": setting.density, "final_density": setting.density}
     trainer = experiment.prepare(
-        experiment.Recipe(
+        experiment.Setup(
             model=model,
             optimizer=make_optimizer(model, fused=True),
             sources=Sources(train=loader, train_once=loader, evaluation=loader),

@@ -68,14 +68,14 @@ def main(argv: Sequence[str] | None = None, otherwise: Script | None = None) -> 
     run, script, args = rebuilt_flags(given, otherwise)
     folder = run.folder
     device, runtime = from_flags.runtime(args).start()
-    recipe = script.set_up(args, runtime, device)
-    if chooses(args.superposing_method) and recipe.sources.test is None:
+    setup = script.set_up(args, runtime, device)
+    if chooses(args.superposing_method) and setup.sources.test is None:
         raise UsageError(
             f"--superposing_method {args.superposing_method} chooses by accuracy on held-out training images, and the "
             f"run in {folder.path} held none out (--valid_split)"
         )
-    masked = maskable_parameters(recipe.model, args.rm_first, args.dense_layers or ()) if args.sparse else {}
-    bench = Bench.of(recipe, runtime, masked, on_test_set=given.on == "test", corruptions=given.corruptions)
+    masked = maskable_parameters(setup.model, args.rm_first, args.dense_layers or ()) if args.sparse else {}
+    bench = Bench.of(setup, runtime, masked, on_test_set=given.on == "test", corruptions=given.corruptions)
     numbers = given.tickets or kept_tickets(folder)
     members = bench.load_tickets(folder, numbers)
     if len(members) < 2 and not run.is_plain:

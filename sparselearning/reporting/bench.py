@@ -47,7 +47,7 @@ from sparselearning.sparse.superpose import (
     superpose,
 )
 from sparselearning.training.data import Batch, BatchSource
-from sparselearning.training.experiment import Recipe
+from sparselearning.training.experiment import Setup
 from sparselearning.training.networks import SavedNetwork, load_weights
 from sparselearning.training.passes import Passes
 from sparselearning.training.run_folder import RunFolder
@@ -141,7 +141,7 @@ class Bench:
     @classmethod
     def of(
         cls,
-        recipe: Recipe,
+        setup: Setup,
         runtime: Runtime,
         weights: Mapping[str, nn.Parameter],
         *,
@@ -151,17 +151,17 @@ class Bench:
         """Set up what a run computes with.
 
         Args:
-            recipe: of the run, on the device.
+            setup: of the run, on the device.
             runtime: resolved for the device.
             weights: that were masked; empty for dense training.
             on_test_set: measure on the test set even if the run held images out.
             corruptions: names in ``corruptions.CORRUPTIONS`` of what else to measure accuracy under.
         """
-        model, sources = recipe.model, recipe.sources
+        model, sources = setup.model, setup.sources
         network: Any = torch.compile(model) if runtime.compile else model
         sparse = None
         if weights and runtime.execution != "masked":
-            flops = layer_flops(model, recipe.sample_shape) if runtime.execution == "auto" else None
+            flops = layer_flops(model, setup.sample_shape) if runtime.execution == "auto" else None
             network = sparse = sparse_network(model, weights, layer_flops=flops)
         held_out = Images.of(HELD_OUT, sources.evaluation) if sources.test else None
         on_held_out = held_out if not on_test_set else None
@@ -171,7 +171,7 @@ class Bench:
         worse = {
             name: Images(
                 f"{measured.part}, with {name}",
-                partial(corrupted, source, name, recipe.network["mean"], recipe.network["std"]),
+                partial(corrupted, source, name, setup.network_record["mean"], setup.network_record["std"]),
                 measured.labels,
             )
             for name in corruptions

@@ -260,7 +260,7 @@ def _plain(group: Group) -> Group | None:
 
 def _differs_in_ticket_flags_alone(group: Group, other: Group) -> bool:
     """Whether another group, or this one, was trained alike before its tickets, and analysed on the same images."""
-    alike = other.recipe == group.recipe and _has_analysed_tickets(other)
+    alike = other.training_flags == group.training_flags and _has_analysed_tickets(other)
     return alike and _evaluated_on(other) == _evaluated_on(group)
 
 

@@ -100,7 +100,7 @@ class Group:
     """Finished runs that differ in nothing but their seed.
 
     Attributes:
-        recipe: the flags of all its runs that took effect, seed and name apart; flags about tickets are in
+        training_flags: the flags of all its runs that took effect, seed and name apart; flags about tickets are in
             ``ticket_flags``.
         ticket_flags: empty for plain training.
         label: name that no other group has, of at most :data:`LONGEST_LABEL` characters.
@@ -109,7 +109,7 @@ class Group:
     """
 
     name: str
-    recipe: Mapping[str, Any]
+    training_flags: Mapping[str, Any]
     ticket_flags: Mapping[str, Any]
     runs: list[Run] = field(default_factory=list)
     label: str = ""
@@ -119,7 +119,7 @@ class Group:
     @property
     def flags(self) -> dict[str, Any]:
         """All flags that took effect, but for seed and name."""
-        return {**self.recipe, **self.ticket_flags}
+        return {**self.training_flags, **self.ticket_flags}
 
     @property
     def method(self) -> str:
@@ -267,9 +267,9 @@ def group_runs(runs: Iterable[Run]) -> tuple[list[Group], list[str]]:
         if run.summary is None:
             left_out.append(f"{run.folder.path}: unfinished, epochs done: {len(run.metrics)}")
             continue
-        recipe, ticket_flags = _effective_flags(run)
-        key = json.dumps([run.name, recipe, ticket_flags], sort_keys=True)
-        group = groups.setdefault(key, Group(run.name, recipe, ticket_flags))
+        training_flags, ticket_flags = _effective_flags(run)
+        key = json.dumps([run.name, training_flags, ticket_flags], sort_keys=True)
+        group = groups.setdefault(key, Group(run.name, training_flags, ticket_flags))
         if run.seed in group.seeds:
             same = group.runs[group.seeds.index(run.seed)]
             left_out.append(f"{run.folder.path}: has the flags and the seed of {same.folder.path}, which counts")
@@ -291,7 +291,7 @@ def differing_flags(groups: Sequence[Group]) -> dict[str, list[Any]]:
 
 
 def _is_control(plain: Group, group: Group) -> bool:
-    return not plain.ticket_flags and plain.recipe == group.recipe
+    return not plain.ticket_flags and plain.training_flags == group.training_flags
 
 
 def _effective_flags(run: Run) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -306,12 +306,12 @@ def _effective_flags(run: Run) -> tuple[dict[str, Any], dict[str, Any]]:
     skipped |= {name for name, (other, off) in flags.SWITCHED_OFF.items() if run.flags.get(other) in off}
     effective = {name: value for name, value in run.flags.items() if name not in skipped}
     tickets = {name: value for name, value in effective.items() if name in about_tickets}
-    recipe = {name: value for name, value in effective.items() if name not in tickets}
-    recipe["epochs"] = run.metrics[-1].epoch + 1
+    training_flags = {name: value for name, value in effective.items() if name not in tickets}
+    training_flags["epochs"] = run.metrics[-1].epoch + 1
     ticket_flags = {} if run.is_plain else tickets
     if start := _start(run):
-        (recipe if run.config.pre_train else ticket_flags)["resume"] = start
-    return recipe, ticket_flags
+        (training_flags if run.config.pre_train else ticket_flags)["resume"] = start
+    return training_flags, ticket_flags
 
 
 def _start(run: Run) -> str | None:

@@ -1,4 +1,4 @@
-"""What both scripts do with a recipe: masks, resuming, and the run itself."""
+"""What both scripts do with a setup: masks, resuming, and the run itself."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
@@ -56,7 +56,7 @@ class SparseTraining:
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Setup:
     """What a data set brings: network, optimizer, batches, loss.
 
     Attributes:
@@ -66,7 +66,7 @@ class Recipe:
         sample_shape: of one input, e.g. ``(3, 32, 32)``.
         class_balanced_batch: draws the batch that masks by gradient (``snip``, ``prune_and_grow_*``) are drawn from.
         label_smoothing: of the training loss.
-        network: how to build the model again and prepare its images, for the entry ``network`` of ``config.json``.
+        network_record: how to build the model again and prepare its images: entry ``network`` of ``config.json``.
     """
 
     model: nn.Module
@@ -75,7 +75,7 @@ class Recipe:
     sample_shape: tuple[int, ...]
     class_balanced_batch: Callable[[], Batch]
     label_smoothing: float = 0.0
-    network: Mapping[str, Any] = field(default_factory=dict)
+    network_record: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ def check_smallest_batch(model: nn.Module, shape: Sequence[int], images: int) ->
 
 
 def prepare(
-    recipe: Recipe,
+    setup: Setup,
     plan: Plan,
     sparse: SparseTraining | None,
     runtime: Runtime,
@@ -163,22 +163,22 @@ def prepare(
         FaultError: if it cannot be read.
     """
     first_masks = sparse.first_masks(plan) if sparse else None
-    trainer_with = partial(_trainer, recipe, plan, sparse, runtime, output, stop_signal)
+    trainer_with = partial(_trainer, setup, plan, sparse, runtime, output, stop_signal)
     start = start or start_of(plan, sparse, output)
     match start:
         case Fresh():
             trainer = trainer_with(first_masks)
         case FromWeights(saved, source, with_training=False):
-            load_weights(recipe.model, saved, source)
+            load_weights(setup.model, saved, source)
             trainer = trainer_with(first_masks)
         case FromWeights(saved, source, with_training=True):
-            load_weights(recipe.model, saved, source)
+            load_weights(setup.model, saved, source)
             trainer = trainer_with(first_masks if saved.get("masking") is None else None)
             trainer.checkpoint.load_training(saved, source)
         case Continue(saved, source):
             trainer = trainer_with(None)
             trainer.checkpoint.load(saved, source)
-    if plan.update_bn and plan.cyclic_train and plan.budget.tickets and not batchnorms(recipe.model):
+    if plan.update_bn and plan.cyclic_train and plan.budget.tickets and not batchnorms(setup.model):
         print_notes("this network has no BatchNorm statistics: there is nothing for --update_bn to re-estimate")
     if trainer.masking:
         if plan.explores_before(trainer.at.epoch):
@@ -187,7 +187,7 @@ def prepare(
             check_leaves_weights(sum(mask.numel() for mask in trainer.masking.masks.values()), plan.final_density)
             if not plan.pre_train and trainer.masking.is_denser_than(plan.final_density):
                 print_notes(f"the weights to start from are denser than the budget of {plan.final_density}")
-        if unfinished := trainer.masking.unfinished_pruning(plan.updates_end_epoch * len(recipe.sources.train)):
+        if unfinished := trainer.masking.unfinished_pruning(plan.updates_end_epoch * len(setup.sources.train)):
             print_notes(unfinished)
     return trainer
 
@@ -199,7 +199,7 @@ def start_of(plan: Plan, sparse: SparseTraining | None, output: Output) -> Start
 
 
 def _trainer(
-    recipe: Recipe,
+    setup: Setup,
     plan: Plan,
     sparse: SparseTraining | None,
     runtime: Runtime,
@@ -208,19 +208,19 @@ def _trainer(
     first_masks: str | None,
 ) -> Trainer:
     """A trainer at the first epoch of a plan; without ``first_masks``, its masks are still to be loaded."""
-    device = next(recipe.model.parameters()).device
+    device = next(setup.model.parameters()).device
     runtime = runtime.resolved(device)
-    masking = _mask(recipe, plan, sparse, first_masks) if sparse else None
-    flops = layer_flops(recipe.model, recipe.sample_shape)
-    network: Any = torch.compile(recipe.model) if runtime.compile else recipe.model
+    masking = _mask(setup, plan, sparse, first_masks) if sparse else None
+    flops = layer_flops(setup.model, setup.sample_shape)
+    network: Any = torch.compile(setup.model) if runtime.compile else setup.model
     executed = None
     if masking and runtime.execution != "masked":
-        network = executed = sparse_execution(recipe.model, masking, flops if runtime.execution == "auto" else None)
+        network = executed = sparse_execution(setup.model, masking, flops if runtime.execution == "auto" else None)
     return Trainer(
-        Passes(recipe.model, distributed.wrap(network, device), runtime.precision(), recipe.label_smoothing, executed),
-        recipe.optimizer,
+        Passes(setup.model, distributed.wrap(network, device), runtime.precision(), setup.label_smoothing, executed),
+        setup.optimizer,
         masking,
-        recipe.sources,
+        setup.sources,
         plan,
         output.folder,
         Progress(output.trackers),
@@ -233,7 +233,7 @@ def _trainer(
     )
 
 
-def run(recipe: Recipe, plan: Plan, sparse: SparseTraining | None, runtime: Runtime, output: Output) -> Summary:
+def run(setup: Setup, plan: Plan, sparse: SparseTraining | None, runtime: Runtime, output: Output) -> Summary:
     """Do one run from its start, or from where it was stopped, to its end; print its table and return its summary.
 
     Raises:
@@ -245,7 +245,7 @@ def run(recipe: Recipe, plan: Plan, sparse: SparseTraining | None, runtime: Runt
         output = replace(output, resume=output.folder.path)
     with stop_signals() as stop_signal, ExitStack() as held:
         start = start_of(plan, sparse, output)
-        trainer = prepare(recipe, plan, sparse, runtime, output, stop_signal, start)
+        trainer = prepare(setup, plan, sparse, runtime, output, stop_signal, start)
         if distributed.is_main() and trainer.masking:
             print(f"execution: {_execution(trainer)}", flush=True)
         config = {**output.config, "executed": _execution(trainer)}
@@ -269,21 +269,21 @@ def _execution(trainer: Trainer) -> str:
     return "sparse" if sparse.is_sparse else "masked, which is faster at this density"
 
 
-def _mask(recipe: Recipe, plan: Plan, sparse: SparseTraining, first_masks: str | None) -> Masking:
+def _mask(setup: Setup, plan: Plan, sparse: SparseTraining, first_masks: str | None) -> Masking:
     """Make the Masking and draw its first masks, unless they are to be loaded."""
     # Cycles alone come after the steps of pre-training.
-    masking = Masking(recipe.optimizer, steps=plan.first_epoch * len(recipe.sources.train), **sparse.masking)
+    masking = Masking(setup.optimizer, steps=plan.first_epoch * len(setup.sources.train), **sparse.masking)
     masking.updates_enabled = not sparse.frozen
     init = None if first_masks is None else SPARSE_INITS[first_masks]
     if init and init.needs_gradients:
-        batch = recipe.class_balanced_batch()
-        recipe.model.train()
-        with keeping_buffers(recipe.model):
-            nn.functional.cross_entropy(recipe.model(batch.images), batch.labels).backward()
+        batch = setup.class_balanced_batch()
+        setup.model.train()
+        with keeping_buffers(setup.model):
+            nn.functional.cross_entropy(setup.model(batch.images), batch.labels).backward()
     with catch_warnings():
         filterwarnings("ignore", "gradual pruning")  # `prepare` says so, and knows when updates end
         masking.add_module(
-            recipe.model,
+            setup.model,
             first_masks,
             pruning_rate=sparse.pruning_rate,
             keep_first_dense=sparse.keep_first_dense,
@@ -292,7 +292,7 @@ def _mask(recipe: Recipe, plan: Plan, sparse: SparseTraining, first_masks: str |
         )
     if first_masks == "snip":
         _note_empty_layers(masking)
-    recipe.optimizer.zero_grad()
+    setup.optimizer.zero_grad()
     return masking
 
 

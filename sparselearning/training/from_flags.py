@@ -97,7 +97,7 @@ def runtime(args: argparse.Namespace) -> Runtime:
 
 
 def action(args: argparse.Namespace) -> Callable[..., object]:
-    """What a script does with a recipe, plan, masks, runtime and output: the run, or a preview of it."""
+    """What a script does with a setup, plan, masks, runtime and output: the run, or a preview of it."""
     if args.dry_run:
         return preview.dry_run
     return preview.show_layers if args.show_layers else experiment.run
@@ -127,7 +127,7 @@ def output(
     parser: argparse.ArgumentParser,
     argv: Sequence[str] | None,
     folder: RunFolder,
-    network: Mapping[str, Any],
+    network_record: Mapping[str, Any],
     device: torch.device,
     log_interval: int,
 ) -> experiment.Output:
@@ -138,7 +138,7 @@ def output(
         parser: of the script.
         argv: the command line; None: that of the program.
         folder: of the run.
-        network: how it is built again (``Recipe.network``).
+        network_record: how its network is built again (``Setup.network_record``).
         device: of the run.
         log_interval: batches between reads of the running loss.
 
@@ -148,7 +148,7 @@ def output(
     known = kept_flags.values(args)
     config = {
         "command": kept_flags.command(argv), **known, **provenance.environment(device),
-        "network": network, "marks": own_marks(parser),
+        "network": network_record, "marks": own_marks(parser),
     }  # fmt: skip
     return experiment.Output(
         folder=folder,

@@ -5,7 +5,7 @@ from sparselearning.sparse.costs import inference_flops, layer_densities, layer_
 from sparselearning.sparse.layers import maskable_parameters
 from sparselearning.sparse.topology import METHODS, REDISTRIBUTION, Layer, shrink_globally
 from sparselearning.training.engine import Trainer
-from sparselearning.training.experiment import Output, Recipe, SparseTraining, prepare, start_of
+from sparselearning.training.experiment import Output, Setup, SparseTraining, prepare, start_of
 from sparselearning.training.opening import check_folder
 from sparselearning.training.plan import Plan
 from sparselearning.training.profiling import endless, timed
@@ -16,23 +16,23 @@ TIMED_STEPS = 3
 UNITS = (("d", 86400), ("h", 3600), ("min", 60), ("s", 1))
 
 
-def show_layers(recipe: Recipe, plan: Plan, sparse: SparseTraining | None, runtime: Runtime, output: Output) -> None:
+def show_layers(setup: Setup, plan: Plan, sparse: SparseTraining | None, runtime: Runtime, output: Output) -> None:
     """Print a table of the layers of a run, as it would start or resume; nothing is trained or written.
 
     Raises:
         UsageError: if what ``resume`` names does not fit.
         FaultError: if it cannot be read.
     """
-    trainer = prepare(recipe, plan, sparse, runtime, output)
+    trainer = prepare(setup, plan, sparse, runtime, output)
     if not distributed.is_main():
         return
-    shapes = {name: tuple(weight.shape) for name, weight in maskable_parameters(recipe.model).items()}
-    print(layer_table(shapes, layer_flops(recipe.model, recipe.sample_shape), *_densities(trainer)))
+    shapes = {name: tuple(weight.shape) for name, weight in maskable_parameters(setup.model).items()}
+    print(layer_table(shapes, layer_flops(setup.model, setup.sample_shape), *_densities(trainer)))
     if trainer.masking and plan.cyclic_train and plan.budget.tickets:
         print(f"superpositions are pruned to density {plan.final_density} over all masked layers, by magnitude")
 
 
-def dry_run(recipe: Recipe, plan: Plan, sparse: SparseTraining | None, runtime: Runtime, output: Output) -> None:
+def dry_run(setup: Setup, plan: Plan, sparse: SparseTraining | None, runtime: Runtime, output: Output) -> None:
     """Check all that a run checks before its first step, and print what it would do and about how long that takes.
 
     The time is estimated from three steps, on weights that are thrown away.
@@ -42,13 +42,13 @@ def dry_run(recipe: Recipe, plan: Plan, sparse: SparseTraining | None, runtime: 
         FaultError: if it cannot be read, the run's folder cannot be written into, or another run is using it.
     """
     start = start_of(plan, sparse, output)
-    trainer = prepare(recipe, plan, sparse, runtime, output, start=start)
+    trainer = prepare(setup, plan, sparse, runtime, output, start=start)
     distributed.on_main(lambda: check_folder(output.folder, start))
     rows = {
         "epochs": _epochs(trainer),
         "updates": _updates(trainer),
         "density": _density(trainer),
-        "FLOPs": _flops(recipe, trainer),
+        "FLOPs": _flops(setup, trainer),
         "time": _time(trainer),  # last: it changes weights and masks
         "files": str(output.folder.path),
     }
@@ -92,8 +92,8 @@ def _density(trainer: Trainer) -> str:
     return f"{now['all']:.4f} of {_count(weights, 'weight')} now, {at_end['all']:.4f} after the last update"
 
 
-def _flops(recipe: Recipe, trainer: Trainer) -> str:
-    layers = layer_flops(recipe.model, recipe.sample_shape)
+def _flops(setup: Setup, trainer: Trainer) -> str:
+    layers = layer_flops(setup.model, setup.sample_shape)
     dense = inference_flops(layers)
     text = f"{dense / 1e6:,.1f} million an image in the dense network"
     if trainer.masking is None:

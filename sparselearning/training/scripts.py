@@ -11,7 +11,7 @@ import torch
 from sparselearning.process.arguments import Parser
 from sparselearning.process.errors import UsageError
 from sparselearning.training.builders import find_module, import_as
-from sparselearning.training.experiment import Recipe
+from sparselearning.training.experiment import Setup
 from sparselearning.training.runtime import Runtime
 
 NAME = "main_suptickets"
@@ -24,7 +24,7 @@ class Script(Protocol):
     def make_parser(self) -> Parser:
         """All flags of the script."""
 
-    def set_up(self, args: argparse.Namespace, runtime: Runtime, device: torch.device) -> Recipe:
+    def set_up(self, args: argparse.Namespace, runtime: Runtime, device: torch.device) -> Setup:
         """Network, optimizer and data of a run with these flags, on the device, before its first step."""
 
 

@@ -13,7 +13,7 @@ from sparselearning.process.files import load_torch
 from sparselearning.sparse.superpose import AVERAGING
 from sparselearning.training import experiment
 from sparselearning.training.data import Batch, Sources
-from sparselearning.training.experiment import Output, Recipe, SparseTraining
+from sparselearning.training.experiment import Output, Setup, SparseTraining
 from sparselearning.training.plan import EpochBudget, Plan
 from sparselearning.training.run_folder import RunFolder
 from sparselearning.training.runtime import Runtime
@@ -109,10 +109,10 @@ class Signals:
         return int(self.number) if self.looks == self.at else 0
 
 
-def recipe(dropout=0.0, optimizer="sgd", train=None, test=None, memory_format=torch.contiguous_format):
+def set_up(dropout=0.0, optimizer="sgd", train=None, test=None, memory_format=torch.contiguous_format):
     model = network(dropout).to(memory_format=memory_format)
     train = train or Batches(20, 8, shuffled=True)
-    return Recipe(
+    return Setup(
         model=model,
         optimizer=OPTIMIZERS[optimizer](model.parameters()),
         sources=Sources(train=train, train_once=train, evaluation=Batches(13, 8, seed=1), test=test),
@@ -130,7 +130,7 @@ def prepare(
     output = Output(RunFolder(folder), config={}, identity=flags or {"flags": "the same"}, resume=resume)
     output = dataclasses.replace(output, **{k: options.pop(k) for k in list(options) if hasattr(output, k)})
     signals = signals or Signals()
-    return experiment.prepare(brought or recipe(**options), plan, masks, Runtime(amp=amp), output, signals)
+    return experiment.prepare(brought or set_up(**options), plan, masks, Runtime(amp=amp), output, signals)
 
 
 def result(trainer, summary):

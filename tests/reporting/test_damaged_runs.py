@@ -16,7 +16,7 @@ from sparselearning.process.files import write_json
 from sparselearning.report import main
 from sparselearning.reporting.runs import group_runs, masked_weights, read_run
 from sparselearning.reporting.tables import csv_of_runs, csv_table, latex_table, markdown_report
-from sparselearning.training import experiment, kept_flags
+from sparselearning.training import kept_flags, opening
 from sparselearning.training.progress import run_table
 from sparselearning.training.run_folder import RunFolder
 
@@ -108,7 +108,7 @@ def test_damaged_configurations_stop_a_sweep_and_a_resumed_run_or_do_no_harm(tmp
     write_json(folder.config, content)
     for place, damage, damaged in damages(folder.config.read_text(), lines=False):
         folder.config.write_text(damaged)
-        sentence = refusal(experiment._note_environment, folder, environment | {"commit": "def5678"})
+        sentence = refusal(opening._note_environment, folder, environment | {"commit": "def5678"})
         if sentence:
             refused += 1
             assert str(folder.config) in sentence, (place, damage, sentence)

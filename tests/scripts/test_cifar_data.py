@@ -470,7 +470,7 @@ def test_help_names_every_data_set():
     assert "%" not in text  # argparse would read it as a format
 
 
-def test_every_recipe_is_complete():
+def test_every_data_set_is_complete():
     for data_set in (*DATASETS.values(), cifar_data.NPZ_FILE):
         assert data_set.augmentation.padding in PADDED
         assert data_set.augmentation.pad == 4

@@ -77,11 +77,11 @@ def test_networks_of_torchvision(home, tmp_path, capsys, arch):
     assert active(superposition["masks"]) == round(size * 0.1)
     assert 0 < summary["inference_flops_of_dense"] < summary["training_flops_of_dense"] < 1
 
-    recipe = whole.read_config()["network"]
-    assert recipe["arguments"] == {"arch": arch, "num_classes": NUM_CLASSES, "image_size": 32}
+    record = whole.read_config()["network"]
+    assert record["arguments"] == {"arch": arch, "num_classes": NUM_CLASSES, "image_size": 32}
     export.main([str(whole.path), str(tmp_path / "packed.safetensors"), "--fold-bn"])
     packed, metadata = export.load_sparse(tmp_path / "packed.safetensors")
-    folded = export.fold_batchnorms(export.build_network(recipe, superposition["state_dict"], whole.previous))
+    folded = export.fold_batchnorms(export.build_network(record, superposition["state_dict"], whole.previous))
     assert all(torch.equal(packed[name], entry) for name, entry in folded.state_dict().items())
     assert metadata["folded_batchnorms"] == (6 if arch == "resnet18" else 0)
 

@@ -337,7 +337,7 @@ def toy(folder, *, resume=None, shares=UNEVEN, dropout=0.3, execution="masked"):
         "seed": 3,
     }  # fmt: skip
     return (
-        experiment.Recipe(
+        experiment.Setup(
             model,
             torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9),
             Sources(train, train_once=train, evaluation=Shares(*shares)),

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from helpers.comparing import differing, lines
-from helpers.small_runs import DENSE, MASKING, PLAN, Batches, Signals, prepare, recipe, result, sparse
+from helpers.small_runs import DENSE, MASKING, PLAN, Batches, Signals, prepare, result, set_up, sparse
 from sparselearning.process.files import load_torch
 from sparselearning.process.signals import Stopped, stop_signals
 from sparselearning.sparse.superpose import AVERAGING
@@ -159,7 +159,7 @@ def test_a_signal_after_the_last_look_is_not_lost_and_not_a_crash(tmp_path, monk
         return summary_of(self)
 
     monkeypatch.setattr(Trainer, "_summary", summary_under_fire)
-    brought = recipe(test=Batches(7, 4, seed=2) if with_test_set else None)
+    brought = set_up(test=Batches(7, 4, seed=2) if with_test_set else None)
     folder = RunFolder(tmp_path / "run")
     try:
         experiment.run(brought, PLAN, sparse(), Runtime(amp="off"), Output(folder, {}))

@@ -21,7 +21,7 @@ from helpers.small_runs import (
     network,
     non_zeros,
     prepare,
-    recipe,
+    set_up,
     sparse,
 )
 from helpers.tensors import active
@@ -122,7 +122,7 @@ def test_looking_at_gradients_before_the_first_cycle_is_no_training(tmp_path, mo
 
 @pytest.mark.parametrize("has_norm", [True, False])
 def test_re_estimating_batchnorm_costs_something_where_there_is_one(tmp_path, has_norm):
-    brought = recipe()
+    brought = set_up()
     if not has_norm:
         brought.model[1] = nn.Identity()
     trainer = prepare(tmp_path, brought=brought)
@@ -133,7 +133,7 @@ def test_re_estimating_batchnorm_costs_something_where_there_is_one(tmp_path, ha
 def test_cycles_alone_obey_the_optimizer_flags_of_their_own_command(tmp_path):
     first = prepare(tmp_path / "a", dataclasses.replace(PLAN, cyclic_train=False), flags={"part": 1})
     first.run()
-    brought = recipe()
+    brought = set_up()
     brought.optimizer.param_groups[0].update(momentum=0.5, weight_decay=0.01)
     second = prepare(
         tmp_path / "b", dataclasses.replace(PLAN, pre_train=False), resume=first.folder.checkpoint, flags={"part": 2},
@@ -232,7 +232,7 @@ def test_a_run_names_every_code_and_machine_that_it_ran_on(tmp_path):
         folder = here.pop("resume")
         with pytest.raises(Stopped) if at else contextlib.nullcontext():
             output = Output(RunFolder(tmp_path), identity={"f": 1}, resume=folder, **here)
-            trainer = experiment.prepare(recipe(), PLAN, sparse(), Runtime(amp="off"), output, Signals(at))
+            trainer = experiment.prepare(set_up(), PLAN, sparse(), Runtime(amp="off"), output, Signals(at))
             with contextlib.ExitStack() as held:
                 start = experiment.start_of(PLAN, sparse(), output)
                 open_folder(output.folder, start, output.config, held)

@@ -9,7 +9,7 @@ import main_suptickets
 import pytest
 import torch
 
-from helpers.small_runs import MASKABLE, PLAN, Batches, Signals, network, prepare, recipe, sparse
+from helpers.small_runs import MASKABLE, PLAN, Batches, Signals, network, prepare, set_up, sparse
 from sparselearning.process.errors import FaultError, UsageError
 from sparselearning.process.signals import Stopped
 from sparselearning.sparse import masking
@@ -176,7 +176,7 @@ def test_the_file_that_a_run_went_on_from_is_not_held_in_memory(tmp_path, monkey
     monkeypatch.setattr(start, "load_torch", load_torch)
     monkeypatch.setattr(Trainer, "run", looking)
     output = Output(RunFolder(tmp_path), {}, identity={"flags": "the same"}, resume=tmp_path)
-    experiment.run(recipe(), PLAN, sparse(), Runtime(amp="off"), output)
+    experiment.run(set_up(), PLAN, sparse(), Runtime(amp="off"), output)
     assert watched[1:] == [None]
 
 
@@ -194,7 +194,7 @@ def attempt(tmp_path, monkeypatch):
     def run(number, resume=None, *, plan=PLAN, fails=False):
         monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(number))
         torch.manual_seed(1)
-        brought = recipe(train=Batches(20, 8, shuffled=True, poison=(4, 1) if fails else None))
+        brought = set_up(train=Batches(20, 8, shuffled=True, poison=(4, 1) if fails else None))
         output = Output(RunFolder(tmp_path / "run"), {}, identity={"flags": "the same"}, resume=resume)
         experiment.run(brought, plan, sparse(), Runtime(amp="off"), output)
 

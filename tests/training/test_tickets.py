@@ -21,9 +21,9 @@ from helpers.small_runs import (
     network,
     non_zeros,
     prepare,
-    recipe,
     record_steps,
     result,
+    set_up,
     sparse,
     ticket_states,
 )
@@ -252,7 +252,7 @@ def test_masked_weights_and_momentum_are_zero_after_every_step(tmp_path):
 
 def test_the_test_set_is_touched_once_at_the_end(tmp_path, capsys):
     test = Batches(7, 4, seed=2)
-    brought = recipe(test=test)
+    brought = set_up(test=test)
     folder = RunFolder(tmp_path / "run")
     touched_before = []
     evaluate = Trainer.evaluate_superposition
