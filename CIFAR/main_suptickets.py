@@ -77,14 +77,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     takes_over_masks = args.sparse and SPARSE_INITS[args.sparse_init].needs_trained_weights
     if args.iters > 1 and args.resume and args.pre_train and not takes_over_masks:
         raise UsageError("--resume continues one run: give its --seed in place of --iters")
-    for i in range(1 if args.show_layers or args.dry_run else args.iters):
-        one = copy.copy(args)
-        one.seed = args.seed + i
-        if args.save and args.iters > 1:
-            one.save = args.save / f"seed{one.seed}"
-        if args.tensorboard and args.iters > 1:
-            one.tensorboard = args.tensorboard / f"seed{one.seed}"
+    seeds = [of_seed(args, args.seed + i) for i in range(args.iters)]
+    if args.iters > 1 and args.resume:
+        for one in seeds:
+            opening.check_start_lies_elsewhere(folder_of(one), args.resume)
+    for one in seeds[:1] if args.show_layers or args.dry_run else seeds:
         run(one, argv)
+
+
+def of_seed(args: argparse.Namespace, seed: int) -> argparse.Namespace:
+    """The flags of one of several runs, whose files are in folders of their own."""
+    one = copy.copy(args)
+    one.seed = seed
+    if args.save and args.iters > 1:
+        one.save = args.save / f"seed{seed}"
+    if args.tensorboard and args.iters > 1:
+        one.tensorboard = args.tensorboard / f"seed{seed}"
+    return one
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -176,7 +185,7 @@ def run(args: argparse.Namespace, argv: Sequence[str] | None) -> None:
     """Do one run of one seed."""
     parser = make_parser()
     warnings = check(args) + flag_checks.without_masks_note(args, parser, argv)
-    budget = EpochBudget.of_share(args.epochs * args.multiplier, args.cycle_rate, args.cycle)
+    budget = epoch_budget(args)
     warnings += flag_checks.check_budget(args, budget)
     warnings += flag_checks.pruning_window_warning(args, budget.pretrain_epochs)
     device, runtime = from_flags.runtime(args).start()
@@ -185,16 +194,23 @@ def run(args: argparse.Namespace, argv: Sequence[str] | None) -> None:
         print(runtime.description(device), flush=True)
 
     setup = set_up(args, runtime, device)
-    folder = RunFolder(from_flags.run_path(args, args.model, Path(args.data).stem, budget))
-    if args.iters > 1 and args.resume:
-        opening.check_start_lies_elsewhere(folder, args.resume)
     from_flags.action(args)(
         setup,
         from_flags.plan(args, budget, pretrain_lr(args, budget)),
         from_flags.sparse_training(args, len(setup.sources.train), budget.total_epochs),
         runtime,
-        from_flags.output(args, parser, argv, folder, setup.network_record, device, args.log_interval),
+        from_flags.output(args, parser, argv, folder_of(args), setup.network_record, device, args.log_interval),
     )
+
+
+def epoch_budget(args: argparse.Namespace) -> EpochBudget:
+    """Both parts of the run."""
+    return EpochBudget.of_share(args.epochs * args.multiplier, args.cycle_rate, args.cycle)
+
+
+def folder_of(args: argparse.Namespace) -> RunFolder:
+    """Where the files of one run go."""
+    return RunFolder(from_flags.run_path(args, args.model, Path(args.data).stem, epoch_budget(args)))
 
 
 def check(args: argparse.Namespace) -> list[str]:

@@ -92,15 +92,15 @@ def test_pruning_a_network_in_its_own_folder_does_not_overwrite_it(script):
     assert all(content in after for content in before.values())
 
 
-@pytest.mark.parametrize("source", ["", "model_current.pth"])
-def test_several_seeds_cannot_start_from_a_folder_that_one_of_them_moves_aside(script, capsys, source):
-    """Later seeds would start from its result."""
+@pytest.mark.parametrize(("source", "first_seed"), [("", 17), ("model_current.pth", 17), ("", 16)])
+def test_several_seeds_cannot_start_from_a_folder_that_one_of_them_moves_aside(script, capsys, source, first_seed):
+    """Later seeds would start from its result; it is known before the first one trains."""
     assert script("--pre_train --epochs 1", SPARSE) == 0
     (folder,) = [path.parent for path in Path("saved_models").rglob("config.json")]
     Path("link").symlink_to(folder)
     before = tree("saved_models")
     capsys.readouterr()
-    prunes = "--sparse-init prune_global --iters 2 --resume"
+    prunes = f"--sparse-init prune_global --seed {first_seed} --iters 3 --resume"
     assert script("--pre_train --epochs 1", SPARSE, prunes, Path("link") / source) == 2
     assert "which all --iters runs start from, lies in the folder of one of them" in one_sentence(
         capsys.readouterr().err
