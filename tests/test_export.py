@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from cifar_models import build_model
 from torch import nn
 
@@ -224,8 +225,18 @@ class TestFolding:
             (lambda m, x: (lambda y: m.norm(y) + y)(m.conv(x)), 1),
             (lambda m, x: m.norm(m.conv(m.conv(x))), 1),
             (lambda m, x: (lambda y: m.norm(y) + m.norm2(y))(m.conv(x)), 2),
+            (lambda m, x: F.conv2d(m.norm(m.conv(x)), m.conv.weight), 1),
         ],
-        ids=["chain", "shared norm", "relu between", "no conv", "output used twice", "conv used twice", "two norms"],
+        ids=[
+            "chain",
+            "shared norm",
+            "relu between",
+            "no conv",
+            "output used twice",
+            "conv used twice",
+            "two norms",
+            "weight read",
+        ],
     )
     def test_only_what_is_unambiguous_is_folded(self, wiring, left):
         network = trained(Graph(wiring))

@@ -3,6 +3,7 @@
 import copy
 import csv
 import json
+import operator
 import os
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from cifar_models import build_model
 from PIL import Image
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 pytest.importorskip("numba")
 
@@ -110,6 +112,11 @@ WIRINGS = {
     "pooling with indices": lambda m, x: F.max_pool2d(m.a(x), 2, return_indices=True)[0],
     "concatenation": lambda m, x: torch.cat([m.a(x), m.b(x)], dim=1)[:, 2:6].flip(3),
     "large linear": lambda m, x: m.linear(m.a(x).permute(0, 2, 3, 1)).relu(),
+    "added to a part": lambda m, x: (lambda y: (operator.iadd(y.narrow(1, 0, 4), m.b(x)), y)[1])(m.a(x)),
+    "a part scaled": lambda m, x: (lambda y: (operator.imul(y[:, 1:], 2), y.relu())[1])(m.a(x)),
+    "weights read elsewhere": lambda m, x: F.conv_transpose2d(F.relu(m.norm(m.a(x))), m.a.weight, padding=1),
+    "norm read elsewhere": lambda m, x: m.norm(m.a(x)) * m.norm.weight.view(-1, 1, 1),
+    "heads": lambda m, x: m.a(x).view(len(x) * 2, 2, -1),
     "branches": lambda m, x: m.b(m.a(x)) if x.sum() > 1e9 else m.norm(m.a(x)).relu(),
 }
 
@@ -119,6 +126,70 @@ def test_any_wiring_equals_the_model(wiring) -> None:
     torch.manual_seed(0)
     model = trained(Wired(wiring), density=0.4)
     assert_equal(sparse_inference(model), model, torch.randn(1, 4, 6, 6), torch.randn(5, 4, 6, 6))
+
+
+def mixes_images(module: nn.Module, inputs: tuple[Tensor], outputs: Tensor) -> Tensor:
+    return outputs - outputs.mean(dim=0)
+
+
+@pytest.mark.parametrize("hooked", ["a", "norm", "relu", "pool"])
+@pytest.mark.parametrize("before", [True, False])
+def test_hooks_run(hooked: str, before: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sparselearning.execution.inference.IMAGES_AT_ONCE", 2)
+    model = trained(Wired(lambda m, x: m.pool(m.relu(m.norm(m.a(x))))))
+    model.relu, model.pool = nn.ReLU(), nn.MaxPool2d(2)
+    module = model.get_submodule(hooked)
+    if before:
+        module.register_forward_pre_hook(lambda module, inputs: (inputs[0] * 2,))
+    else:
+        module.register_forward_hook(mixes_images)
+    assert_equal(sparse_inference(model), model, torch.randn(5, 4, 6, 6))
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+@pytest.mark.parametrize("after_a_pass", [True, False])
+@pytest.mark.parametrize("change", [lambda conv: prune.l1_unstructured(conv, "weight", 0.8), nn.utils.weight_norm])
+def test_weights_may_be_computed_in_every_pass(change, after_a_pass: bool) -> None:
+    model = Wired(WIRINGS["norm folded"]).eval()
+    change(model.a)
+    if after_a_pass:
+        with torch.no_grad():
+            model(torch.randn(1, 4, 6, 6))
+    assert_equal(sparse_inference(model), model, torch.randn(5, 4, 6, 6))
+
+
+class WithOptions(nn.Module):
+    """Arguments with defaults decide what it returns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.head = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor, labels: Tensor | None = None, *, scale: float = 1.0) -> Tensor:
+        logits = self.head(F.relu(self.norm(self.conv(x))).mean((2, 3)))
+        if scale > 1:
+            logits = logits * scale
+        return logits if labels is None else F.cross_entropy(logits, labels)
+
+
+@torch.no_grad()
+def test_arguments_with_defaults_may_be_given_or_not() -> None:
+    torch.manual_seed(0)
+    model = trained(WithOptions())
+    fast = copy.deepcopy(sparse_inference(model))
+    assert fast.by_image
+    assert {nn.BatchNorm2d, ScaledPlanes}.isdisjoint(type(module) for module in fast.network.modules())
+    x, labels = torch.randn(3, 3, 8, 8), torch.arange(3)
+    for args, named in (
+        ((x,), {}),
+        ((), {"x": x}),
+        ((x, labels), {}),
+        ((x,), {"labels": labels}),
+        ((x,), {"scale": 2}),
+    ):
+        torch.testing.assert_close(fast(*args, **named), model(*args, **named), rtol=1e-4, atol=1e-5)
+    with pytest.raises(TypeError, match="wrong"):
+        fast(x, wrong=1)
 
 
 def test_what_is_folded_and_fused_is_gone() -> None:

@@ -28,8 +28,9 @@ def sparse_execution(
     """Return a network to call in place of ``model`` while training on a CPU: it computes with active weights alone.
 
     Results equal the model's own but for rounding. Parameters, gradients, optimizer and masks stay what they are.
-    Gradients of inactive weights are zero, but in steps in which ``masking`` reads them; before a ``truncate_weights``
-    by gradient, which refuses zeros, set ``dense_gradients`` of the network for the backward pass that it reads.
+    Gradients of inactive weights of two-dimensional convolutions and linear layers are zero, but in steps in which
+    ``masking`` reads them; before a ``truncate_weights`` by gradient, which refuses zeros, set ``dense_gradients`` of
+    the network for the backward pass that it reads. Blocks in ``torch.utils.checkpoint`` run masked.
 
     Args:
         model: on the CPU, in float32.
@@ -38,7 +39,8 @@ def sparse_execution(
             the model itself while so many weights are active that sparse computation would not be faster.
 
     Raises:
-        UsageError: if Numba is not installed, there are no masks yet, or a weight is elsewhere or of another type.
+        UsageError: if Numba is not installed, there are no masks yet, a weight is elsewhere or of another type, or a
+            module is scripted or compiled.
     """
     return sparse_network(model, masking.parameters, masking, layer_flops)
 
@@ -66,10 +68,10 @@ def sparse_inference(model: nn.Module) -> "SparseInference":
     It takes the model's inputs, in batches of one at least, and returns what ``model.eval()`` returns but for rounding,
     without gradients. The model is not changed, and later changes to it have no effect. The first batch of a size
     takes longer, for its lists of weights are made then. A network that ``torch.fx`` cannot trace runs as in training,
-    its BatchNorms unfolded.
+    its BatchNorms unfolded, and so does a call that gives arguments which have defaults.
 
     Args:
-        model: on the CPU, in float32.
+        model: on the CPU, in float32, neither scripted nor compiled.
 
     Raises:
         UsageError: if Numba is not installed, or a weight is elsewhere or of another type.

@@ -13,7 +13,7 @@ from torch import Tensor
 from sparselearning.execution import threads
 from sparselearning.execution.kernels import contraction, correlate, tile_by_tile
 from sparselearning.execution.lists import Correlation, Grid, WeightList
-from sparselearning.execution.memory import address
+from sparselearning.execution.memory import FLOAT, address
 from sparselearning.execution.vectors import is_streamed
 
 Made = TypeVar("Made")
@@ -110,14 +110,16 @@ class _Kernel:
         correlation: what it does.
         outputs, channels, taps: of the active weights, as the correlation counts them; int64 [n] each.
         places: of each in the weight's memory.
+        strides: of the weight with those places.
         keeps_values: read the weights' values once for all, as they change no more.
     """
 
     def __init__(
         self, correlation: Correlation, outputs: np.ndarray, channels: np.ndarray, taps: np.ndarray,
-        places: np.ndarray, keeps_values: bool,
+        places: np.ndarray, strides: Sequence[int], keeps_values: bool,
     ) -> None:  # fmt: skip
         self.correlation = correlation
+        self.strides = strides
         self.keeps_values = keeps_values
         weights = WeightList.of(correlation, outputs, channels, taps)
         self.places = torch.from_numpy(places[weights.order])  # in the weight's memory
@@ -132,7 +134,7 @@ class _Kernel:
         added: Tensor | None = None, relu: bool = False, gate: Tensor | None = None,
     ) -> None:  # fmt: skip
         """Fill ``target``, whose phase begins at its number ``begin``; ``added`` and ``gate`` lie as it does."""
-        values = _memory(weight).index_select(0, self.places) if self._values is None else self._values
+        values = self._memory(weight).index_select(0, self.places) if self._values is None else self._values
         if self.keeps_values:
             self._values = values
         first = address(target, begin)
@@ -149,8 +151,8 @@ class _Kernel:
         )
 
     def contract(self, source: Tensor, gradient: Tensor, for_weight: Tensor) -> None:
-        """Write the gradient of every active weight to its place in the gradient of all."""
-        parts = torch.zeros(self.correlation.shares, len(self.places))
+        """Write the gradient of every active weight to its place in the gradient of all, with the weight's strides."""
+        parts = torch.zeros(self.correlation.shares, len(self.places), **FLOAT)
         self._run(
             contraction(*self.correlation.tile.block),
             source=source.data_ptr(),
@@ -158,7 +160,14 @@ class _Kernel:
             results=parts.data_ptr(),
             results_bytes=4 * len(self.places),
         )
-        _memory(for_weight).index_copy_(0, self.places, parts.sum(dim=0))
+        self._memory(for_weight).index_copy_(0, self.places, parts.sum(dim=0))
+
+    def _memory(self, weight: Tensor) -> Tensor:
+        """All numbers of a weight in the order in which they lie in memory; with other strides, in that of a copy."""
+        weight = weight.detach()
+        if weight.stride() != self.strides:
+            weight = weight.new_empty_strided(weight.shape, self.strides).copy_(weight)
+        return weight.as_strided((weight.numel(),), (1,))
 
     def _run(self, tile_function: Any, **memory: int) -> None:
         shares, work_bytes = self.correlation.shares, int(self.task["work_bytes"][0])
@@ -184,12 +193,13 @@ class ActiveWeights:
     Args:
         shape: of the layer.
         mask: true where a weight is active, in the weight's shape; read now, not kept.
-        strides: of the weight, which is dense in memory.
+        strides: of the weight, or of a copy that is dense in memory.
         keeps_values: read the weights' values once for all, as they change no more.
     """
 
     def __init__(self, shape: Shape, mask: Tensor, strides: Sequence[int], keeps_values: bool = False) -> None:
         self._set_positions(shape, mask.reshape(-1).nonzero().squeeze(1).numpy(), keeps_values)
+        self.strides = tuple(strides)
         rows, columns = np.divmod(self._taps, shape.kernel[1])
         full = (self._outputs, self._channels, rows, columns)
         self._places = sum((i * stride for i, stride in zip(full, strides, strict=False)), np.zeros_like(self._taps))
@@ -204,7 +214,7 @@ class ActiveWeights:
         """
         active = cls.__new__(cls)
         active._set_positions(shape, positions, keeps_values=True)
-        active._places = np.arange(len(positions))
+        active._places, active.strides = np.arange(len(positions)), (1,)
         return active
 
     def _set_positions(self, shape: Shape, positions: np.ndarray, keeps_values: bool) -> None:
@@ -224,7 +234,7 @@ class ActiveWeights:
             shares = torch.get_num_threads()
             correlation = self.shape.forward(source, shares, self._roughly)
             weights = self._outputs, self._channels, self._taps, self._places
-            return _Kernel(correlation, *weights, self._keeps_values)
+            return _Kernel(correlation, *weights, self.strides, self._keeps_values)
 
         return recent(self._forward, (source, torch.get_num_threads()), make)
 
@@ -238,12 +248,7 @@ class ActiveWeights:
                 number[taps] = np.arange(len(taps))
                 there = number[self._taps] >= 0
                 weights = self._channels[there], self._outputs[there], number[self._taps[there]], self._places[there]
-                kernels.append((_Kernel(correlation, *weights, self._keeps_values), begin))
+                kernels.append((_Kernel(correlation, *weights, self.strides, self._keeps_values), begin))
             return kernels
 
         return recent(self._backward, (source, torch.get_num_threads()), make)
-
-
-def _memory(tensor: Tensor) -> Tensor:
-    """All numbers of a dense tensor in the order in which they lie in memory."""
-    return tensor.detach().as_strided((tensor.numel(),), (1,))

@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 from sparselearning.execution import memory, threads
 from sparselearning.execution.active_weights import ActiveWeights, Shape
 from sparselearning.execution.lists import Grid
-from sparselearning.execution.memory import address, empty_activations, image_last
+from sparselearning.execution.memory import FLOAT, address, empty_activations, image_last
 from sparselearning.execution.planes import CHUNK, PLANES, normalise, statistics
 from sparselearning.execution.planes import backward as planes_backward
 from sparselearning.execution.vectors import LANES, is_streamed
@@ -100,7 +100,7 @@ class SparseConvolution(torch.autograd.Function):
             if context.dense_gradient:
                 for_weight = _dense_weight_gradient(active.shape, gradient, inputs.detach(), weight)
             else:
-                for_weight = torch.zeros_like(weight)
+                for_weight = weight.new_empty_strided(weight.shape, active.strides).zero_()
                 active.forward(grid).contract(source, gradients, for_weight)
         if context.needs_input_grad[2]:
             for_bias = gradients.sum(dim=(1, 2, 3))
@@ -185,13 +185,15 @@ class BatchNorm(torch.autograd.Function):
         lines = image_last(inputs.detach())
         uses_batch = mean is None or variance is None
         if mean is None or variance is None:
-            mean, variance = torch.empty(len(lines)), torch.empty(len(lines))
+            mean, variance = torch.empty(len(lines), **FLOAT), torch.empty(len(lines), **FLOAT)
             _run_planes(statistics, _planes_task(lines, mean=mean, variance=variance))
+        else:
+            mean = mean.clone()  # the running one, which a pass in training may change before this one goes backward
         inverse = (variance + eps).reciprocal()
         deviation = inverse.sqrt()
         scale = deviation if weight is None else deviation * weight.detach()
         shift = -mean * scale if bias is None else bias.detach() - mean * scale
-        outputs = torch.empty_strided(inputs.shape, lines.movedim(-1, 0).stride())
+        outputs = torch.empty_strided(inputs.shape, lines.movedim(-1, 0).stride(), **FLOAT)
         outputs.untyped_storage().resize_(0)
         norm = Norm(lines, scale, shift)
         context.sequel, context.uses_batch = norm.sequel, uses_batch

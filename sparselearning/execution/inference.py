@@ -4,8 +4,9 @@ A network becomes a graph of its layers (``torch.fx``). In it, convolutions and 
 :class:`SparseLayer`, BatchNorms that cannot be folded by :class:`ScaledPlanes`; all else stays as it is.
 """
 
-import copy
 import operator
+from collections.abc import Container, Mapping, Sequence
+from inspect import Signature, signature
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,14 +17,15 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from sparselearning.execution import memory
 from sparselearning.execution.active_weights import ActiveWeights, Shape, recent
-from sparselearning.execution.folding import called_module, fold_batchnorms
+from sparselearning.execution.folding import called_module, copied, fold_batchnorms, plain_calls
 from sparselearning.execution.functions import Norm
 from sparselearning.execution.lists import Grid
-from sparselearning.execution.memory import empty_activations, image_last
+from sparselearning.execution.memory import empty_activations, image_first, image_last, view
 from sparselearning.execution.network import (
     POOLINGS,
     SparseNetwork,
     convolution_shape,
+    eager,
     has_kernel,
     is_readable,
     plane_wise,
@@ -43,12 +45,20 @@ class SparseInference(nn.Module):
     Args:
         network: changed, and kept.
         by_image: whether it surely treats each image by itself, so that a large batch may go through it in parts.
+        whole: for calls with arguments that ``network`` has no place for, and what they may be called with; None: it
+            has a place for all.
     """
 
-    def __init__(self, network: nn.Module, by_image: bool = False) -> None:
+    def __init__(
+        self, network: nn.Module, by_image: bool = False, whole: tuple[nn.Module, Signature] | None = None
+    ) -> None:
         super().__init__()
-        self.network = network.requires_grad_(False)
+        self.network = network
         self.by_image = by_image
+        self.whole: nn.Module | None
+        self.arguments: Signature | None
+        self.whole, self.arguments = whole or (None, None)
+        self.requires_grad_(False)
         self.train(False)
 
     @classmethod
@@ -65,30 +75,41 @@ class SparseInference(nn.Module):
         try:
             graph = fold_batchnorms(model, _fold)
         except UsageError:
-            twin = copy.deepcopy(model).eval()
-            weights = {name: weight for name, weight in twin.named_parameters() if weight.dim() in (2, 4)}
-            return cls(SparseNetwork(twin, weights) if weights else twin)
-        for name in {str(node.target) for node in graph.graph.nodes if node.op == "call_module"}:
+            return cls(_unfolded(model))
+        plain = plain_calls(graph)
+        for name in plain:
             if (layer := _replacement(graph.get_submodule(name))) is not None:
                 graph.set_submodule(name, layer)
-        by_image = all(_is_by_image(graph, node) for node in graph.graph.nodes)
+        by_image = all(_is_by_image(graph, node, plain) for node in graph.graph.nodes)
         for node in list(graph.graph.nodes):
             if node.op == "call_function" and node.target in POOLINGS:
                 node.target = plane_wise(node.target)
+            elif node.op == "call_method" and node.target == "view":
+                node.op, node.target = "call_function", view
             elif isinstance(called_module(graph, node), SparseLayer | ScaledPlanes) and len(node.args) == 1:
-                _fuse(graph, node)
+                _fuse(graph, node, plain)
         graph.recompile()
         graph.delete_all_unused_submodules()
-        return cls(graph, by_image)
+        arguments = signature(model.forward)
+        takes_all = len(arguments.parameters) == len(signature(graph.forward).parameters)
+        return cls(graph, by_image, None if takes_all else (_unfolded(model), arguments))
 
+    @eager
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Whatever the model returns in evaluation mode."""
         memory.begin_pass()
         size = IMAGES_AT_ONCE * torch.get_num_threads()
         with torch.no_grad():
             if self.by_image and not kwargs and len(args) == 1 and args[0].dim() == 4 and len(args[0]) > size:
-                return torch.cat([self.network(images) for images in args[0].split(size)])
-            return self.network(*args, **kwargs)
+                return image_first(torch.cat([self.network(images) for images in args[0].split(size)]))
+            return image_first(self._network_for(args, kwargs)(*args, **kwargs))
+
+    def _network_for(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> nn.Module:
+        """What has a place for these arguments."""
+        if self.whole is None or self.arguments is None:
+            return self.network
+        named = self.arguments.bind(*args, **kwargs).arguments.keys()
+        return self.network if named <= signature(self.network.forward).parameters.keys() else self.whole
 
     def train(self, mode: bool = True) -> "SparseInference":
         """Stay in evaluation mode."""
@@ -119,8 +140,6 @@ class Active(NamedTuple):
 
 def kernel_shape(layer: nn.Module) -> Shape | None:
     """What a layer does; None: it has no kernel, or does not need one."""
-    if layer._forward_hooks or layer._forward_pre_hooks:
-        return None
     if type(layer) is nn.Conv2d and layer.padding_mode == "zeros":
         return convolution_shape(layer.weight.shape, layer.stride, layer.padding, layer.dilation, layer.groups)
     if type(layer) is nn.Linear and has_kernel(layer.weight):
@@ -129,6 +148,13 @@ def kernel_shape(layer: nn.Module) -> Shape | None:
 
 
 # ------------------------------------------------------------------------------------------- graph
+
+
+def _unfolded(model: nn.Module) -> nn.Module:
+    """A copy that computes with active weights alone, without a graph."""
+    twin = copied(model).eval()
+    weights = {name: weight for name, weight in twin.named_parameters() if weight.dim() in (2, 4)}
+    return SparseNetwork(twin, weights, is_private=True) if weights else twin
 
 
 def _fold(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> nn.Module:
@@ -164,14 +190,14 @@ def _replacement(module: nn.Module) -> nn.Module | None:
         if isinstance(module, nn.Linear) and is_dense and not hasattr(module, "active"):
             return None
         return SparseLayer(shape, active, module.bias, isinstance(module, nn.Linear))
-    if type(module) is nn.BatchNorm2d and module.running_mean is not None and not module._forward_hooks:
+    if type(module) is nn.BatchNorm2d and module.running_mean is not None:
         return ScaledPlanes(*_scale_and_shift(module))
     if type(module) in POOLING_LAYERS:
         return PlaneWise(module)
     return None
 
 
-def _is_by_image(graph: fx.GraphModule, node: fx.Node) -> bool:
+def _is_by_image(graph: fx.GraphModule, node: fx.Node, plain: Container[str]) -> bool:
     """Whether a node surely keeps images apart, along the first dimension."""
     match node.op:
         case "placeholder":
@@ -180,6 +206,8 @@ def _is_by_image(graph: fx.GraphModule, node: fx.Node) -> bool:
             return isinstance(node.args[0], fx.Node)
         case "call_module":
             module = called_module(graph, node)
+            if node.target not in plain:
+                return False
             if isinstance(module, nn.BatchNorm1d):
                 return module.running_mean is not None
             return isinstance(module, BY_IMAGE) or (isinstance(module, nn.Flatten) and module.start_dim == 1)
@@ -192,28 +220,39 @@ def _is_by_image(graph: fx.GraphModule, node: fx.Node) -> bool:
     return node.target in RELUS or (node.target in SUMS and all(isinstance(term, fx.Node) for term in node.args))
 
 
-def _fuse(graph: fx.GraphModule, node: fx.Node) -> None:
+def _fuse(graph: fx.GraphModule, node: fx.Node, plain: Container[str]) -> None:
     """Fuse a sum and a ReLU that alone read a layer's output into the layer."""
     added, relu = None, False
     sums = _only_user(node)
-    if sums is not None and sums.prev is node and sums.target in SUMS and len(sums.args) == 2 and not sums.kwargs:
+    if sums is not None and sums.prev is node and _calls(sums, SUMS) and len(sums.args) == 2 and not sums.kwargs:
         first, second = sums.args
         other = second if first is node else first
-        is_free = sums.target not in IN_PLACE_SUMS or first is node
-        if isinstance(other, fx.Node) and other is not node and (is_free or _only_user(other) is sums):
+        is_free = sums.target not in IN_PLACE_SUMS or first is node or _is_read_here_alone(graph, other, sums)
+        if isinstance(other, fx.Node) and other is not node and is_free:
             added = other
             _take_over(graph, node, sums)
     activation = _only_user(node)
     if activation is not None and activation.args[:1] == (node,):
-        relu = activation.target in RELUS or isinstance(called_module(graph, activation), nn.ReLU)
+        is_layer = isinstance(called_module(graph, activation), nn.ReLU) and activation.target in plain
+        relu = is_layer or _calls(activation, RELUS)
         if relu:
             _take_over(graph, node, activation)
     node.args = (*node.args, added, relu)
 
 
+def _calls(node: fx.Node, functions: Container[Any]) -> bool:
+    """Whether a node calls one of these functions and methods; a layer may have the name of one."""
+    return node.op != "call_module" and node.target in functions
+
+
 def _take_over(graph: fx.GraphModule, node: fx.Node, other: fx.Node) -> None:
     other.replace_all_uses_with(node)
     graph.graph.erase_node(other)
+
+
+def _is_read_here_alone(graph: fx.GraphModule, node: Any, user: fx.Node) -> bool:
+    """Whether nothing but this user reads the memory that a node writes, which is its own."""
+    return isinstance(called_module(graph, node), SparseLayer | ScaledPlanes | nn.Conv2d) and _only_user(node) is user
 
 
 def _only_user(node: fx.Node) -> fx.Node | None:

@@ -11,10 +11,14 @@ import mmap
 import weakref
 from collections.abc import Sequence
 from threading import Lock
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
+FLOAT: Any = {"dtype": torch.float32, "device": "cpu"}
+"""What kernels compute with, whatever PyTorch's default is."""
 LEAST = 1 << 18
 """Numbers of the smallest tensor whose memory is kept here; smaller blocks ``malloc`` keeps."""
 HUGE = 1 << 20
@@ -37,7 +41,7 @@ def empty(shape: Sequence[int], strides: Sequence[int]) -> Tensor:
     """Uninitialised float32 numbers, dense in memory; the memory is reused once no tensor holds it."""
     numbers = math.prod(shape)
     if numbers < LEAST:
-        return torch.empty_strided(tuple(shape), tuple(strides))
+        return torch.empty_strided(tuple(shape), tuple(strides), **FLOAT)
     block = _take(numbers)
     if block is None:
         _make_room(numbers)
@@ -46,13 +50,34 @@ def empty(shape: Sequence[int], strides: Sequence[int]) -> Tensor:
     weakref.finalize(lent, _give_back, block).atexit = False
     # Without a Python storage object: while one exists, autograd does not sum up gradients in place.
     return torch.ops.aten.set_.source_Tensor_storage_offset(
-        torch.empty(0), torch.from_numpy(lent), 0, list(shape), list(strides)
+        torch.empty(0, **FLOAT), torch.from_numpy(lent), 0, list(shape), list(strides)
     )
 
 
 def image_last(activations: Tensor) -> Tensor:
     """View of [image, channel, …] as contiguous [channel, …, image], by a copy if its memory layout is another."""
     return activations.movedim(0, -1).contiguous()
+
+
+def lies_image_last(activations: Tensor) -> bool:
+    """Whether images are innermost in memory, unlike in any contiguous tensor."""
+    return activations.dim() > 1 and activations.stride(0) == 1 and not activations.is_contiguous()
+
+
+def image_first(outputs: Any) -> Any:
+    """The same outputs, nested or not, those whose images are innermost copied: ``view`` then works as of any model."""
+    return tree_map_only(Tensor, lambda one: one.contiguous() if lies_image_last(one) else one, outputs)
+
+
+def view(activations: Tensor, *shape: Any, **kwargs: Any) -> Tensor:
+    """``activations.view``, also where only their layout of memory is in the way: they then get another one."""
+    try:
+        return activations.view(*shape, **kwargs)
+    except RuntimeError:
+        if not lies_image_last(activations):
+            raise
+    activations.data = activations.data.contiguous()  # in the very tensor, as the view is to share its memory
+    return activations.view(*shape, **kwargs)
 
 
 def empty_activations(images: int, channels: int, *plane: int) -> Tensor:
@@ -70,7 +95,7 @@ def address(tensor: Tensor | None, number: int = 0) -> int:
 
 def _new(numbers: int) -> Tensor:
     if numbers < HUGE or not hasattr(mmap, "MADV_HUGEPAGE"):  # which only Linux has
-        return torch.empty(numbers)
+        return torch.empty(numbers, **FLOAT)
     try:
         area = mmap.mmap(-1, 4 * numbers, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except OSError as error:

@@ -4,6 +4,7 @@ The user's model runs as it is. While it does, the functions that it calls are w
 and those that would lose the layout of activations, are replaced (:data:`REPLACEMENTS`); all others are unchanged.
 """
 
+import functools
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Generic
@@ -34,11 +35,33 @@ LARGEST_SHARE = 0.45
 """Share of the dense FLOPs up to which sparse computation is faster, on all networks and processors measured."""
 
 
+def eager(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """A forward pass that runs as it is inside ``torch.compile``, and cannot be traced: kernels read addresses."""
+
+    @functools.wraps(forward)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if torch.jit.is_tracing():
+            raise UsageError(
+                "torch.jit cannot trace a network that computes with active weights alone: trace the model"
+            )
+        if torch.compiler.is_compiling():
+            return torch.compiler.disable(forward)(*args, **kwargs)
+        return forward(*args, **kwargs)
+
+    return call
+
+
 class SparseNetwork(nn.Module):
     """Call it in place of ``model``: the same results, but for rounding, without the arithmetic of inactive weights.
 
-    Parameters, gradients and state dicts are the model's own. Gradients of inactive weights are zero, but where
-    ``dense_gradients`` or the Masking asks for them. Layers without a kernel (grouped, dilated, …) run masked.
+    Parameters and gradients are the model's own; take state dicts from the model, for in those of this network every
+    name begins with ``model.``. Gradients of inactive weights of two-dimensional convolutions and linear layers are
+    zero, but where ``dense_gradients`` or the Masking asks for them; those of other layers (attention, transposed and
+    one-dimensional convolutions, …) are what the model computes. Layers without a kernel (grouped, dilated, …), and
+    blocks that ``torch.utils.checkpoint`` runs again in the backward pass, run masked.
+
+    What weights there are is computed with, also where something else than the optimizer has written them. In training
+    mode, writes through ``.data`` that make inactive weights other than zero go unnoticed, as they do to the Masking.
 
     Tensor hooks, ``retain_grad`` and modules' full backward hooks see the gradients that the model's own would be; what
     else watches the gradient of a ReLU's output, such as ``torch.autograd.grad`` with respect to it, may find zeros
@@ -49,6 +72,7 @@ class SparseNetwork(nn.Module):
         weights: those of the model's that may be computed with sparsely, by name.
         masking: of this very model; None: it is not trained.
         layer_flops: dense forward FLOPs of each layer; None: compute sparsely whatever it costs.
+        is_private: nothing but this network has the model, whose weights change no more.
 
     Attributes:
         dense_gradients: compute the gradients of inactive weights, too, in the passes that follow.
@@ -63,6 +87,7 @@ class SparseNetwork(nn.Module):
         weights: Mapping[str, nn.Parameter],
         masking: Masking | None = None,
         layer_flops: Mapping[str, float] | None = None,
+        is_private: bool = False,
     ) -> None:
         super().__init__()
         self.model = model
@@ -70,8 +95,11 @@ class SparseNetwork(nn.Module):
         self.dense_gradients = False
         if not weights:
             raise UsageError("there are no masks yet: call add_module first")
-        if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
-            raise UsageError("sparse execution cannot watch what scripted modules (torch.jit) call: use the plain ones")
+        if any(_is_closed(module) for module in model.modules()):
+            raise UsageError(
+                "sparse execution cannot watch what scripted or compiled modules (torch.jit, torch.compile) call: use "
+                "the plain ones"
+            )
         for name, weight in weights.items():
             if weight.device.type != "cpu" or weight.dtype != torch.float32:
                 raise UsageError(
@@ -79,23 +107,25 @@ class SparseNetwork(nn.Module):
                 )
         self._names: dict[Tensor, str] = {weight: name for name, weight in weights.items() if weight.dim() in (2, 4)}
         self._layer_flops = layer_flops
+        self._is_private = is_private
+        # With gradients and without; the latter is found again after training: PyTorch's fused optimizers do not raise
+        # a weight's version when they write to it.
         self._pays: dict[bool, _Latest[bool]] = {}
-        # With gradients and without, of each layer. Those without are made again after training: PyTorch's fused
-        # optimizers do not raise a weight's version when they write to it.
-        self._lists: dict[bool, dict[str, _Latest[ActiveWeights]]] = {True: {}, False: {}}
+        self._lists: dict[bool, dict[str, _Latest[ActiveWeights]]] = {True: {}, False: {}}  # of masks, and of weights
 
+    @eager
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Whatever the model returns."""
         memory.begin_pass()
         if torch.is_grad_enabled():
-            self._lists[False].clear()
             self._pays.pop(False, None)
         if not self.is_sparse:
             return self.model(*args, **kwargs)
         if self.masking is not None and torch.is_grad_enabled() and not self.wants_dense_gradients:
             self.masking.note_active_gradients()
         with _Watch(self):
-            return self.model(*args, **kwargs)
+            outputs = self.model(*args, **kwargs)
+        return memory.image_first(outputs)
 
     def __getstate__(self) -> dict[str, Any]:
         """All but the lists, which hold addresses of this very network's memory: a copy makes its own."""
@@ -136,23 +166,55 @@ class SparseNetwork(nn.Module):
         """Whether a weight is one of those that may be computed with sparsely."""
         return isinstance(weight, Tensor) and weight in self._names
 
-    def active(self, weight: Tensor, shape: Shape) -> ActiveWeights:
-        """Active weights of a layer, sorted again only when they may have changed."""
-        name = self._names[weight]
-        entries = self._active_entries()[name]
-        trains = torch.is_grad_enabled()
-        strides = weight.stride()
+    @property
+    def masks_hold(self) -> bool:
+        """Whether weights are zero off their masks, as nothing has written to them since they were masked.
+
+        Not in evaluation, where other weights, such as an average, may have been swapped in through ``.data``, of which
+        PyTorch keeps no count: what is zero is then found in the weights themselves.
+        """
+        masking = self.masking
+        if masking is None or not (self.model.training and torch.is_grad_enabled()):
+            return False
+        return masking._held.are_masked
+
+    def active(self, weight: Tensor, shape: Shape, masks_hold: bool) -> ActiveWeights:
+        """Active weights of a layer, sorted again only when they have changed.
+
+        Args:
+            weight: of the layer.
+            shape: of the layer.
+            masks_hold: as at the beginning of the pass.
+        """
+        name, strides = self._names[weight], weight.stride()
+        mask = None if self.masking is None else self.masking.masks[name]
+        entries, state = weight, None
+        if mask is not None and masks_hold:
+            entries, state = mask, _state(mask)
+        elif not self._is_private:
+            is_there = weight.detach().numpy() != 0  # three times as fast as PyTorch's
+            if mask is not None and torch.is_grad_enabled():
+                is_there |= mask.numpy()  # active weights have gradients where they are zero, too
+            entries = torch.from_numpy(is_there)
+            state = entries.as_strided((entries.numel(),), (1,)).numpy().tobytes()
 
         def make() -> ActiveWeights:
-            return ActiveWeights(shape, entries.detach() != 0, strides, keeps_values=not trains)
+            dense = torch.empty_like(weight, device="meta").stride()  # the weight's own, unless it has gaps in memory
+            return ActiveWeights(shape, entries.detach() != 0, dense, keeps_values=self._is_private)
 
-        return self._lists[trains].setdefault(name, _Latest()).of((_state(entries), strides, shape), make)
+        return self._lists[masks_hold].setdefault(name, _Latest()).of((state, strides, shape), make)
 
     def with_active_gradient(self, weight: Tensor) -> Tensor:
         """The weight, for a layer that runs masked."""
         if self.masking is None or not torch.is_grad_enabled() or self.wants_dense_gradients:
             return weight
         return ActiveGradient.apply(weight, self.masking.masks[self._names[weight]])
+
+
+def _is_closed(module: nn.Module) -> bool:
+    """Whether PyTorch runs something else than a module's own code."""
+    is_compiled = hasattr(module, "_orig_mod") or module._compiled_call_impl is not None
+    return is_compiled or isinstance(module, torch.jit.ScriptModule)
 
 
 class _Latest(Generic[Made]):
@@ -200,6 +262,7 @@ class _Watch(TorchFunctionMode):
     def __init__(self, network: SparseNetwork) -> None:
         super().__init__()
         self.network = network
+        self.masks_hold = network.masks_hold
         # Outputs of BatchNorm that are still to be written, by identity; those that a ReLU has taken over, and that may
         # be gone, are held weakly.
         self.unwritten: dict[int, tuple[Callable[[], Tensor | None], Norm]] = {}
@@ -210,17 +273,17 @@ class _Watch(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         if "input" in kwargs:
             args = (kwargs.pop("input"), *args)
+        replacement = None if _is_checkpointed() else REPLACEMENTS.get(func)
         if self.unwritten and func not in READ_NO_NUMBERS:
             arguments = list(_tensors([args, list(kwargs.values())]))
             self.write_before_a_change(arguments)
-            if func not in LEAVE_UNWRITTEN:
+            if replacement is None or func not in LEAVE_UNWRITTEN:
                 self.write(arguments)
-        replacement = REPLACEMENTS.get(func)
         result = NotImplemented if replacement is None else replacement(self, *args, **kwargs)
         return func(*args, **kwargs) if result is NotImplemented else result
 
     def __exit__(self, *exception: Any) -> None:
-        self.write([held() for held, _ in self.unwritten.values()])
+        self.write([held() for held, _ in list(self.unwritten.values())])
         super().__exit__(*exception)
 
     def write(self, arguments: Iterable[Any]) -> None:
@@ -233,7 +296,7 @@ class _Watch(TorchFunctionMode):
     def write_before_a_change(self, arguments: Iterable[Tensor]) -> None:
         """Write what was put off and is still to read the memory of these arguments, which may now be written to."""
         written = {argument.untyped_storage().data_ptr() for argument in arguments} - {0}
-        reading = [held for held, norm in self.unwritten.values() if not written.isdisjoint(norm.memory())]
+        reading = [held for held, norm in list(self.unwritten.values()) if not written.isdisjoint(norm.memory())]
         self.write([held() for held in reading])
 
     def put_off(self, outputs: Tensor, norm: Norm) -> Tensor:
@@ -242,8 +305,14 @@ class _Watch(TorchFunctionMode):
         return outputs
 
     def leave_unwritten(self, outputs: Tensor, norm: Norm) -> None:
-        """Leave it unwritten for good, unless something else reads it."""
-        self.unwritten[id(outputs)] = weakref.ref(outputs), norm
+        """Leave it unwritten for good, unless something else reads it; once nothing can, forget it."""
+        key = id(outputs)
+
+        def forget(gone: Any) -> None:
+            if self.unwritten.get(key, (None,))[0] is gone:
+                del self.unwritten[key]
+
+        self.unwritten[key] = weakref.ref(outputs, forget), norm
 
     def take_over(self, outputs: Any) -> Norm | None:
         """What is still to be written to this tensor, if anything; from now on that is the caller's task."""
@@ -260,6 +329,12 @@ class _Watch(TorchFunctionMode):
         """
         passed_on = self.passed_on.of(other)
         return other if passed_on is None or not _leads_to(passed_on.grad_fn, inputs.grad_fn) else passed_on
+
+
+def _is_checkpointed() -> bool:
+    """Whether ``torch.utils.checkpoint`` is to run this again in the backward pass, unwatched, and expects the same."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    return hooks is not None and getattr(hooks[0], "__module__", None) == "torch.utils.checkpoint"
 
 
 def _leads_to(first: Any, last: Any) -> bool:
@@ -301,7 +376,7 @@ def _conv2d(
     target = shape.target(Grid(inputs.shape[2], inputs.shape[3], inputs.shape[0]))
     if min(target.rows, target.columns) < 1:
         return NotImplemented  # PyTorch says that the kernel is larger than the image
-    active, gate = network.active(weight, shape), watch.gates.of(inputs)
+    active, gate = network.active(weight, shape, watch.masks_hold), watch.gates.of(inputs)
     outputs, passed_on = SparseConvolution.apply(inputs, weight, bias, active, network.wants_dense_gradients, gate)
     if torch.is_grad_enabled() and passed_on is not None:
         watch.passed_on.take(inputs, passed_on)
@@ -348,7 +423,7 @@ def _linear(watch: _Watch, inputs: Tensor, weight: Tensor, bias: Tensor | None =
         return NotImplemented
     if inputs.dim() != 2 or not has_kernel(weight) or not _fit(inputs, weight, bias):
         return F.linear(inputs, network.with_active_gradient(weight), bias)
-    active = network.active(weight, Shape(weight.shape[0], weight.shape[1], (1, 1)))
+    active = network.active(weight, Shape(weight.shape[0], weight.shape[1], (1, 1)), watch.masks_hold)
     planes = inputs.unsqueeze(-1).unsqueeze(-1)
     return SparseConvolution.apply(planes, weight, bias, active, network.wants_dense_gradients, None)[0].flatten(1)
 
@@ -406,6 +481,10 @@ def _add_in_place(watch: _Watch, inputs: Tensor, other: Any, *, alpha: float = 1
     return watch.put_off(AddToNorm.apply(inputs, watch.added_to(inputs, other), norm), norm)
 
 
+def _view(watch: _Watch, inputs: Tensor, *shape: Any, **kwargs: Any) -> Tensor:
+    return memory.view(inputs, *shape, **kwargs)
+
+
 def plane_wise(function: Callable[..., Any]) -> Callable[..., Any]:
     """A function of each plane by itself: to PyTorch, images innermost of channels look like channels of images."""
 
@@ -438,6 +517,7 @@ REPLACEMENTS: Mapping[Any, Callable[..., Any]] = {
     F.relu: _relu,
     Tensor.__iadd__: _add_in_place,
     Tensor.add_: _add_in_place,
+    Tensor.view: _view,
     **{function: _by_channel(function) for function in POOLINGS},
 }
 """Function to its replacement."""

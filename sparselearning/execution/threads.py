@@ -18,10 +18,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from sparselearning.execution.memory import FLOAT
+
 Start = Callable[[int, int, int], None]
 
 _one_at_a_time = Lock()  # whatever thread of Python calls: a task and the scratch memory serve one call
-_scratch = torch.empty(0)
+_scratch = torch.empty(0, **FLOAT)
 
 
 def run(kernel: Any, task: np.ndarray, shares: int, work_bytes: int, **entries: int) -> None:
@@ -49,7 +51,7 @@ def _work(size: int) -> int:
     """Address of at least ``size`` bytes that kernels may write to; kept from call to call."""
     global _scratch
     if 4 * _scratch.numel() < size:
-        _scratch = torch.empty(-(-size // 4))
+        _scratch = torch.empty(-(-size // 4), **FLOAT)
     return _scratch.data_ptr()
 
 

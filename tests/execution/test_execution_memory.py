@@ -10,7 +10,8 @@ from torch import nn
 
 pytest.importorskip("numba")
 
-from sparselearning import sparse_inference
+from helpers.masked_networks import masked
+from sparselearning import sparse_execution, sparse_inference
 from sparselearning.execution import memory
 from sparselearning.execution.memory import empty_activations
 
@@ -90,6 +91,16 @@ def test_predictions_of_other_sizes_make_room_for_each_other() -> None:
         fast(torch.ones(1, 2, rows, rows))
     largest = 4 * 138 * 138 + 2 * 136 * 136
     assert largest <= sum(block.numel() for block in free()) < 1.5 * largest
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_without_gradients_activations_are_let_go_as_the_next_layer_has_read_them(training: bool) -> None:
+    layers = [[nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU()] for _ in range(6)]
+    model = nn.Sequential(*(layer for block in layers for layer in block)).train(training)
+    _, masking = masked(model, density=0.5)
+    with torch.no_grad():
+        sparse_execution(model, masking)(torch.randn(2, 4, 6, 6))
+    assert sum(block.numel() for block in free()) <= 3 * 2 * 4 * 6 * 6
 
 
 def test_small_tensors_are_left_to_pytorch() -> None:
