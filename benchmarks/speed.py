@@ -428,6 +428,7 @@ def peak_bytes(setting: Setting, sparse: bool) -> int:
     torch.cuda.reset_peak_memory_stats()
     trainer.train_batch(batch)
     if trainer.masking:
+        trainer.passes.backward(batch, dense_gradients=True)  # the step has masked its gradients
         trainer.masking.truncate_weights(PRUNE_RATE)
     trainer.train_batch(batch)
     return torch.cuda.max_memory_allocated() - before
