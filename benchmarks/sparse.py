@@ -46,7 +46,7 @@ from sparselearning import Masking
 from sparselearning.execution import sparse_execution, sparse_inference
 from sparselearning.execution.active_weights import ActiveWeights, Shape
 from sparselearning.execution.functions import SparseConvolution
-from sparselearning.execution.memory import empty_activations
+from sparselearning.execution.layout import empty_activations
 from sparselearning.export import to_onnx
 from sparselearning.process import arguments
 from sparselearning.process.files import check_output, write_json

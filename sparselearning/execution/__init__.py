@@ -30,7 +30,7 @@ def sparse_execution(
     Results equal the model's own but for rounding. Parameters, gradients, optimizer and masks stay what they are.
     Gradients of inactive weights of two-dimensional convolutions and linear layers are zero, but in steps in which
     ``masking`` reads them; before a ``truncate_weights`` by gradient, which refuses zeros, set ``dense_gradients`` of
-    the network for the backward pass that it reads. Blocks in ``torch.utils.checkpoint`` run masked.
+    the network for the backward pass that it reads. Blocks in ``torch.utils.checkpoint`` run as in the model itself.
 
     Args:
         model: on the CPU, in float32.

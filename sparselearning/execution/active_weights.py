@@ -180,9 +180,11 @@ MOST_SIZES = 4
 
 def recent(kept: dict[Any, Made], key: Any, make: Callable[[], Made]) -> Made:
     """What was made for a key, of which the last few are kept."""
-    made = kept.pop(key) if key in kept else make()
+    made = kept.pop(key, None)  # in one go, as another thread may do the same
+    if made is None:
+        made = make()
     while len(kept) >= MOST_SIZES:
-        del kept[next(iter(kept))]
+        kept.pop(next(iter(kept)), None)
     kept[key] = made
     return made
 

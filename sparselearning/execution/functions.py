@@ -15,8 +15,9 @@ from torch.autograd.function import once_differentiable
 
 from sparselearning.execution import memory, threads
 from sparselearning.execution.active_weights import ActiveWeights, Shape
+from sparselearning.execution.layout import empty_activations, image_last
 from sparselearning.execution.lists import Grid
-from sparselearning.execution.memory import FLOAT, address, empty_activations, image_last
+from sparselearning.execution.memory import FLOAT, address
 from sparselearning.execution.planes import CHUNK, PLANES, normalise, statistics
 from sparselearning.execution.planes import backward as planes_backward
 from sparselearning.execution.vectors import LANES, is_streamed

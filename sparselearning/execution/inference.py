@@ -19,17 +19,10 @@ from sparselearning.execution import memory
 from sparselearning.execution.active_weights import ActiveWeights, Shape, recent
 from sparselearning.execution.folding import called_module, copied, fold_batchnorms, plain_calls
 from sparselearning.execution.functions import Norm
+from sparselearning.execution.layout import POOLINGS, empty_activations, image_first, image_last, plane_wise, view
 from sparselearning.execution.lists import Grid
-from sparselearning.execution.memory import empty_activations, image_first, image_last, view
-from sparselearning.execution.network import (
-    POOLINGS,
-    SparseNetwork,
-    convolution_shape,
-    eager,
-    has_kernel,
-    is_readable,
-    plane_wise,
-)
+from sparselearning.execution.network import SparseNetwork, eager
+from sparselearning.execution.supported import convolution_shape, has_kernel, is_readable
 from sparselearning.process.errors import UsageError
 
 LARGEST_LINEAR_DENSITY = 0.5

@@ -1,4 +1,4 @@
-"""Memory for activations, kept from pass to pass, and how they lie in it.
+"""Memory for activations, kept from pass to pass.
 
 PyTorch returns the memory of large tensors to the system at once, and the system clears new memory page by page when it
 is first written to: a fifth of the time of a ResNet50 step. Kernels read a little of every channel, each in a page of
@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
 
 FLOAT: Any = {"dtype": torch.float32, "device": "cpu"}
 """What kernels compute with, whatever PyTorch's default is."""
@@ -52,40 +51,6 @@ def empty(shape: Sequence[int], strides: Sequence[int]) -> Tensor:
     return torch.ops.aten.set_.source_Tensor_storage_offset(
         torch.empty(0, **FLOAT), torch.from_numpy(lent), 0, list(shape), list(strides)
     )
-
-
-def image_last(activations: Tensor) -> Tensor:
-    """View of [image, channel, …] as contiguous [channel, …, image], by a copy if its memory layout is another."""
-    return activations.movedim(0, -1).contiguous()
-
-
-def lies_image_last(activations: Tensor) -> bool:
-    """Whether images are innermost in memory, unlike in any contiguous tensor."""
-    return activations.dim() > 1 and activations.stride(0) == 1 and not activations.is_contiguous()
-
-
-def image_first(outputs: Any) -> Any:
-    """The same outputs, nested or not, those whose images are innermost copied: ``view`` then works as of any model."""
-    return tree_map_only(Tensor, lambda one: one.contiguous() if lies_image_last(one) else one, outputs)
-
-
-def view(activations: Tensor, *shape: Any, **kwargs: Any) -> Tensor:
-    """``activations.view``, also where only their layout of memory is in the way: they then get another one."""
-    try:
-        return activations.view(*shape, **kwargs)
-    except RuntimeError:
-        if not lies_image_last(activations):
-            raise
-    activations.data = activations.data.contiguous()  # in the very tensor, as the view is to share its memory
-    return activations.view(*shape, **kwargs)
-
-
-def empty_activations(images: int, channels: int, *plane: int) -> Tensor:
-    """Uninitialised [image, channel, …], lying in memory as [channel, …, image]."""
-    strides = [images]
-    for size in reversed(plane):
-        strides.insert(0, strides[0] * size)
-    return empty((images, channels, *plane), (1, *strides))
 
 
 def address(tensor: Tensor | None, number: int = 0) -> int:

@@ -15,8 +15,8 @@ from sparselearning.execution import active_weights, threads, vectors
 from sparselearning.execution.active_weights import ActiveWeights, Shape
 from sparselearning.execution.functions import BatchNorm, Gate, Relu, SparseConvolution
 from sparselearning.execution.kernels import contraction, correlate
+from sparselearning.execution.layout import empty_activations, image_last
 from sparselearning.execution.lists import Grid, choose_tile
-from sparselearning.execution.memory import empty_activations, image_last
 from sparselearning.execution.vectors import BLOCK, HERE, LANES
 
 

@@ -13,7 +13,7 @@ pytest.importorskip("numba")
 from helpers.masked_networks import masked
 from sparselearning import sparse_execution, sparse_inference
 from sparselearning.execution import memory
-from sparselearning.execution.memory import empty_activations
+from sparselearning.execution.layout import empty_activations
 
 
 def free() -> list[torch.Tensor]:
