@@ -54,7 +54,8 @@ def sparse_network(
     """As :func:`sparse_execution`, for ``weights`` alone and, without ``masking``, for a network that is not trained.
 
     Raises:
-        UsageError: if Numba is not installed, there are no weights, or one is elsewhere or of another type.
+        UsageError: if Numba is not installed, there are no weights, one is elsewhere or of another type, or a module is
+            scripted or compiled.
     """
     check_available()
     from sparselearning.execution.network import SparseNetwork

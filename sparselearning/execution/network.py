@@ -68,7 +68,7 @@ class SparseNetwork(nn.Module):
         dense_gradients: compute the gradients of inactive weights, too, in the passes that follow.
 
     Raises:
-        UsageError: if there are no masks yet, or a weight is not float32 on the CPU.
+        UsageError: if there are no masks yet, a weight is not float32 on the CPU, or a module is scripted or compiled.
     """
 
     def __init__(
