@@ -166,7 +166,7 @@ class SparseNetwork(nn.Module):
         masking = self.masking
         if masking is None or not (self.model.training and torch.is_grad_enabled()):
             return False
-        return masking._held.are_masked
+        return masking.weights_are_masked
 
     def active(self, weight: Tensor, shape: Shape, masks_hold: bool) -> ActiveWeights:
         """Active weights of a layer, sorted again only when they have changed.

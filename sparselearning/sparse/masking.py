@@ -489,6 +489,11 @@ class Masking:
         self._zero(((name, self._weight_and_state(weight)) for name, weight in self._parameters.items()), self.masks)
         self._held.remember()
 
+    @property
+    def weights_are_masked(self) -> bool:
+        """Whether inactive weights are known to be zero: nothing has written weights since, except through ``.data``."""
+        return self._held.are_masked
+
     def _weight_and_state(self, weight: nn.Parameter) -> list[Tensor]:
         return [weight, *(state for _, state in per_weight_state(self.optimizer, weight))]
 
