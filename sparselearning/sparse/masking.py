@@ -491,7 +491,7 @@ class Masking:
 
     @property
     def weights_are_masked(self) -> bool:
-        """Whether inactive weights are known to be zero: nothing has written weights since, except through ``.data``."""
+        """Whether inactive weights are known to be zero: nothing has written weights since, but through ``.data``."""
         return self._held.are_masked
 
     def _weight_and_state(self, weight: nn.Parameter) -> list[Tensor]:
