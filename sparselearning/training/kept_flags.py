@@ -112,7 +112,7 @@ def settled(
 ) -> dict[str, Any]:
     """A run's flags with one word for each number format, execution and data set: what means the same becomes equal.
 
-    A data set is known by the last part of its path, as in the run's folder, so that it may move.
+    A data set that is a folder may move under the same name; a file may not, as many are called alike.
 
     Args:
         values: by name, maybe of an earlier version that had fewer: what these did is the default of those it lacked,
@@ -127,8 +127,12 @@ def settled(
     runtime = Runtime(amp=amp, compile=bool(all_values["compile"]), execution=execution)
     if device is not None:
         runtime = runtime.resolved(device)
-    same = {"amp": runtime.amp, "fp16": runtime.amp == "fp16", "execution": runtime.execution}
-    return {**all_values, **same, "data": Path(os.path.abspath(str(all_values["data"]))).name}
+    path = os.path.normpath(str(all_values["data"]))
+    same = {
+        "amp": runtime.amp, "fp16": runtime.amp == "fp16", "execution": runtime.execution,
+        "data": path if path.endswith(".npz") else os.path.basename(os.path.abspath(path)),
+    }  # fmt: skip
+    return {**all_values, **same}
 
 
 def number_format(amp: str | None, fp16: bool) -> str:

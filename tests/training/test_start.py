@@ -78,7 +78,8 @@ def test_a_finished_run_goes_on_in_its_own_folder(tmp_path):
         ("--amp auto", "--amp bf16", r"amp \(auto there, bf16 here\)$"),
         ("--amp bf16", "", r"amp \(bf16 there, None here\)$"),
         ("", "--execution masked", r"execution \(auto there, masked here\)$"),
-        ("--data ./a.npz", "--data ../CIFAR/a.npz", None),  # the same images, moved
+        ("--data ./a.npz", "--data a.npz", None),
+        ("--data a.npz", "--data b/a.npz", r"data \(a\.npz there, b/a\.npz here\)$"),  # may be other images
         ("--data a.npz", "--data b.npz", r"data \(a\.npz there, b\.npz here\)$"),
     ],
 )
