@@ -111,8 +111,6 @@ class SparseNetwork(nn.Module):
             self._pays.pop(False, None)
         if not self.is_sparse:
             return self.model(*args, **kwargs)
-        if self.masking is not None and torch.is_grad_enabled() and not self.wants_dense_gradients:
-            self.masking.note_active_gradients()
         with Watch(self):
             outputs = self.model(*args, **kwargs)
         return image_first(outputs)
@@ -194,9 +192,16 @@ class SparseNetwork(nn.Module):
 
         return self._lists[masks_hold].setdefault(name, _Latest()).of((state, strides, shape), make)
 
+    def takes_dense(self, weight: Tensor) -> bool:
+        """Whether the coming gradient of a layer's weight is to be that of all; if not, the Masking takes note."""
+        is_dense = self.wants_dense_gradients
+        if self.masking is not None and torch.is_grad_enabled() and not is_dense:
+            self.masking.note_active_gradient(self._names[weight])
+        return is_dense
+
     def with_active_gradient(self, weight: Tensor) -> Tensor:
         """The weight, for a layer that runs masked."""
-        if self.masking is None or not torch.is_grad_enabled() or self.wants_dense_gradients:
+        if self.masking is None or not torch.is_grad_enabled() or self.takes_dense(weight):
             return weight
         return ActiveGradient.apply(weight, self.masking.masks[self._names[weight]])
 

@@ -170,7 +170,7 @@ def _conv2d(
     if min(target.rows, target.columns) < 1:
         return NotImplemented  # PyTorch says that the kernel is larger than the image
     active, gate = network.active(weight, shape, watch.masks_hold), watch.gates.of(inputs)
-    outputs, passed_on = SparseConvolution.apply(inputs, weight, bias, active, network.wants_dense_gradients, gate)
+    outputs, passed_on = SparseConvolution.apply(inputs, weight, bias, active, network.takes_dense(weight), gate)
     if torch.is_grad_enabled() and passed_on is not None:
         watch.passed_on.take(inputs, passed_on)
         if gate is not None:
@@ -196,7 +196,7 @@ def _linear(watch: Watch, inputs: Tensor, weight: Tensor, bias: Tensor | None = 
         return F.linear(inputs, network.with_active_gradient(weight), bias)
     active = network.active(weight, Shape(weight.shape[0], weight.shape[1], (1, 1)), watch.masks_hold)
     planes = inputs.unsqueeze(-1).unsqueeze(-1)
-    return SparseConvolution.apply(planes, weight, bias, active, network.wants_dense_gradients, None)[0].flatten(1)
+    return SparseConvolution.apply(planes, weight, bias, active, network.takes_dense(weight), None)[0].flatten(1)
 
 
 def _batch_norm(

@@ -152,7 +152,8 @@ class Masking:
         self._held = HeldWeights(nn.Module(), {})
         self._explorations = 0  # prune-and-grow rounds so far; each has its own random stream
         self._gradients_masked = False  # before the optimizer step under way
-        self._active_gradients_step = -1  # last one whose gradients may be those of active weights alone
+        # By name, gradients that may be those of active weights alone; None: the one of the step under way.
+        self._active_gradients: dict[str, weakref.ref[Tensor] | None] = {}
         self._overdue = False  # an update that met overflowed gradients waits for the next step
         self._method = METHODS[method]
         self._prune = PRUNE[prune].begin()
@@ -284,6 +285,10 @@ class Masking:
 
         HOOKS[self.optimizer] = weakref.finalize(self, remove)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """All but what is known of gradients, which copies of parameters are without."""
+        return self.__dict__ | {"_active_gradients": {}}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Hook the optimizer of a copy, which is a copy without hooks."""
         self.__dict__.update(state)
@@ -343,6 +348,7 @@ class Masking:
     def _count_step(self, skipped: bool) -> None:
         due = self.update_due
         self.steps += 1
+        self._identify_active_gradients()
         self._overdue = due and skipped
         if due and not skipped:
             self._update_topology()
@@ -383,7 +389,7 @@ class Masking:
 
         Raises:
             UsageError: if the rate is out of range, or gradients or momentum that the modes read are not there, or the
-                gradients are those of active weights alone (see :meth:`note_active_gradients`).
+                gradients are those of active weights alone (see :meth:`note_active_gradient`).
         """
         if prune_rate is not None:
             check_option("prune_rate", prune_rate, Share)
@@ -499,9 +505,9 @@ class Masking:
 
     def mask_gradients(self) -> None:
         """Zero the gradient of every inactive weight, in place; growth then refuses to read these gradients."""
-        self.note_active_gradients()
-        gradients = ((name, weight.grad) for name, weight in self._parameters.items())
-        self._zero(((name, [gradient]) for name, gradient in gradients if gradient is not None), self.masks)
+        gradients = {name: weight.grad for name, weight in self._parameters.items() if weight.grad is not None}
+        self._active_gradients |= {name: weakref.ref(gradient) for name, gradient in gradients.items()}
+        self._zero(((name, [gradient]) for name, gradient in gradients.items()), self.masks)
 
     @torch.no_grad()
     def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> Tensor:
@@ -520,18 +526,32 @@ class Masking:
         self._check_has_model()
         masks = {weight: self.masks[name] for name, weight in self._parameters.items()}
         gradients = self._gradients()
-        counted = [torch.where(masks[p], gradient, 0) if p in masks else gradient for p, gradient in gradients.items()]
-        norm = get_total_norm(counted, norm_type)
+        norms = [  # one by one: masked copies of all at once would take as much memory as the gradients
+            torch.linalg.vector_norm(torch.where(masks[p], gradient, 0) if p in masks else gradient, norm_type)
+            for p, gradient in gradients.items()
+        ]
+        if not norms:
+            return torch.tensor(0.0)
+        norm = torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]), norm_type)
         clip_grads_with_norm_(list(gradients), max_norm, norm)
         return norm
 
-    def note_active_gradients(self) -> None:
-        """Take note that the coming step's gradients are those of active weights alone.
+    def note_active_gradient(self, name: str) -> None:
+        """Take note that the coming backward pass computes one parameter's gradient for active weights alone.
 
-        Growth refuses to read them, as it would choose none but the weights just removed. Dense gradients that have
-        taken their place since are known by their non-zeros.
+        Growth refuses to read such gradients, as it would choose none but the weights just removed. Dense ones that
+        have been added since are known by their non-zeros, and those that have taken their place are other tensors.
         """
-        self._active_gradients_step = self.steps + 1
+        self._active_gradients[name] = None
+
+    def _identify_active_gradients(self) -> None:
+        """Tie the notes that were taken before backward passes to the tensors that these have left."""
+        for name in [name for name, noted in self._active_gradients.items() if noted is None]:
+            gradient = self._parameters[name].grad
+            if gradient is None:
+                del self._active_gradients[name]
+            else:
+                self._active_gradients[name] = weakref.ref(gradient)
 
     def state_dict(self) -> dict[str, Any]:
         """A copy of everything that changes during training: masks, counters, record of exploration, modes."""
@@ -596,7 +616,6 @@ class Masking:
         if self._tracks_momentum:
             self._dense_momentum.load_state_dict(state["off_mask_momentum"], self._parameters)
         self._held.forget()
-        self._active_gradients_step = -1
 
     # ----------------------------------------------------------------------------------- topology updates
 
@@ -605,13 +624,14 @@ class Masking:
         explores = self.schedule.grows_at(self.steps)
         if explores:
             self._check_gradients()
+        masks_more = self._reads_gradient and not explores and self._gradients_are_active()
         layers = self._layers()
         if self._method.shrink:
             self._method.shrink(layers, self.scheduled_density())
         if explores:
             self._explore(layers)
         self._settle(layers)
-        if self._reads_gradient and not explores and self._active_gradients_step >= self.steps:
+        if masks_more:
             self.mask_gradients()  # those of weights that are now inactive, too, or they would pass for dense ones
 
     def _explore(self, layers: list[Layer], prune_rate: float | None = None) -> None:
@@ -674,17 +694,29 @@ class Masking:
         """Refuse to explore by gradients that are not there, or not those of inactive weights."""
         if not self._reads_gradient:
             return
-        gradients = {name: weight.grad for name, weight in self._parameters.items() if weight.grad is not None}
-        if not gradients:
+        if all(weight.grad is None for weight in self._parameters.values()):
             raise UsageError("the chosen modes read gradients: run a backward pass before")
-        if self._active_gradients_step < self.steps or all(mask.all() for mask in self.masks.values()):
-            return
-        if not any(gradient.masked_fill(self.masks[name], 0).any() for name, gradient in gradients.items()):
+        if self._gradients_are_active():
             raise UsageError(
                 "the gradients at hand are those of active weights alone, and growth would find no others: before the "
                 "backward pass that it reads, set dense_gradients of the network that sparse_execution returned; and "
                 "neither call mask_gradients nor step with keep_gradients=False after it"
             )
+
+    def _gradients_are_active(self) -> bool:
+        """Whether the gradients of which note was taken are those of active weights alone, and not all zero.
+
+        None may have another: a single layer's may well be zero there, as those behind a dead ReLU are.
+        """
+        is_any_nonzero = False
+        for name, noted in self._active_gradients.items():
+            gradient, mask = self._parameters[name].grad, self.masks[name]
+            if gradient is None or (noted is not None and noted() is not gradient) or mask.all():
+                continue
+            if gradient.masked_fill(mask, 0).any():
+                return False
+            is_any_nonzero = is_any_nonzero or bool(gradient.any())
+        return is_any_nonzero
 
     def _check_has_model(self) -> None:
         if not self.masks:

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from cifar_models import build_model
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 pytest.importorskip("numba")
 
@@ -101,6 +102,44 @@ def test_dense_gradients_come_where_growth_reads_them() -> None:
     before = masking.masks[name].clone()
     masking.truncate_weights(0.5)
     assert (masking.masks[name] & ~before).any()
+
+
+class PartlyDense(nn.Module):
+    """A block that runs as it is, with gradients of all weights, between layers that run with active weights alone."""
+
+    def __init__(self, block: nn.Module, is_checkpointed: bool) -> None:
+        super().__init__()
+        self.first, self.block, self.last = nn.Conv2d(3, 16, 3, padding=1), block, nn.Linear(8, 10)
+        self.is_checkpointed = is_checkpointed
+
+    def forward(self, images: Tensor) -> Tensor:
+        features = self.first(images)
+        if self.is_checkpointed:
+            features = checkpoint(self.block, features, use_reentrant=False)
+        else:
+            features = self.block(features)
+        return self.last(features.mean((2, 3)))
+
+
+@pytest.mark.parametrize(
+    "model", [PartlyDense(nn.ConvTranspose2d(16, 8, 3), False), PartlyDense(nn.Conv2d(16, 8, 3), True)]
+)
+def test_growth_refuses_gradients_of_which_only_some_are_dense(model: nn.Module) -> None:
+    _, masking = masked(model, growth="gradient")
+    network = sparse_execution(model, masking)
+    images = torch.randn(4, 3, 6, 6)
+    found = gradients(network, model, images)
+    dense = {name for name, mask in masking.masks.items() if found[name][~mask].any()}
+    assert dense == {"block.weight"}
+    with pytest.raises(UsageError, match="those of active weights alone"):
+        masking.truncate_weights(0.5)
+    masking.step()
+    masking.step()
+    with pytest.raises(UsageError, match="those of active weights alone"):
+        masking.truncate_weights(0.5)
+    network.dense_gradients = True
+    gradients(network, model, images)
+    masking.truncate_weights(0.5)
 
 
 def test_clipping_is_the_same_in_both_executions() -> None:

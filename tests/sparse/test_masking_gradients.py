@@ -2,6 +2,8 @@
 
 import copy
 import math
+import pickle
+import weakref
 
 import pytest
 import torch
@@ -44,6 +46,28 @@ def test_clipping_is_pytorchs_where_all_weights_are_active(max_norm, norm_type):
     expected = torch.nn.utils.clip_grad_norm_(twin.parameters(), max_norm, norm_type)
     assert torch.equal(masking.clip_grad_norm_(max_norm, norm_type), expected)
     assert_identical([p.grad for p in model.parameters()], [p.grad for p in twin.parameters()])
+
+
+def test_clipping_holds_one_masked_copy_at_a_time(monkeypatch):
+    where, copies, held = torch.where, [], []
+
+    def watched(*args):
+        held.append(sum(copy() is not None for copy in copies))
+        copies.append(weakref.ref(made := where(*args)))
+        return made
+
+    model = SmallNet()
+    masking = Masking(sgd(model), init_density=0.5)
+    masking.add_module(model)
+    backward(model, 0)
+    monkeypatch.setattr(torch, "where", watched)
+    masking.clip_grad_norm_(1.0)
+    assert held == [0] * len(masking.masks)
+
+
+def test_clipping_without_gradients():
+    _, masking = eight([1.0, 2, 3, 4, 0, 0, 0, 0])
+    assert float(masking.clip_grad_norm_(1.0)) == 0
 
 
 def test_clipping_leaves_growth_its_gradients():
@@ -89,6 +113,43 @@ def test_growth_refuses_gradients_that_were_masked(begin, set_to_none):
     backward_of_eight(model, masking, set_to_none)
     masking.truncate_weights(0.25)
     assert active(masking) == [1, 2, 3, 4]
+
+
+def load_its_own_state(masking):
+    masking.load_state_dict(masking.state_dict())
+
+
+@pytest.mark.parametrize("then", [Masking.step, load_its_own_state])
+def test_gradients_that_were_masked_stay_known_while_they_are_kept(then):
+    model, masking = eight([1.0, 2, 3, 4, 0, 0, 0, 0], growth="gradient")
+    masking.update_frequency = 100
+    mask_the_gradients(model, masking)
+    masking.step()
+    then(masking)
+    with pytest.raises(UsageError, match="those of active weights alone"):
+        masking.truncate_weights(0.25)
+    model.zero_grad()
+    model.loss([1.0, 1, 1, 1, 0, 0, 0, 0]).backward()  # others, whose zeros are what they are
+    masking.truncate_weights(0.25)
+
+
+def test_a_network_without_any_gradient_is_not_refused():
+    model, masking = eight([1.0, 2, 3, 4, 0, 0, 0, 0], growth="gradient")
+    masking.update_frequency = 100
+    mask_the_gradients(model, masking)
+    model.zero_grad(set_to_none=False)
+    model.loss([0.0] * 8).backward()
+    masking.truncate_weights(0.25)
+    assert masking.density() == 0.5
+
+
+def test_copies_have_no_gradients_that_were_masked():
+    model, masking = eight([1.0, 2, 3, 4, 0, 0, 0, 0], growth="gradient")
+    mask_the_gradients(model, masking)
+    twin, masking = pickle.loads(pickle.dumps((model, masking)))
+    twin.zero_grad()
+    twin.loss([1.0, 1, 1, 1, 0, 0, 0, 0]).backward()
+    masking.truncate_weights(0.25)
 
 
 def test_an_update_refuses_gradients_that_were_masked():
