@@ -5,9 +5,10 @@ where they read a masked weight.
 """
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Generic
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -175,22 +176,32 @@ class SparseNetwork(nn.Module):
             masks_hold: as at the beginning of the pass.
         """
         name, strides = self._names[weight], weight.stride()
-        mask = None if self.masking is None else self.masking.masks[name]
-        entries, state = weight, None
-        if mask is not None and masks_hold:
-            entries, state = mask, state_of(mask)
-        elif not self._is_private:
-            is_there = weight.detach().numpy() != 0  # three times as fast as PyTorch's
-            if mask is not None and torch.is_grad_enabled():
-                is_there |= mask.numpy()  # active weights have gradients where they are zero, too
-            entries = torch.from_numpy(is_there)
-            state = entries.as_strided((entries.numel(),), (1,)).numpy().tobytes()
+        dense = torch.empty_like(weight, device="meta").stride()  # the weight's own, unless it has gaps in memory
+        entries, state = self._entries(weight, dense, masks_hold)
 
         def make() -> ActiveWeights:
-            dense = torch.empty_like(weight, device="meta").stride()  # the weight's own, unless it has gaps in memory
-            return ActiveWeights(shape, entries.detach() != 0, dense, keeps_values=self._is_private)
+            keeps_values = self._is_private or not torch.is_grad_enabled()
+            return ActiveWeights(shape, entries.detach() != 0, dense, keeps_values)
 
         return self._lists[masks_hold].setdefault(name, _Latest()).of((state, strides, shape), make)
+
+    def _entries(self, weight: Tensor, dense: Sequence[int], masks_hold: bool) -> tuple[Tensor, Any]:
+        """What is not zero where a weight is active, and a value that differs once other weights may be.
+
+        Without gradients it differs once any weight has another value. ``dense`` are the strides of a dense copy.
+        """
+        mask = None if self.masking is None else self.masking.masks[self._names[weight]]
+        if self._is_private:
+            return weight, None
+        if mask is not None and masks_hold:
+            return mask, state_of(mask)
+        if not torch.is_grad_enabled():
+            return weight, (state_of(weight), _checksum(weight, dense))
+        is_there = weight.detach().numpy() != 0  # three times as fast as PyTorch's
+        if mask is not None:
+            is_there |= mask.numpy()  # active weights have gradients where they are zero, too
+        entries = torch.from_numpy(is_there)
+        return entries, entries.as_strided((entries.numel(),), (1,)).numpy().tobytes()
 
     def takes_dense(self, weight: Tensor) -> bool:
         """Whether the coming gradient of a layer's weight is to be that of all; if not, the Masking takes note."""
@@ -204,6 +215,22 @@ class SparseNetwork(nn.Module):
         if self.masking is None or not torch.is_grad_enabled() or self.takes_dense(weight):
             return weight
         return ActiveGradient.apply(weight, self.masking.masks[self._names[weight]])
+
+
+PROBE = torch.arange(1, 1025, dtype=torch.float32).sin()
+"""What runs of weights are multiplied with for a checksum: no two numbers are alike."""
+
+
+def _checksum(weight: Tensor, dense: Sequence[int]) -> Any:
+    """A value that differs once a weight has changed by more than rounding, or is not finite; reads at memory's speed.
+
+    PyTorch counts no writes through ``.data``. ``dense`` are the strides of the weight's dense copy.
+    """
+    weight = weight.detach()
+    numbers = weight.as_strided((weight.numel(),), (1,)) if weight.stride() == dense else weight.reshape(-1)
+    whole, rest = numbers.tensor_split([len(numbers) - len(numbers) % len(PROBE)])
+    sums = torch.cat([whole.view(-1, len(PROBE)).mv(PROBE), rest.dot(PROBE[: len(rest)]).view(1)]).numpy()
+    return sums.tobytes() if np.isfinite(sums).all() else object()
 
 
 def _is_closed(module: nn.Module) -> bool:

@@ -177,6 +177,36 @@ def test_whatever_weights_there_are_are_computed_with(write: Callable, trained: 
             assert (network(x) - expected).abs().max() <= 1e-4 * expected.abs().max()
 
 
+@torch.no_grad()
+def test_an_evaluation_takes_weights_from_the_last_one_that_had_the_same() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 60, 3)).eval()  # more weights than are summed up at a time
+    network, x = sparse(model), images()
+    weight = model[0].weight
+
+    def reads_weights() -> bool:
+        with torch.autograd.profiler.profile() as profile:
+            outputs = network(x)
+        torch.testing.assert_close(outputs, model(x), rtol=1e-4, atol=1e-5)
+        return any(event.name == "aten::index_select" for event in profile.function_events)
+
+    assert reads_weights()
+    assert not reads_weights()
+    for changed in (
+        weight * 2,
+        weight.flip(3),
+        weight.flip(0),
+        -weight,
+        weight.clone().index_fill_(0, torch.tensor(59), 1),
+    ):
+        weight.data.copy_(changed)
+        assert reads_weights()
+        assert not reads_weights()
+    weight.data[3, 1] = torch.inf
+    assert not network(x).isfinite().all()
+    weight.data[3, 1] = 0
+    assert reads_weights()
+
+
 def test_weights_loaded_in_training_are_computed_with_and_have_gradients() -> None:
     model = nn.Sequential(nn.Conv2d(3, 6, 3))
     network, x = sparse(model), images()
