@@ -158,6 +158,21 @@ def test_weights_may_be_computed_in_every_pass(change, after_a_pass: bool) -> No
     assert_equal(sparse_inference(model), model, torch.randn(5, 4, 6, 6))
 
 
+class ByKeyword(nn.Sequential):
+    """Calls its layers by the name of their argument."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self:
+            x = layer(input=x)
+        return x
+
+
+def test_layers_may_be_called_by_keyword() -> None:
+    layers = (nn.Conv2d(3, 6, 3), nn.ReLU(), nn.BatchNorm2d(6), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(54, 4))
+    model = trained(ByKeyword(*layers))
+    assert_equal(sparse_inference(model), model, torch.randn(5, 3, 8, 8))
+
+
 class WithOptions(nn.Module):
     """Arguments with defaults decide what it returns."""
 

@@ -94,8 +94,10 @@ class SparseInference(nn.Module):
         size = IMAGES_AT_ONCE * torch.get_num_threads()
         with torch.no_grad():
             if self.by_image and not kwargs and len(args) == 1 and args[0].dim() == 4 and len(args[0]) > size:
-                return image_first(torch.cat([self.network(images) for images in args[0].split(size)]))
-            return image_first(self._network_for(args, kwargs)(*args, **kwargs))
+                outputs = torch.cat([self.network(images) for images in args[0].split(size)])
+            else:
+                outputs = self._network_for(args, kwargs)(*args, **kwargs)
+        return image_first(outputs, (args, kwargs))
 
     def _network_for(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> nn.Module:
         """What has a place for these arguments."""
@@ -274,14 +276,14 @@ class SparseLayer(nn.Module):
         """All but the kernels, which hold addresses of their lists."""
         return {**self.__dict__, "_kernels": {}}
 
-    def forward(self, inputs: Tensor, added: Tensor | None = None, relu: bool = False) -> Tensor:
+    def forward(self, input: Tensor, added: Tensor | None = None, relu: bool = False) -> Tensor:
         """Outputs of inputs [n, C, H, W] or, of a linear layer, [..., C]; plus ``added``; then ReLU."""
-        _check_readable(inputs)
+        _check_readable(input)
         if self.is_linear:
-            lines = inputs.reshape(-1, inputs.shape[-1])
+            lines = input.reshape(-1, input.shape[-1])
             outputs = self._outputs(lines.view(*lines.shape, 1, 1), None, False)
-            return _finish(outputs.view(len(lines), -1).unflatten(0, inputs.shape[:-1]), added, relu)
-        return self._outputs(inputs, added, relu)
+            return _finish(outputs.view(len(lines), -1).unflatten(0, input.shape[:-1]), added, relu)
+        return self._outputs(input, added, relu)
 
     def _outputs(self, inputs: Tensor, added: Tensor | None, relu: bool) -> Tensor:
         if inputs.dim() != 4 or inputs.shape[1] != self.shape.channels:
@@ -311,15 +313,15 @@ class ScaledPlanes(nn.Module):
         super().__init__()
         self.scale, self.shift = scale, shift
 
-    def forward(self, inputs: Tensor, added: Tensor | None = None, relu: bool = False) -> Tensor:
+    def forward(self, input: Tensor, added: Tensor | None = None, relu: bool = False) -> Tensor:
         """Outputs of inputs [n, C, H, W], plus ``added``, then ReLU."""
-        _check_readable(inputs)
-        if inputs.dim() != 4 or inputs.shape[1] != len(self.scale):
-            raise UsageError(f"a BatchNorm of {len(self.scale)} channels cannot take inputs {list(inputs.shape)}")
-        fits = added is None or (added.shape == inputs.shape and is_readable(added))
+        _check_readable(input)
+        if input.dim() != 4 or input.shape[1] != len(self.scale):
+            raise UsageError(f"a BatchNorm of {len(self.scale)} channels cannot take inputs {list(input.shape)}")
+        fits = added is None or (added.shape == input.shape and is_readable(added))
         lines = image_last(added) if fits and added is not None else None
-        outputs = empty_activations(inputs.shape[0], *inputs.shape[1:])
-        Norm(image_last(inputs), self.scale, self.shift, lines).write(outputs, relu and fits)
+        outputs = empty_activations(input.shape[0], *input.shape[1:])
+        Norm(image_last(input), self.scale, self.shift, lines).write(outputs, relu and fits)
         return outputs if fits else _finish(outputs, added, relu)
 
 
@@ -330,9 +332,9 @@ class PlaneWise(nn.Module):
         super().__init__()
         self.layer = layer
 
-    def forward(self, inputs: Tensor) -> Any:
+    def forward(self, input: Tensor) -> Any:
         """What the layer returns."""
-        return plane_wise(self.layer)(inputs)
+        return plane_wise(self.layer)(input)
 
 
 def _check_readable(inputs: Tensor) -> None:

@@ -4,8 +4,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch.nn.functional as F
-from torch import Tensor
-from torch.utils._pytree import tree_map_only
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from sparselearning.execution.memory import empty
 
@@ -30,9 +30,25 @@ def lies_image_last(activations: Tensor) -> bool:
     return activations.dim() > 1 and activations.stride(0) == 1 and not activations.is_contiguous()
 
 
-def image_first(outputs: Any) -> Any:
-    """The same outputs, nested or not, those whose images are innermost copied: ``view`` then works as of any model."""
-    return tree_map_only(Tensor, lambda one: one.contiguous() if lies_image_last(one) else one, outputs)
+def image_first(outputs: Any, given: Any) -> Any:
+    """The same outputs, nested or not, activations with images innermost moved: ``view`` then works as of any model.
+
+    Left as they are: what was ``given`` to the network, in nested arguments; parameters, and views of those.
+    """
+    own = {id(one) for one in tree_leaves(given)}
+
+    def moved(one: Tensor) -> Tensor:
+        root = one if one._base is None else one._base
+        is_activation = one.dim() == 4 and id(one) not in own and not isinstance(root, nn.Parameter)
+        return _moved(one) if is_activation and lies_image_last(one) else one
+
+    return tree_map_only(Tensor, moved, outputs)
+
+
+def _moved(activations: Tensor) -> Tensor:
+    """The very tensor, for gradients and others' views to come are to be of it, contiguous in new memory."""
+    activations.data = activations.data.contiguous()
+    return activations
 
 
 def view(activations: Tensor, *shape: Any, **kwargs: Any) -> Tensor:
@@ -42,8 +58,7 @@ def view(activations: Tensor, *shape: Any, **kwargs: Any) -> Tensor:
     except RuntimeError:
         if not lies_image_last(activations):
             raise
-    activations.data = activations.data.contiguous()  # in the very tensor, as the view is to share its memory
-    return activations.view(*shape, **kwargs)
+    return _moved(activations).view(*shape, **kwargs)
 
 
 def plane_wise(function: Callable[..., Any]) -> Callable[..., Any]:

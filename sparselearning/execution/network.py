@@ -114,7 +114,7 @@ class SparseNetwork(nn.Module):
             return self.model(*args, **kwargs)
         with Watch(self):
             outputs = self.model(*args, **kwargs)
-        return image_first(outputs)
+        return image_first(outputs, (args, kwargs))
 
     def __getstate__(self) -> dict[str, Any]:
         """All but the lists, which hold addresses of this very network's memory: a copy makes its own."""

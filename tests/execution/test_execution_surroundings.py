@@ -124,6 +124,48 @@ def test_outputs_and_activations_can_be_viewed_as_the_models_can(use: Callable) 
         torch.testing.assert_close(outputs.view(-1), expected.view(-1), rtol=1e-4, atol=1e-5)
 
 
+class Returning(Layers):
+    """Returns a sum, what it was computed from, and what of the weights; keeps the feature, too."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        self.kept = self.use(self, x)
+        return self.kept.mean((2, 3)).square(), self.kept, self.conv.weight.flatten(1).t()
+
+
+@pytest.mark.parametrize("use", [plainly, lambda m, x: m.conv(x), lambda m, x: F.max_pool2d(plainly(m, x), 2)])
+def test_a_returned_feature_is_the_one_that_the_loss_was_computed_from(use: Callable) -> None:
+    model = Returning(use)
+    network, x = sparse(model), images()
+    given = []
+    for one in (network, model):
+        loss, feature, weight = one(x)
+        assert feature is model.kept
+        assert weight.data_ptr() == model.conv.weight.data_ptr()
+        assert feature.view(-1).shape == (feature.numel(),)
+        (gradient,) = torch.autograd.grad(loss.sum(), feature, retain_graph=True)
+        feature.retain_grad()
+        loss.sum().backward()
+        assert torch.equal(gradient, feature.grad)
+        given.append(gradient)
+    torch.testing.assert_close(*given, rtol=1e-3, atol=1e-5)
+
+
+def test_parameters_and_inputs_that_are_returned_are_left_as_they_are() -> None:
+    model = Layers(
+        lambda m, x: {"sum": m.conv(x), "given": x, "own": m.weight, "turned": m.conv.weight.permute(1, 2, 3, 0)}
+    )
+    model.weight = nn.Parameter(images().movedim(-1, 0))
+    network, x = sparse(model), images(8, 8, 3, 4).permute(3, 2, 0, 1)
+    layouts = x.stride(), model.weight.stride()
+    for gradients in (True, False):
+        with torch.set_grad_enabled(gradients):
+            outputs = network(x)
+        assert outputs["given"] is x
+        assert outputs["own"] is model.weight
+        assert (x.stride(), model.weight.stride()) == layouts
+        assert outputs["turned"].data_ptr() == model.conv.weight.data_ptr()
+
+
 def test_compiled_around_it_runs_and_compiled_within_it_is_refused() -> None:
     model, x = Layers(plainly).eval(), images()
     trained = sparse(model)
