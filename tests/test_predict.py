@@ -20,7 +20,7 @@ from torch.nn.utils import prune
 pytest.importorskip("numba")
 
 from sparselearning import FaultError, Masking, UsageError, export, predict, sparse_inference
-from sparselearning.execution.inference import ScaledPlanes, SparseLayer
+from sparselearning.execution.inference import Active, ScaledPlanes, SparseInference, SparseLayer
 from sparselearning.execution.network import SparseNetwork
 
 NETWORKS = ["ResNet18", "vgg11", "vgg-like", "wrn-10-1", "cifar_resnet_8", "lenet5", "lenet-300-100"]
@@ -205,6 +205,20 @@ def test_arguments_with_defaults_may_be_given_or_not() -> None:
         torch.testing.assert_close(fast(*args, **named), model(*args, **named), rtol=1e-4, atol=1e-5)
     with pytest.raises(TypeError, match="wrong"):
         fast(x, wrong=1)
+
+
+@torch.no_grad()
+def test_active_weights_alone_are_kept_where_the_dense_ones_are_not_there() -> None:
+    torch.manual_seed(0)
+    model = trained(WithOptions())
+    packed = copy.deepcopy(model)
+    packed.conv.active = Active.of(packed.conv)
+    packed.conv.weight = nn.Parameter(packed.conv.weight.to("meta"))
+    fast = SparseInference.of(packed)
+    assert not any(entry.is_meta for entry in (*fast.parameters(), *fast.buffers()))
+    assert_equal(fast, model, torch.randn(3, 3, 8, 8))
+    with pytest.raises(UsageError, match="labels, scale"):
+        fast(torch.randn(3, 3, 8, 8), torch.arange(3), scale=2)
 
 
 def test_what_is_folded_and_fused_is_gone() -> None:

@@ -69,7 +69,8 @@ def sparse_inference(model: nn.Module) -> "SparseInference":
     It takes the model's inputs, in batches of one at least, and returns what ``model.eval()`` returns but for rounding,
     without gradients. The model is not changed, and later changes to it have no effect. The first batch of a size
     takes longer, for its lists of weights are made then. A network that ``torch.fx`` cannot trace runs as in training,
-    its BatchNorms unfolded, and so does a call that gives arguments which have defaults.
+    its BatchNorms unfolded, and so does a call that gives arguments which have defaults: for a model that has such, a
+    second copy with dense weights is kept.
 
     Args:
         model: on the CPU, in float32, neither scripted nor compiled.

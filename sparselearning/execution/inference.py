@@ -38,19 +38,23 @@ class SparseInference(nn.Module):
     Args:
         network: changed, and kept.
         by_image: whether it surely treats each image by itself, so that a large batch may go through it in parts.
-        whole: for calls with arguments that ``network`` has no place for, and what they may be called with; None: it
-            has a place for all.
+        arguments: what the model may be called with; None: ``network`` has a place for all.
+        whole: for calls with arguments that ``network`` has no place for; None: they are refused.
     """
 
     def __init__(
-        self, network: nn.Module, by_image: bool = False, whole: tuple[nn.Module, Signature] | None = None
+        self,
+        network: nn.Module,
+        by_image: bool = False,
+        arguments: Signature | None = None,
+        whole: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.network = network
         self.by_image = by_image
-        self.whole: nn.Module | None
-        self.arguments: Signature | None
-        self.whole, self.arguments = whole or (None, None)
+        self.arguments = arguments
+        self.whole = whole
+        self._places = frozenset(signature(network.forward).parameters)
         self.requires_grad_(False)
         self.train(False)
 
@@ -84,8 +88,10 @@ class SparseInference(nn.Module):
         graph.recompile()
         graph.delete_all_unused_submodules()
         arguments = signature(model.forward)
-        takes_all = len(arguments.parameters) == len(signature(graph.forward).parameters)
-        return cls(graph, by_image, None if takes_all else (_unfolded(model), arguments))
+        if len(arguments.parameters) == len(signature(graph.forward).parameters):
+            return cls(graph, by_image)
+        has_weights = not any(parameter.is_meta for parameter in model.parameters())
+        return cls(graph, by_image, arguments, _unfolded(model) if has_weights else None)
 
     @eager
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -101,10 +107,15 @@ class SparseInference(nn.Module):
 
     def _network_for(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> nn.Module:
         """What has a place for these arguments."""
-        if self.whole is None or self.arguments is None:
+        if self.arguments is None:
             return self.network
-        named = self.arguments.bind(*args, **kwargs).arguments.keys()
-        return self.network if named <= signature(self.network.forward).parameters.keys() else self.whole
+        others = self.arguments.bind(*args, **kwargs).arguments.keys() - self._places
+        if not others:
+            return self.network
+        if self.whole is None:
+            names = ", ".join(sorted(others))
+            raise UsageError(f"a network of active weights alone takes no arguments with defaults: leave out {names}")
+        return self.whole
 
     def train(self, mode: bool = True) -> "SparseInference":
         """Stay in evaluation mode."""
