@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakIdKeyDictionary
 
 from sparselearning.execution import layout
 from sparselearning.execution.active_weights import Made, Shape
@@ -60,6 +61,7 @@ class Watch(TorchFunctionMode):
         # be gone, are held weakly.
         self.unwritten: dict[int, tuple[Callable[[], Tensor | None], Norm]] = {}
         self.gates: _Notes[Gate] = _Notes()  # of outputs of ReLU
+        self.shared = WeakIdKeyDictionary()  # of activations, all tensors that share their memory
         self.passed_on: _Notes[Tensor] = _Notes()  # of what a convolution has read: the same, as it passed it on
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -73,7 +75,25 @@ class Watch(TorchFunctionMode):
             if replacement is None or func not in LEAVE_UNWRITTEN:
                 self.write(arguments)
         result = NotImplemented if replacement is None else replacement(self, *args, **kwargs)
-        return func(*args, **kwargs) if result is NotImplemented else result
+        result = func(*args, **kwargs) if result is NotImplemented else result
+        if args and isinstance(args[0], Tensor) and (args[0] in self.shared or layout.lies_image_last(args[0])):
+            self.note_shared(args[0], _tensors([result]))
+        return result
+
+    def note_shared(self, activations: Tensor, results: Iterable[Tensor]) -> None:
+        """Note which results of a function share the memory of what it has read."""
+        memory = activations.untyped_storage().data_ptr()
+        for result in results:
+            if result is activations or result.layout != torch.strided or result.untyped_storage().data_ptr() != memory:
+                continue
+            sharing = self.shared.setdefault(activations, [weakref.ref(activations)])
+            sharing.append(weakref.ref(result))
+            self.shared[result] = sharing
+
+    def is_shared(self, activations: Tensor) -> bool:
+        """Whether another tensor that shares the memory of this one is still held."""
+        sharing = (one() for one in self.shared.get(activations, ()))
+        return any(one is not None and one is not activations for one in sharing)
 
     def __exit__(self, *exception: Any) -> None:
         self.write([held() for held, _ in list(self.unwritten.values())])
@@ -248,8 +268,9 @@ def _add_in_place(watch: Watch, inputs: Tensor, other: Any, *, alpha: float = 1)
     return watch.put_off(AddToNorm.apply(inputs, watch.added_to(inputs, other), norm), norm)
 
 
-def _view(watch: Watch, inputs: Tensor, *shape: Any, **kwargs: Any) -> Tensor:
-    return layout.view(inputs, *shape, **kwargs)
+def _view(watch: Watch, inputs: Tensor, *shape: Any, **kwargs: Any) -> Any:
+    # What others share cannot be moved: PyTorch then says to use reshape.
+    return NotImplemented if watch.is_shared(inputs) else layout.view(inputs, *shape, **kwargs)
 
 
 def _by_channel(function: Callable[..., Any]) -> Callable[..., Any]:

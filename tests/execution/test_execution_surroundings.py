@@ -124,6 +124,31 @@ def test_outputs_and_activations_can_be_viewed_as_the_models_can(use: Callable) 
         torch.testing.assert_close(outputs.view(-1), expected.view(-1), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "shared", [lambda f: f[:, :3], lambda f: f.detach(), lambda f: f.detach()[:2], lambda f: f.split(2)]
+)
+@pytest.mark.parametrize("gradients", [True, False])
+def test_activations_whose_memory_other_tensors_share_are_not_moved_for_a_view(
+    shared: Callable, gradients: bool
+) -> None:
+    def use(m: nn.Module, x: Tensor) -> Tensor:
+        feature = F.relu(m.conv(x))
+        held = shared(feature)
+        if not m.holds:
+            held = ()
+        return feature.view(-1) + 0 * len(held)
+
+    model = Layers(use)
+    with torch.set_grad_enabled(gradients):
+        for model.holds in (True, False):
+            network, x = sparse(model), images()
+            if model.holds:
+                with pytest.raises(RuntimeError, match="reshape"):
+                    network(x)
+            else:
+                torch.testing.assert_close(network(x), model(x), rtol=1e-4, atol=1e-5)
+
+
 class Returning(Layers):
     """Returns a sum, what it was computed from, and what of the weights; keeps the feature, too."""
 
