@@ -82,7 +82,7 @@ class SparseInference(nn.Module):
             if node.op == "call_function" and node.target in POOLINGS:
                 node.target = plane_wise(node.target)
             elif node.op == "call_method" and node.target == "view":
-                node.op, node.target = "call_function", view
+                node.op, node.target = "call_function", _view
             elif isinstance(called_module(graph, node), SparseLayer | ScaledPlanes) and len(node.args) == 1:
                 _fuse(graph, node, plain)
         graph.recompile()
@@ -201,6 +201,13 @@ def _replacement(module: nn.Module) -> nn.Module | None:
     if type(module) in POOLING_LAYERS:
         return PlaneWise(module)
     return None
+
+
+def _view(activations: Tensor, *shape: Any, **kwargs: Any) -> Tensor:
+    """``activations.view``, which moves no memory that other tensors share: without gradients, they alone hold it."""
+    holders = torch._C._storage_Use_Count(activations.untyped_storage()._cdata)
+    alone = 2 if activations._base is None else 3  # with the storage object made here, and what it is a view of
+    return activations.view(*shape, **kwargs) if holders > alone else view(activations, *shape, **kwargs)
 
 
 def _is_by_image(graph: fx.GraphModule, node: fx.Node, plain: Container[str]) -> bool:

@@ -149,6 +149,23 @@ def test_activations_whose_memory_other_tensors_share_are_not_moved_for_a_view(
                 torch.testing.assert_close(network(x), model(x), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("alias", [lambda f: f[:, :3], lambda f: f.detach()])
+def test_predictions_move_no_shared_activations_either(alias: Callable) -> None:
+    def changes_an_alias(m: nn.Module, x: Tensor) -> Tensor:
+        feature = m.conv(x)
+        other = alias(feature)
+        lines = feature.view(-1)
+        other.mul_(3)
+        return lines
+
+    pooled = Layers(lambda m, x: F.max_pool2d(plainly(m, x), 2).view(-1)).eval()
+    x = images()
+    with torch.no_grad():
+        with pytest.raises(RuntimeError, match="reshape"):
+            sparse_inference(Layers(changes_an_alias))(x)
+        torch.testing.assert_close(sparse_inference(pooled)(x), pooled(x), rtol=1e-4, atol=1e-5)
+
+
 class Returning(Layers):
     """Returns a sum, what it was computed from, and what of the weights; keeps the feature, too."""
 
