@@ -131,6 +131,15 @@ def test_values_of_the_flags_are_complete_and_plain():
     assert shlex.split(kept_flags.command(["--save", "/a b"]))[-2:] == ["--save", "/a b"]
 
 
+def test_a_folder_of_images_may_move_under_its_name():
+    def known_as(path):
+        args = imagenet_main.parse([path, "--pre_train"])
+        return kept_flags.settled(kept_flags.values(args), imagenet_main.make_parser())["data"]
+
+    assert known_as("photos/2012") == known_as("/scratch/1/2012/") == known_as("../2012")
+    assert known_as("photos/2012") != known_as("photos/2013")
+
+
 def test_a_resumed_run_may_move_but_not_change():
     def identity(call):
         return kept_flags.identity(kept_flags.values(parse(RUN + call)), main_suptickets.make_parser())
