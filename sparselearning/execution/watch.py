@@ -75,13 +75,17 @@ class Watch(TorchFunctionMode):
             if replacement is None or func not in LEAVE_UNWRITTEN:
                 self.write(arguments)
         result = NotImplemented if replacement is None else replacement(self, *args, **kwargs)
-        result = func(*args, **kwargs) if result is NotImplemented else result
-        if args and isinstance(args[0], Tensor) and (args[0] in self.shared or layout.lies_image_last(args[0])):
+        if result is not NotImplemented:  # other replacements than view's give new memory, or what they have read
+            return result
+        result = func(*args, **kwargs)
+        if args and isinstance(args[0], Tensor):
             self.note_shared(args[0], _tensors([result]))
         return result
 
     def note_shared(self, activations: Tensor, results: Iterable[Tensor]) -> None:
-        """Note which results of a function share the memory of what it has read."""
+        """Note which results of a function share the memory of what it has read, where these are activations."""
+        if activations not in self.shared and not layout.lies_image_last(activations):
+            return
         memory = activations.untyped_storage().data_ptr()
         for result in results:
             if result is activations or result.layout != torch.strided or result.untyped_storage().data_ptr() != memory:
@@ -269,8 +273,11 @@ def _add_in_place(watch: Watch, inputs: Tensor, other: Any, *, alpha: float = 1)
 
 
 def _view(watch: Watch, inputs: Tensor, *shape: Any, **kwargs: Any) -> Any:
-    # What others share cannot be moved: PyTorch then says to use reshape.
-    return NotImplemented if watch.is_shared(inputs) else layout.view(inputs, *shape, **kwargs)
+    if watch.is_shared(inputs):  # what others share cannot be moved: PyTorch then says to use reshape
+        return NotImplemented
+    outputs = layout.view(inputs, *shape, **kwargs)
+    watch.note_shared(inputs, [outputs])
+    return outputs
 
 
 def _by_channel(function: Callable[..., Any]) -> Callable[..., Any]:
