@@ -1,7 +1,6 @@
 """The owner of the masks: keeps weights and optimizer state sparse, and updates the topology when that is due."""
 
 import math
-import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
 from warnings import warn
@@ -15,9 +14,11 @@ from sparselearning.process.errors import FaultError, UsageError
 from sparselearning.process.schema import Count, Density, Mismatch, Ordinal, Share, check_option
 from sparselearning.process.seeding import derive_seed
 from sparselearning.process.tensor_schema import Check, all_of, conform, inside, like, mapping, optional, record
+from sparselearning.sparse.active_gradients import ActiveGradients
 from sparselearning.sparse.distributions import active_count, check_leaves_weights, nonzero_counts
 from sparselearning.sparse.held_weights import HeldWeights, check_values
 from sparselearning.sparse.layers import classifier, fixed_densities, maskable_parameters
+from sparselearning.sparse.optimizer_hooks import follow
 from sparselearning.sparse.optimizer_state import DenseMomentum, has_momentum, keeps_zeros, per_weight_state, take_step
 from sparselearning.sparse.schedules import DECAYS, UpdateSchedule, check_densities, check_window, gradual_density
 from sparselearning.sparse.sparse_init import SPARSE_INITS, InitSettings, check_shares_density
@@ -33,9 +34,6 @@ from sparselearning.sparse.topology import (
     prune_and_grow,
 )
 from sparselearning.sparse.zeroing import Zeroing
-
-HOOKS: weakref.WeakKeyDictionary[torch.optim.Optimizer, weakref.finalize] = weakref.WeakKeyDictionary()
-"""Optimizer to the function that removes the hooks of its Masking."""
 
 
 class Masking:
@@ -152,8 +150,7 @@ class Masking:
         self._held = HeldWeights(nn.Module(), {})
         self._explorations = 0  # prune-and-grow rounds so far; each has its own random stream
         self._gradients_masked = False  # before the optimizer step under way
-        # By name, gradients that may be those of active weights alone; None: the one of the step under way.
-        self._active_gradients: dict[str, weakref.ref[Tensor] | None] = {}
+        self._active_gradients = ActiveGradients()
         self._overdue = False  # an update that met overflowed gradients waits for the next step
         self._method = METHODS[method]
         self._prune = PRUNE[prune].begin()
@@ -238,7 +235,7 @@ class Masking:
         self._ever_active = {name: mask.to("cpu", copy=True) for name, mask in self.masks.items()}
         self.apply_masks()
         self._held.forget()
-        self._hook_optimizer()
+        self._follow_optimizer()
         if init and self.total_steps and (unfinished := self.unfinished_pruning(self.total_steps)):
             warn(unfinished, stacklevel=2)
 
@@ -260,40 +257,14 @@ class Masking:
             )
         return trained
 
-    def _hook_optimizer(self) -> None:
-        """Follow every step of the optimizer, and what is loaded into it, in place of an earlier Masking."""
-        this = weakref.ref(self)
-
-        def after_step(*_: Any) -> None:
-            if (masking := this()) is not None:
-                masking._after_optimizer_step()
-
-        def after_loading(*_: Any) -> None:
-            if (masking := this()) is not None:
-                masking._held.forget()
-
-        if remove_earlier := HOOKS.pop(self.optimizer, None):
-            remove_earlier()
-        hooks = (
-            self.optimizer.register_step_post_hook(after_step),
-            self.optimizer.register_load_state_dict_post_hook(after_loading),
-        )
-
-        def remove() -> None:
-            for hook in hooks:
-                hook.remove()
-
-        HOOKS[self.optimizer] = weakref.finalize(self, remove)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """All but what is known of gradients, which copies of parameters are without."""
-        return self.__dict__ | {"_active_gradients": {}}
+    def _follow_optimizer(self) -> None:
+        follow(self.optimizer, self, self._after_optimizer_step, self._held.forget)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Hook the optimizer of a copy, which is a copy without hooks."""
+        """Follow the optimizer of a copy, which is a copy without hooks."""
         self.__dict__.update(state)
         if self.masks:
-            self._hook_optimizer()
+            self._follow_optimizer()
 
     def step(self, scaler: torch.amp.GradScaler | None = None, *, keep_gradients: bool = True) -> None:
         """Optimizer step, masks, and the topology update when it is due.
@@ -348,7 +319,7 @@ class Masking:
     def _count_step(self, skipped: bool) -> None:
         due = self.update_due
         self.steps += 1
-        self._identify_active_gradients()
+        self._active_gradients.identify(self._parameters)
         self._overdue = due and skipped
         if due and not skipped:
             self._update_topology()
@@ -506,7 +477,7 @@ class Masking:
     def mask_gradients(self) -> None:
         """Zero the gradient of every inactive weight, in place; growth then refuses to read these gradients."""
         gradients = {name: weight.grad for name, weight in self._parameters.items() if weight.grad is not None}
-        self._active_gradients |= {name: weakref.ref(gradient) for name, gradient in gradients.items()}
+        self._active_gradients.note(gradients)
         self._zero(((name, [gradient]) for name, gradient in gradients.items()), self.masks)
 
     @torch.no_grad()
@@ -539,19 +510,9 @@ class Masking:
     def note_active_gradient(self, name: str) -> None:
         """Take note that the coming backward pass computes one parameter's gradient for active weights alone.
 
-        Growth refuses to read such gradients, as it would choose none but the weights just removed. Dense ones that
-        have been added since are known by their non-zeros, and those that have taken their place are other tensors.
+        Growth refuses to read such gradients, as it would choose none but the weights just removed.
         """
-        self._active_gradients[name] = None
-
-    def _identify_active_gradients(self) -> None:
-        """Tie the notes that were taken before backward passes to the tensors that these have left."""
-        for name in [name for name, noted in self._active_gradients.items() if noted is None]:
-            gradient = self._parameters[name].grad
-            if gradient is None:
-                del self._active_gradients[name]
-            else:
-                self._active_gradients[name] = weakref.ref(gradient)
+        self._active_gradients.note_coming(name)
 
     def state_dict(self) -> dict[str, Any]:
         """A copy of everything that changes during training: masks, counters, record of exploration, modes."""
@@ -704,19 +665,7 @@ class Masking:
             )
 
     def _gradients_are_active(self) -> bool:
-        """Whether the gradients of which note was taken are those of active weights alone, and not all zero.
-
-        None may have another: a single layer's may well be zero there, as those behind a dead ReLU are.
-        """
-        is_any_nonzero = False
-        for name, noted in self._active_gradients.items():
-            gradient, mask = self._parameters[name].grad, self.masks[name]
-            if gradient is None or (noted is not None and noted() is not gradient) or mask.all():
-                continue
-            if gradient.masked_fill(mask, 0).any():
-                return False
-            is_any_nonzero = is_any_nonzero or bool(gradient.any())
-        return is_any_nonzero
+        return self._active_gradients.are_active(self._parameters, self.masks)
 
     def _check_has_model(self) -> None:
         if not self.masks:
