@@ -176,7 +176,7 @@ class SparseNetwork(nn.Module):
             masks_hold: as at the beginning of the pass.
         """
         name, strides = self._names[weight], weight.stride()
-        dense = torch.empty_like(weight, device="meta").stride()  # the weight's own, unless it has gaps in memory
+        dense = _dense_strides(weight.shape, strides)
         entries, state = self._entries(weight, dense, masks_hold)
 
         def make() -> ActiveWeights:
@@ -215,6 +215,13 @@ class SparseNetwork(nn.Module):
         if self.masking is None or not torch.is_grad_enabled() or self.takes_dense(weight):
             return weight
         return ActiveGradient.apply(weight, self.masking.masks[self._names[weight]])
+
+
+@functools.cache
+def _dense_strides(shape: torch.Size, strides: tuple[int, ...]) -> tuple[int, ...]:
+    """Those of a tensor's dense copy: its own, unless it has gaps in memory."""
+    tensor = torch.empty_strided(shape, strides, device="cpu")  # of a meta tensor, dimensions of 1 get other strides
+    return torch.empty_like(tensor, device="meta").stride()
 
 
 PROBE = torch.arange(1, 1025, dtype=torch.float32).sin()

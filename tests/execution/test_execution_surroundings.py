@@ -84,12 +84,16 @@ def test_what_is_saved_for_the_backward_pass_may_come_back_in_another_layout(lay
     assert model[0].weight.grad.stride() == model[0].weight.stride()
 
 
-@pytest.mark.parametrize("weight", [torch.randn(8, 6, 3, 3)[:, :3], torch.randn(3, 8, 3, 3).transpose(0, 1)])
+@pytest.mark.parametrize(
+    "weight",
+    [torch.randn(8, 6, 3, 3)[:, :3], torch.randn(3, 8, 3, 3).transpose(0, 1), torch.randn(3, 1, 3, 3).transpose(0, 1)],
+)
 def test_weights_may_lie_in_memory_as_they_like(weight: Tensor) -> None:
-    model = nn.Sequential(nn.Conv2d(3, 8, 3))
+    model = nn.Sequential(nn.Conv2d(3, len(weight), 3))
     model[0].weight = nn.Parameter(weight)
     network, x = sparse(model), images()
     assert_gradients_equal_masked_ones(network, x)
+    assert model[0].weight.grad.stride() == torch.empty_like(weight).stride()
     with torch.no_grad():
         torch.testing.assert_close(network(x), model(x), rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(sparse_inference(model)(x), model(x), rtol=1e-4, atol=1e-5)
