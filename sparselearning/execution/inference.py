@@ -299,8 +299,10 @@ class SparseLayer(nn.Module):
         _check_readable(input)
         if self.is_linear:
             lines = input.reshape(-1, input.shape[-1])
-            outputs = self._outputs(lines.view(*lines.shape, 1, 1), None, False)
-            return _finish(outputs.view(len(lines), -1).unflatten(0, input.shape[:-1]), added, relu)
+            outputs = self._outputs(lines.view(*lines.shape, 1, 1), None, False).view(len(lines), -1)
+            if input.dim() != 2:  # outputs lie image-last in memory, and their first dimension is not that of images
+                outputs = outputs.contiguous().view(*input.shape[:-1], -1)
+            return _finish(outputs, added, relu)
         return self._outputs(input, added, relu)
 
     def _outputs(self, inputs: Tensor, added: Tensor | None, relu: bool) -> Tensor:

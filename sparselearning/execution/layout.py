@@ -3,8 +3,10 @@
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from sparselearning.execution.memory import empty
@@ -33,14 +35,16 @@ def lies_image_last(activations: Tensor) -> bool:
 def image_first(outputs: Any, given: Any) -> Any:
     """The same outputs, nested or not, activations with images innermost moved: ``view`` then works as of any model.
 
-    Left as they are: what was ``given`` to the network, in nested arguments; parameters, and views of those.
+    Left as they are: what was ``given`` to the network, in nested arguments; parameters, and views of those. Of other
+    views, copies take their place: autograd has noted where in the memory of another tensor they lie.
     """
     own = {id(one) for one in tree_leaves(given)}
 
     def moved(one: Tensor) -> Tensor:
         root = one if one._base is None else one._base
-        is_activation = one.dim() == 4 and id(one) not in own and not isinstance(root, nn.Parameter)
-        return _moved(one) if is_activation and lies_image_last(one) else one
+        if id(one) in own or isinstance(root, nn.Parameter) or not lies_image_last(one):
+            return one
+        return one.contiguous() if one._is_view() else _moved(one)
 
     return tree_map_only(Tensor, moved, outputs)
 
@@ -64,12 +68,41 @@ def view(activations: Tensor, *shape: Any, **kwargs: Any) -> Tensor:
 def plane_wise(function: Callable[..., Any]) -> Callable[..., Any]:
     """A function of each plane by itself: to PyTorch, images innermost of channels look like channels of images."""
 
-    def call(inputs: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if inputs.dim() != 4 or inputs.stride(0) != 1:
-            return function(inputs, *args, **kwargs)
-        outputs = function(inputs.transpose(0, 1), *args, **kwargs)
+    def call(input: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if input.dim() != 4 or input.stride(0) != 1:
+            return function(input, *args, **kwargs)
+        outputs = function(input.transpose(0, 1), *args, **kwargs)
         if isinstance(outputs, tuple):  # with places, which are those in one plane
-            return tuple(each.transpose(0, 1) for each in outputs)
-        return outputs.transpose(0, 1)
+            return tuple(_with_images_first(each) for each in outputs)
+        return _with_images_first(outputs)
 
     return call
+
+
+def _with_images_first(planes: Tensor) -> Tensor:
+    """Planes [channel, image, row, column] as activations; single numbers, which are few, are moved at once."""
+    if planes.shape[2:].numel() == 1:
+        return planes.transpose(0, 1).contiguous()
+    return Rearranged.apply(planes, lambda one: one.transpose(0, 1), lambda one: one.transpose(0, 1))
+
+
+class Rearranged(torch.autograd.Function):
+    """New memory seen with other dimensions, which is no view to autograd, so that it may be moved.
+
+    Args:
+        rearrange: returns a view.
+        restore: the reverse, of gradients.
+    """
+
+    @staticmethod
+    def forward(
+        context: Any, new: Tensor, rearrange: Callable[[Tensor], Tensor], restore: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        context.restore = restore
+        view, lines = rearrange(new.detach()), new.detach().as_strided((new.numel(),), (1,))
+        return torch.ops.aten.set_.source_Tensor_storage_offset(lines.new_empty(0), lines, 0, view.shape, view.stride())
+
+    @staticmethod
+    @once_differentiable
+    def backward(context: Any, gradient: Tensor) -> Any:
+        return context.restore(gradient), None, None

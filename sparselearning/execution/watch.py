@@ -220,7 +220,8 @@ def _linear(watch: Watch, inputs: Tensor, weight: Tensor, bias: Tensor | None = 
         return F.linear(inputs, network.with_active_gradient(weight), bias)
     active = network.active(weight, Shape(weight.shape[0], weight.shape[1], (1, 1)), watch.masks_hold)
     planes = inputs.unsqueeze(-1).unsqueeze(-1)
-    return SparseConvolution.apply(planes, weight, bias, active, network.takes_dense(weight), None)[0].flatten(1)
+    outputs, _ = SparseConvolution.apply(planes, weight, bias, active, network.takes_dense(weight), None)
+    return layout.Rearranged.apply(outputs, lambda one: one.flatten(1), lambda one: one.unsqueeze(-1).unsqueeze(-1))
 
 
 def _batch_norm(

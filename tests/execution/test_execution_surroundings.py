@@ -128,6 +128,54 @@ def test_outputs_and_activations_can_be_viewed_as_the_models_can(use: Callable) 
         torch.testing.assert_close(outputs.view(-1), expected.view(-1), rtol=1e-4, atol=1e-5)
 
 
+WIDE = 768
+"""Columns of a linear layer of 512 rows that is computed with active weights alone."""
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        nn.Sequential(nn.Conv2d(3, 8, 3), nn.MaxPool2d(2)),
+        nn.Sequential(nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()),
+        nn.Sequential(nn.Flatten(), nn.Linear(WIDE, 512)),
+    ],
+)
+def test_outputs_can_be_viewed_and_written_to_in_place_as_the_models_can(model: nn.Module) -> None:
+    network, x = sparse(model), torch.randn(6, 3, 16, 16)
+    reference = copy.deepcopy(model)
+    weighted = torch.randn_like(model(x))
+    for one in (network, reference):
+        outputs = one(x)
+        (outputs.mul_(2) * weighted + outputs.view(-1).square().mean()).sum().backward()
+    for mine, dense in zip(model.parameters(), reference.parameters(), strict=True):
+        mask = dense != 0
+        torch.testing.assert_close(mine.grad * mask, dense.grad * mask, rtol=1e-3, atol=1e-3)
+    with torch.no_grad():
+        predicted = sparse_inference(model)(x)
+        torch.testing.assert_close(predicted.view(-1), model.eval()(x).view(-1), rtol=1e-4, atol=1e-5)
+
+
+class Tokens(nn.Module):
+    """A wide linear layer of vectors, then of a vector, whose outputs are viewed; and a pooling called by keyword."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide, self.query, self.conv = nn.Linear(512, 512), nn.Parameter(torch.randn(512)), nn.Conv2d(3, 8, 3)
+
+    def forward(self, vectors: Tensor, images: Tensor) -> Tensor:
+        lines = F.relu(self.wide(vectors)).view(vectors.shape[0], -1) + self.wide(self.query).sum()
+        return lines + F.avg_pool2d(input=self.conv(images), kernel_size=2).mean()
+
+
+def test_predictions_are_of_vectors_of_any_dimension_and_take_arguments_by_name() -> None:
+    model = Tokens().eval()
+    sparse(model, density=0.05)
+    vectors, x = torch.randn(2, 5, 512), images()
+    with torch.no_grad():
+        predicted = sparse_inference(model)(vectors, x)
+        torch.testing.assert_close(predicted, model(vectors, x), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize(
     "shared", [lambda f: f[:, :3], lambda f: f.detach(), lambda f: f.detach()[:2], lambda f: f.split(2)]
 )
