@@ -175,7 +175,7 @@ def magnitude_quantile(layers: Sequence[Layer], prune_rate: float) -> float:
 def steer_threshold(threshold: float, removed_share: float, prune_rate: float) -> float:
     """Next threshold of :class:`ThresholdPruning`: raised or lowered, at most twofold, by how far the share was off."""
     if removed_share == 0:
-        return 2 * threshold
+        return threshold if prune_rate == 0 else 2 * threshold
     return threshold * min(2.0, max(0.5, prune_rate / removed_share))
 
 

@@ -141,6 +141,7 @@ def test_threshold_is_steered_towards_the_wanted_share():
     assert steer_threshold(1.0, 0.6, 0.5) < 1.0
     assert steer_threshold(1.0, 0.4, 0.5) > 1.0
     assert steer_threshold(1.0, 0.0, 0.5) > 1.0
+    assert steer_threshold(1.0, 0.0, 0.0) == 1.0
 
 
 def test_threshold_pruning_by_hand():
