@@ -7,22 +7,26 @@ its start from a generator that depends on nothing but (seed, epoch). A batch is
 processes of a data-parallel run draw the same global batches and each take their own part.
 """
 
+import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import IO, Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from sparselearning.process.errors import FaultError, UsageError
+from sparselearning.process.files import lock_file
 from sparselearning.process.schema import BelowOne, check_option
 from sparselearning.process.seeding import derive_seed
 from sparselearning.training.data import Batch, class_balanced
 
 DIGITS_TEST_SIZE = 599  # a third of scikit-learn's 1,797 digits
+SECONDS_BETWEEN_LOOKS = 1.0  # at a download of another run
 MOST_EMPTY_CLASSES = 1000  # without a training image, in a file of one's own; more are a mistake that costs memory
 
 
@@ -366,7 +370,8 @@ def _load_torchvision(class_name: str, files: str, folder: str, data_dir: Path) 
 
     data_set = getattr(datasets, class_name)
     try:
-        train, test = (data_set(data_dir, train=part, download=True) for part in (True, False))
+        with _downloading_alone(data_dir):
+            train, test = (data_set(data_dir, train=part, download=True) for part in (True, False))
     # The reader unpickles what it finds: a damaged file can raise anything.
     except Exception as error:
         raise FaultError(
@@ -374,6 +379,27 @@ def _load_torchvision(class_name: str, files: str, folder: str, data_dir: Path) 
             f"delete what is damaged there, and connect to the network or put {files} there yourself"
         ) from error
     return Arrays(*(np.asarray(array) for part in (train, test) for array in (part.data, part.targets)))
+
+
+@contextmanager
+def _downloading_alone(data_dir: Path) -> Iterator[None]:
+    """Wait for other runs that may be downloading to the same folder, such as those of a sweep on other GPUs."""
+    with ExitStack() as held:
+        with suppress(OSError):  # a folder that cannot be written to holds all data already, or the download says so
+            data_dir.mkdir(parents=True, exist_ok=True)
+            file = held.enter_context((data_dir / ".downloading").open("a"))
+            while not _locked(file):
+                time.sleep(SECONDS_BETWEEN_LOOKS)
+        yield
+
+
+def _locked(file: IO[str]) -> bool:
+    """Whether nothing else has locked a file now, as far as locks tell."""
+    try:
+        lock_file(file)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _reason(error: Exception) -> str:

@@ -187,6 +187,8 @@ def planned(method: str, seed: int, shared: Sequence[str], out: Path, control: b
     words += [word for layer in layers for word in layer.flags.format(density=density).split()]
     folder = RunFolder(out / (f"{method}-control" if control else method) / f"seed{seed}")
     words += ["--indicate_method", method, "--seed", str(seed), "--save", str(folder.path)]
+    if events := main_suptickets.parse(words).tensorboard:
+        words += ["--tensorboard", str(events / folder.path.relative_to(out))]
     run = Run(f"{folder.path.parent.name} seed {seed}", words, folder)
 
     args = main_suptickets.parse(words)

@@ -115,7 +115,7 @@ def _default(action: argparse.Action) -> str:
     default = action.default
     if default is True:
         return "on"
-    if default is None or default is False or default is argparse.SUPPRESS:
+    if default is None or default is False or default == () or default is argparse.SUPPRESS:
         return ""
     return f"`{' '.join(map(str, default)) if isinstance(default, list | tuple) else default}`"
 

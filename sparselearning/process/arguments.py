@@ -82,9 +82,19 @@ class Parser(argparse.ArgumentParser):
         )
 
     def given(self, argv: Sequence[str] | None = None) -> dict[str, str]:
-        """The flags that a command line itself gives, whatever their values: name in the parsed arguments → flag."""
+        """The flags that a command line itself gives, whatever their values: name in the parsed arguments → flag.
+
+        Positional arguments may be missing, as where ``--config`` gives them.
+        """
         unset = object()
-        names = vars(self.parse_args(argv, argparse.Namespace(**{action.dest: unset for action in self._actions})))
+        required = [action for action in self._actions if action.required and not action.option_strings]
+        for action in required:
+            action.required = False
+        try:
+            names = vars(self.parse_args(argv, argparse.Namespace(**{action.dest: unset for action in self._actions})))
+        finally:
+            for action in required:
+                action.required = True
         return {
             action.dest: action.option_strings[-1]
             for action in self._actions

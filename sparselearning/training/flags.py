@@ -118,8 +118,8 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
     group = Group(parser, LOOK, NO_EFFECT, OF_ONE_CALL)
     group.add_argument(
         "--config", type=path, metavar="FILE",
-        help="take the flags of an earlier run from its config.json, but for --save and --resume; those on the command "
-        "line take precedence",
+        help="take the flags of an earlier run from its config.json, but for those of one call, such as --save and "
+        "--resume; those on the command line take precedence",
     )  # fmt: skip
     group = Group(parser, TRAINING)
     group.add_argument(
@@ -146,9 +146,9 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
         help="resume from a checkpoint.pth or a run's folder; for --cyclic_train alone and for --sparse-init resume "
         "and prune_*, any saved .pth to start from",
     )  # fmt: skip
+    group.add_argument("--tensorboard", type=path, metavar="DIR", help="write TensorBoard scalars there as well")
     group = Group(parser, FILES, NO_EFFECT)
     group.add_argument("--keep-tickets", action="store_true", help="save every ticket, in tickets/ of the run's folder")
-    group.add_argument("--tensorboard", type=path, metavar="DIR", help="write TensorBoard scalars there as well")
     group.add_argument(
         "--wandb", metavar="PROJECT",
         help="send curves, tickets, flags and summary to this project of Weights & Biases as well; with "

@@ -106,11 +106,15 @@ def saved_state(content: Mapping[str, Any], source: Path) -> State:
 def load_weights(model: nn.Module, saved: Mapping[str, Any], source: Path) -> None:
     """Load the weights of any saved ``.pth``: a run's file, or a bare state dict, data-parallel or not.
 
+    BatchNorm's counters, which files of PyTorch before 0.4.1 lack, stay as they are.
+
     Raises:
         UsageError: if they belong to another model, or are no weights.
         FaultError: if they are damaged.
     """
-    state, own = saved_state(saved, source), model.state_dict()
+    own = model.state_dict()
+    counters = {name: entry for name, entry in own.items() if name.endswith("num_batches_tracked")}
+    state = counters | saved_state(saved, source)
     if differing := differing_entries(own, state):
         raise UsageError(f"{source} holds weights of another model: {differing[0]} does not fit")
     check(state, state_schema(own, convertible=True), source)

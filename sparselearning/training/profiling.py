@@ -25,15 +25,20 @@ def measure(trainer: Trainer, *, training: bool, inference: bool, profile: bool)
         _report("training step, batches from the loader", trainer, endless(trainer.sources.train), trainer.train_batch)
     if inference:
         trainer.passes.network.eval()
-        resident = next(iter(trainer.sources.evaluation.epoch(0)))
-        _report("evaluation step, one resident batch", trainer, itertools.repeat(resident), trainer.passes.predict)
+        repeated = itertools.cycle(itertools.islice(trainer.sources.evaluation.epoch(0), 1))  # a rank may have none
+        _report("evaluation step, one resident batch", trainer, repeated, trainer.passes.predict)
     if profile:
         _profile(trainer)
 
 
 def endless(source: BatchSource) -> Iterable[Batch]:
-    """Batches of one epoch after the other."""
-    return itertools.chain.from_iterable(source.epoch(epoch) for epoch in itertools.count())
+    """Batches of one epoch after the other; none of a source that has none for this rank."""
+    for epoch in itertools.count():
+        batch = None
+        for batch in source.epoch(epoch):
+            yield batch
+        if batch is None:
+            return
 
 
 def timed(

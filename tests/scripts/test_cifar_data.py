@@ -1,5 +1,8 @@
 import re
+import threading
+import time
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from urllib.error import URLError
 
@@ -462,6 +465,23 @@ def test_failed_download_says_what_is_missing(monkeypatch, tmp_path, name, class
     assert str(tmp_path) in message
     assert "Name or service not known" in message
     assert "\n" not in message
+
+
+def test_runs_download_to_one_folder_one_after_the_other(monkeypatch, tmp_path):
+    events = []
+
+    def data_set(root, train, download):
+        events.append((train, threading.get_ident()))
+        time.sleep(0.05)
+        return SimpleNamespace(data=np.zeros((8, 32, 32, 3), np.uint8), targets=[0, 1] * 4)
+
+    monkeypatch.setattr("torchvision.datasets.CIFAR10", data_set)
+    monkeypatch.setattr(cifar_data, "SECONDS_BETWEEN_LOOKS", 0.01)
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(lambda _: load("cifar10", data_dir=tmp_path / "new"), range(3)))
+    parts, threads = zip(*events, strict=True)
+    assert parts == (True, False) * 3
+    assert threads[::2] == threads[1::2]
 
 
 def test_help_names_every_data_set():

@@ -1,8 +1,10 @@
 """``--dry-run``: everything is checked, the plan is printed, and nothing is trained or written."""
 
+import itertools
 import os
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -10,6 +12,7 @@ from helpers.cifar import BOTH, SPARSE, TOTAL, WHOLE_METHOD
 from helpers.commands import one_sentence
 from helpers.comparing import tree
 from sparselearning.training.preview import duration
+from sparselearning.training.profiling import endless
 from sparselearning.training.run_folder import RunFolder
 
 
@@ -123,3 +126,10 @@ def test_what_would_stop_a_run_stops_a_dry_one(script, capsys, call, code, told)
 )
 def test_durations(seconds, text):
     assert duration(seconds) == text
+
+
+def test_a_source_that_has_no_batches_for_a_rank_ends_at_once():
+    empty = SimpleNamespace(epoch=lambda epoch: iter(()))
+    assert list(endless(empty)) == []
+    two = SimpleNamespace(epoch=lambda epoch: iter((2 * epoch, 2 * epoch + 1)))
+    assert list(itertools.islice(endless(two), 5)) == [0, 1, 2, 3, 4]

@@ -250,6 +250,12 @@ def test_no_other_file_is_replaced_or_added_to(out, name):
     assert not journal(out)
 
 
+def test_each_run_has_a_folder_of_events_of_its_own(out):
+    shared = [*SHARED, "--tensorboard", "events"]
+    args = [main_suptickets.parse(sweep.planned("rigl", 7, shared, out, control).flags) for control in (False, True)]
+    assert [str(one.tensorboard) for one in args] == ["events/rigl/seed7", "events/rigl-control/seed7"]
+
+
 def test_a_folder_with_a_run_of_other_flags_is_left_alone(out):
     words = sweep.planned("rigl", 7, SHARED, out, control=False).flags
     config = kept_flags.values(main_suptickets.parse(words))

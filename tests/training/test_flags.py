@@ -175,7 +175,7 @@ def test_marks_by_hand(script):
     assert flags.names_with(flags.NO_EFFECT, {}) == {
         "config", "dry_run", "indicate_method", "keep_tickets", "resume", "save", "show_layers", "tensorboard", "wandb",
     }  # fmt: skip
-    assert flags.names_with(flags.OF_ONE_CALL, {}) == {"config", "resume", "save"}
+    assert flags.names_with(flags.OF_ONE_CALL, {}) == {"config", "resume", "save", "tensorboard"}
     about_masks, about_tickets = (flags.names_with(mark, {}) for mark in (flags.ABOUT_MASKS, flags.ABOUT_TICKETS))
     assert {"sparse", "growth", "final_density", "rm_first", "fix"} < about_masks
     assert {"pre_train", "cycle", "update_bn", "superposing_method"} < about_tickets

@@ -61,6 +61,16 @@ def test_imagenet_from_a_config(tmp_path, changes, expected):
     imagenet_main.check(again, imagenet_main.epoch_budget(again))
 
 
+def test_a_dense_imagenet_run_from_a_config_gives_no_folder_either(tmp_path):
+    path = config_of(tmp_path / "config.json", imagenet_main.parse(shlex.split("--pre_train --cyclic_epochs 0 photos")))
+    words = shlex.split(f"--config {path} --growth random")
+    args, parser = imagenet_main.parse(words), imagenet_main.make_parser()
+    assert args.data == Path("photos")
+    assert "--growth" in flag_checks.without_masks_note(args, parser, words)[0]
+    with pytest.raises(SystemExit):
+        parser.parse_args(words)
+
+
 def test_a_given_model_config_is_not_dropped(tmp_path):
     path = config_of(tmp_path / "config.json", imagenet_main.parse(shlex.split(IMAGENET)))
     args = imagenet_main.parse(shlex.split(f"--config {path} --arch vit_b_16 -c fanin"))

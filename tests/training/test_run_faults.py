@@ -13,6 +13,7 @@ from sparselearning.process.errors import FaultError, UsageError
 from sparselearning.process.files import load_torch
 from sparselearning.process.signals import Stopped
 from sparselearning.training.experiment import SparseTraining
+from sparselearning.training.networks import load_weights
 
 pytestmark = pytest.mark.usefixtures("no_waiting_for_the_disk")
 
@@ -35,6 +36,15 @@ def test_weights_of_another_model_are_refused(tmp_path):
     with pytest.raises(UsageError, match="another model"):
         prepare(tmp_path / "run", plan, resume=tmp_path / "other.pth")
     assert not (tmp_path / "run").exists()
+
+
+def test_weights_of_early_versions_of_pytorch_lack_counters(tmp_path):
+    saved, model = nn.BatchNorm1d(3), nn.BatchNorm1d(3)
+    nn.init.normal_(saved.weight)
+    state = {name: entry for name, entry in saved.state_dict().items() if name != "num_batches_tracked"}
+    load_weights(model, state, tmp_path / "old.pth")
+    assert torch.equal(model.weight, saved.weight)
+    assert model.num_batches_tracked == 0
 
 
 def test_bare_weights_are_no_checkpoint_to_go_on_from(tmp_path):
