@@ -183,12 +183,12 @@ def planned(method: str, seed: int, shared: Sequence[str], out: Path, control: b
             raise UsageError(
                 f"{given[flag]} after -- would train nothing: for the commands alone, give --dry-run before it"
             )
-    density = main_suptickets.parse(words).final_density
-    words += [word for layer in layers for word in layer.flags.format(density=density).split()]
+    of_all = main_suptickets.parse(words)
+    words += [word for layer in layers for word in layer.flags.format(density=of_all.final_density).split()]
     folder = RunFolder(out / (f"{method}-control" if control else method) / f"seed{seed}")
     words += ["--indicate_method", method, "--seed", str(seed), "--save", str(folder.path)]
-    if events := main_suptickets.parse(words).tensorboard:
-        words += ["--tensorboard", str(events / folder.path.relative_to(out))]
+    if of_all.tensorboard:
+        words += ["--tensorboard", str(of_all.tensorboard / folder.path.relative_to(out))]
     run = Run(f"{folder.path.parent.name} seed {seed}", words, folder)
 
     args = main_suptickets.parse(words)

@@ -203,16 +203,15 @@ class SparseNetwork(nn.Module):
         entries = torch.from_numpy(is_there)
         return entries, entries.as_strided((entries.numel(),), (1,)).numpy().tobytes()
 
-    def takes_dense(self, weight: Tensor) -> bool:
-        """Whether the coming gradient of a layer's weight is to be that of all; if not, the Masking takes note."""
-        is_dense = self.wants_dense_gradients
+    def note_gradient(self, weight: Tensor, is_dense: bool) -> None:
+        """Let the Masking take note of a coming gradient of a layer's weight that is not that of all its weights."""
         if self.masking is not None and torch.is_grad_enabled() and not is_dense:
             self.masking.note_active_gradient(self._names[weight])
-        return is_dense
 
-    def with_active_gradient(self, weight: Tensor) -> Tensor:
-        """The weight, for a layer that runs masked."""
-        if self.masking is None or not torch.is_grad_enabled() or self.takes_dense(weight):
+    def with_active_gradient(self, weight: Tensor, is_dense: bool) -> Tensor:
+        """The weight, for a layer that runs masked; unless ``is_dense``, inactive weights will have no gradient."""
+        self.note_gradient(weight, is_dense)
+        if self.masking is None or not torch.is_grad_enabled() or is_dense:
             return weight
         return ActiveGradient.apply(weight, self.masking.masks[self._names[weight]])
 

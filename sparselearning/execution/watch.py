@@ -57,6 +57,7 @@ class Watch(TorchFunctionMode):
         super().__init__()
         self.network = network
         self.masks_hold = network.masks_hold
+        self.wants_dense = network.wants_dense_gradients
         # Outputs of BatchNorm that are still to be written, by identity; those that a ReLU has taken over, and that may
         # be gone, are held weakly.
         self.unwritten: dict[int, tuple[Callable[[], Tensor | None], Norm]] = {}
@@ -189,12 +190,15 @@ def _conv2d(
         return NotImplemented
     shape = convolution_shape(weight.shape, stride, padding, dilation, groups)
     if shape is None or inputs.dim() != 4 or not _fit(inputs, weight, bias):
-        return F.conv2d(inputs, network.with_active_gradient(weight), bias, stride, padding, dilation, groups)
+        return F.conv2d(
+            inputs, network.with_active_gradient(weight, watch.wants_dense), bias, stride, padding, dilation, groups
+        )
     target = shape.target(Grid(inputs.shape[2], inputs.shape[3], inputs.shape[0]))
     if min(target.rows, target.columns) < 1:
         return NotImplemented  # PyTorch says that the kernel is larger than the image
     active, gate = network.active(weight, shape, watch.masks_hold), watch.gates.of(inputs)
-    outputs, passed_on = SparseConvolution.apply(inputs, weight, bias, active, network.takes_dense(weight), gate)
+    network.note_gradient(weight, watch.wants_dense)
+    outputs, passed_on = SparseConvolution.apply(inputs, weight, bias, active, watch.wants_dense, gate)
     if torch.is_grad_enabled() and passed_on is not None:
         watch.passed_on.take(inputs, passed_on)
         if gate is not None:
@@ -217,10 +221,11 @@ def _linear(watch: Watch, inputs: Tensor, weight: Tensor, bias: Tensor | None = 
     if not network.has(weight):
         return NotImplemented
     if inputs.dim() != 2 or not has_kernel(weight) or not _fit(inputs, weight, bias):
-        return F.linear(inputs, network.with_active_gradient(weight), bias)
+        return F.linear(inputs, network.with_active_gradient(weight, watch.wants_dense), bias)
     active = network.active(weight, Shape(weight.shape[0], weight.shape[1], (1, 1)), watch.masks_hold)
     planes = inputs.unsqueeze(-1).unsqueeze(-1)
-    outputs, _ = SparseConvolution.apply(planes, weight, bias, active, network.takes_dense(weight), None)
+    network.note_gradient(weight, watch.wants_dense)
+    outputs, _ = SparseConvolution.apply(planes, weight, bias, active, watch.wants_dense, None)
     return layout.Rearranged.apply(outputs, lambda one: one.flatten(1), lambda one: one.unsqueeze(-1).unsqueeze(-1))
 
 
